@@ -1,0 +1,62 @@
+# Each target sets up what it needs: .venv, PyTorch if there is none, the build. A second call
+# starts at once.
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"   another PyTorch
+#   make test PYTHON=python3.12                                                        another Python
+SHELL  := /bin/bash
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BUILT   := .venv/.built
+SOURCES := $(shell find csrc -type f)
+RUN     := .venv/bin/python -m
+
+.PHONY: demo test bench gpu lint fmt clean
+
+demo: $(BUILT)
+	$(RUN) saesteer_fast.cli demo
+
+test: $(BUILT)
+	$(RUN) pytest
+
+bench: $(BUILT)
+	$(RUN) pytest bench
+
+# Everything from the Python at hand, as it is: nothing is installed.
+gpu:
+	@$(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null \
+	  || { echo "make gpu: $$(command -v $(PYTHON)) has no PyTorch that sees a CUDA device" >&2; exit 1; }
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m saesteer_fast.env
+	$(PYTHON) -m pytest -m gpu
+
+lint: $(BUILT)
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	.venv/bin/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+fmt: $(BUILT)
+	$(RUN) ruff check --fix
+	$(RUN) ruff format
+	.venv/bin/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+clean:
+	rm -rf .venv build dist *.egg-info saesteer_fast/*.so saesteer_fast/triton_kernels saesteer-demo
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Debian's Python may come without ensurepip; its own pip then serves the environment.
+.venv/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" \
+	  || { echo "make: $(PYTHON) must be Python >= 3.10; name one with PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv --system-site-packages .venv \
+	  || { $(PYTHON) -m venv --system-site-packages --without-pip --clear .venv \
+	       && .venv/bin/python -m pip --version; } \
+	  || { rm -rf .venv; echo "make: $(PYTHON) can make no environment with pip: install python3-venv" >&2; exit 1; }
+
+# A PyTorch that is there stays: only none, or one older than 2.10, is replaced.
+$(BUILT): setup.py CMakeLists.txt pyproject.toml $(SOURCES) | .venv/bin/python
+	.venv/bin/python -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" \
+	  2>/dev/null || $(RUN) pip install $(TORCH)
+	$(RUN) pip install -q "setuptools>=77" wheel cmake ninja
+	$(RUN) pip install -q --no-build-isolation -e ".[demo,test,lint]"
+	@touch $@
