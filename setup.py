@@ -15,6 +15,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
@@ -58,11 +59,16 @@ def cmake_architecture(arch: str) -> str:
 
 def cuda_options() -> list[str]:
     """The CUDA part is built wherever nvcc is, GPU or not."""
+
+    def without(reason: str) -> list[str]:
+        print(f"saesteer_fast: building without CUDA: {reason}")
+        return ["-DSAESTEER_CUDA=", f"-DSAESTEER_NO_CUDA_REASON={reason}"]
+
     if os.environ.get("SAESTEER_NO_CUDA") == "1":
-        return ["-DSAESTEER_CUDA=", "-DSAESTEER_NO_CUDA_REASON=SAESTEER_NO_CUDA=1 was set"]
+        return without("SAESTEER_NO_CUDA=1 was set")
     nvcc = find_nvcc()
     if nvcc is None:
-        return ["-DSAESTEER_CUDA=", "-DSAESTEER_NO_CUDA_REASON=nvcc was not found"]
+        return without("nvcc was not found")
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not architectures:
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
@@ -71,12 +77,12 @@ def cuda_options() -> list[str]:
             a for a in DEFAULT_ARCHITECTURES if f"sm_{a.replace('.', '').rstrip('a')}" in known
         ]
     if not architectures:
-        reason = f"{nvcc} knows none of {', '.join(DEFAULT_ARCHITECTURES)}"
-        return ["-DSAESTEER_CUDA=", f"-DSAESTEER_NO_CUDA_REASON={reason}"]
+        return without(f"{nvcc} knows none of {', '.join(DEFAULT_ARCHITECTURES)}")
     return [
         f"-DSAESTEER_CUDA={' '.join(architectures)}",
         f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(map(cmake_architecture, architectures))}",
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        "-DSAESTEER_NO_CUDA_REASON=",
     ]
 
 
@@ -87,6 +93,14 @@ def tool(name: str) -> str:
     if path is None:
         raise SetupError(f"{name} was not found: `pip install {name}`.")
     return path
+
+
+class CleanBuild(build):
+    """Starts from an empty folder: a module deleted since must not ride along in the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -109,6 +123,8 @@ class CMakeBuild(build_ext):
             build += ["-j", jobs]
         if os.environ.get("VERBOSE") == "1":
             build += ["--verbose"]
+        # An earlier build with CUDA must not outlive one without.
+        (target / "libsaesteer_cuda.so").unlink(missing_ok=True)
         for arguments in (configure, build, ["--install", tree, "--prefix", target]):
             subprocess.run([cmake, *map(str, arguments)], check=True)
         if self.inplace:
@@ -129,5 +145,5 @@ setup(
     ],
     package_dir={f"{PACKAGE}.triton_kernels": "triton_kernels"},
     ext_modules=[Extension(f"{PACKAGE}._build", sources=["csrc/python/module.cpp"])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
 )

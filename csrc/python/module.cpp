@@ -23,10 +23,18 @@ py::dict facts() {
   d["torch"] = SAESTEER_TORCH_VERSION;
   d["torch_target"] = torch_target();
   d["instruction_sets"] = py::str(SAESTEER_INSTRUCTION_SETS).attr("split")();
-  d["cuda_compiler"] = py::str(SAESTEER_CUDA_COMPILER).attr("strip")();
+  d["cuda_compiler"] = SAESTEER_CUDA_COMPILER;
   d["cuda_architectures"] = py::str(SAESTEER_CUDA_ARCHITECTURES).attr("split")();
   d["no_cuda_reason"] = SAESTEER_NO_CUDA_REASON;
   return d;
+}
+
+py::tuple instruction_set() {
+  using namespace saesteer::cpu;
+  const std::string best = isa_name(detected_isa()), used = isa_name(isa_in_use());
+  return py::make_tuple(used, used == best
+                                  ? "the best that this processor has"
+                                  : "SAESTEER_CPU_ISA names it; this processor has " + best);
 }
 
 }  // namespace
@@ -36,8 +44,8 @@ PYBIND11_MODULE(_build, m) {
   m.def("facts", &facts,
         "How the libraries were compiled: compiler, flags, torch (the version compiled against),\n"
         "torch_target (the oldest that they run on), instruction_sets, cuda_compiler,\n"
-        "cuda_architectures (empty: not built) and no_cuda_reason.");
-  m.def(
-      "detected_isa", [] { return isa_name(detected_isa()); },
-      "The instruction set whose kernels run on this processor: one of facts()'s.");
+        "cuda_architectures (none: not built) and no_cuda_reason.");
+  m.def("instruction_set", &instruction_set,
+        "The instruction set whose CPU kernels run here, one of facts()'s, and why.\n"
+        "RuntimeError if SAESTEER_CPU_ISA names none that this processor has.");
 }

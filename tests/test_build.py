@@ -1,0 +1,97 @@
+"""The build: what a wheel holds, what its libraries lean on, and how a build refuses."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import saesteer_fast
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "saesteer_fast"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of this checkout; the compiled objects of the build folder are used again."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
+    done = subprocess.run([*command, "-w", folder, ROOT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def test_wheel_file_list(wheel):
+    got = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    compiled = {name for name in got if name.endswith(".so")}
+    sources = {f"saesteer_fast/{p.relative_to(PACKAGE).as_posix()}" for p in PACKAGE.rglob("*.py")}
+    kernels = {f"saesteer_fast/triton_kernels/{p.name}" for p in ROOT.glob("triton_kernels/*.py")}
+    assets = {
+        f"saesteer_fast/{p.relative_to(PACKAGE).as_posix()}"
+        for p in (PACKAGE / "mini/assets").rglob("*")
+        if p.is_file()
+    }
+    assert got - compiled == sources | kernels | assets
+    assert "saesteer_fast/triton_kernels/__init__.py" in got
+    names = {re.sub(r"\.cpython.*", "", Path(name).name) for name in compiled}
+    assert {"libsaesteer_ops.so", "_build"} <= names
+    assert names <= {"libsaesteer_ops.so", "libsaesteer_cuda.so", "_build"}
+
+
+def test_wheel_metadata(wheel):
+    (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+    metadata = wheel.read(name).decode()
+    assert f"\nVersion: {saesteer_fast.__version__}\n" in metadata
+    assert "\nRequires-Dist: torch>=2.10\n" in metadata
+    (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/entry_points.txt"))
+    assert "saesteer = saesteer_fast.cli:main" in wheel.read(name).decode()
+
+
+def test_libraries_hold_no_path_of_the_building_machine(wheel):
+    for name in wheel.namelist():
+        if name.endswith(".so"):
+            content = wheel.read(name)
+            for path in (ROOT, Path(torch.__file__).parent):
+                assert str(path).encode() not in content, (name, path)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_libraries_use_the_stable_abi_alone():
+    for library in PACKAGE.glob("libsaesteer_*.so"):
+        command = ["nm", "--dynamic", "--undefined-only", library]
+        undefined = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "aoti_torch" in undefined
+        assert not re.findall(r" U (_ZN\w*(?:2at|3c10|5torch)\w*|Py\w+)", undefined)
+
+
+def build_error(tmp_path, **environment) -> str:
+    """What `setup.py build_ext` says when it refuses, which is before it compiles anything."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib"]
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr
+
+
+def test_missing_torch_is_explained(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")
+    assert "pip install --no-build-isolation ." in build_error(tmp_path, PYTHONPATH=tmp_path)
+
+
+def test_bad_architecture_is_named(tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    message = build_error(
+        tmp_path, CUDACXX=nvcc, SAESTEER_NO_CUDA=0, TORCH_CUDA_ARCH_LIST="8.0;Hopper"
+    )
+    assert "TORCH_CUDA_ARCH_LIST: got 'Hopper'" in message
+    assert "10.0+PTX" in message
