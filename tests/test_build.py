@@ -72,6 +72,18 @@ def test_libraries_use_the_stable_abi_alone():
         assert not re.findall(r" U (_ZN\w*(?:2at|3c10|5torch)\w*|Py\w+)", undefined)
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_instruction_sets_do_not_leak():
+    """Of a template that several files instantiate the linker keeps one copy: were it one compiled
+    for AVX-512, a lesser processor would die in code that it chose for itself."""
+    objects = list(ROOT.glob("build/cmake-*/CMakeFiles/saesteer_ops.dir/csrc/cpu/kernels_*.o"))
+    if not objects:
+        pytest.skip("no build folder in this checkout")
+    for path in objects:
+        symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+        assert not re.findall(r" [WVu] \w+", symbols), path.name
+
+
 def build_error(tmp_path, **environment) -> str:
     """What `setup.py build_ext` says when it refuses, which is before it compiles anything."""
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib"]
