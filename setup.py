@@ -126,7 +126,8 @@ class CMakeBuild(build_ext):
         # An earlier build with CUDA must not outlive one without.
         (target / "libsaesteer_cuda.so").unlink(missing_ok=True)
         for arguments in (configure, build, ["--install", tree, "--prefix", target]):
-            subprocess.run([cmake, *map(str, arguments)], check=True)
+            if subprocess.run([cmake, *map(str, arguments)]).returncode:
+                raise SetupError("CMake says above what is wrong.")
         if self.inplace:
             self.link_triton_kernels()
 
