@@ -1,0 +1,148 @@
+#include "encode.h"
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+
+#include "parallel.h"
+#include "tokens.h"
+
+namespace saesteer::cpu {
+namespace {
+
+// p and its index as one integer that orders as "larger p first, then lower index; NaN first".
+uint64_t key_of(float p, int64_t index) {
+  uint32_t u;
+  const float canonical = p + 0.f;  // -0 becomes +0
+  std::memcpy(&u, &canonical, sizeof u);
+  u = std::isnan(p) ? ~0u : u >> 31 ? ~u : u | 0x80000000u;
+  return uint64_t{u} << 32 | (~0u - static_cast<uint32_t>(index));
+}
+
+float value_of(uint64_t key) {
+  const uint32_t u = static_cast<uint32_t>(key >> 32);
+  if (u == ~0u) return NAN;
+  const uint32_t bits = u >> 31 ? u & 0x7FFFFFFFu : ~u;
+  float p;
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
+int64_t index_of(uint64_t key) { return ~0u - static_cast<uint32_t>(key); }
+
+// The k largest keys of one token that one thread has seen: a heap, its smallest first.
+struct Best {
+  uint64_t* keys;
+  int64_t count = 0;
+
+  float threshold(int64_t k) const { return count < k ? -INFINITY : value_of(keys[0]); }
+
+  void offer(uint64_t key, int64_t k) {
+    if (count == k) {
+      if (key <= keys[0]) return;
+      std::pop_heap(keys, keys + count--, std::greater<>());
+    }
+    keys[count++] = key;
+    std::push_heap(keys, keys + count, std::greater<>());
+  }
+};
+
+// Every thread keeps its own k best of each token; `merge` takes the best of these.
+class Selection {
+ public:
+  Selection(const Rows& x, const Encoder& encoder, int64_t workers, int64_t most)
+      : x_(x), encoder_(encoder), workers_(workers), most_(most),
+        keys_(workers * most * encoder.k), best_(workers * most) {}
+
+  void select(int64_t begin, int64_t end, float* values, int64_t* indices) {
+    for (size_t i = 0; i < best_.size(); ++i) best_[i] = {keys_.data() + i * encoder_.k};
+    parallel(blocks(encoder_), [&](Pieces& pieces, int64_t worker) {
+      scan(begin, end, pieces, best_.data() + worker * most_);
+    });
+    parallel(end - begin, [&](Pieces& pieces, int64_t) {
+      std::vector<uint64_t> all;
+      for (int64_t t; pieces.take(t);)
+        merge(t, all, values + (begin + t) * encoder_.k, indices + (begin + t) * encoder_.k);
+    });
+  }
+
+ private:
+  void scan(int64_t begin, int64_t end, Pieces& pieces, Best* best) {
+    Tokens tile(x_, encoder_.W);
+    Block block;
+    float p[Tokens::kMost * kBlock];
+    for (int64_t b; pieces.take(b);) {
+      block.select(encoder_, b);
+      for (int64_t t = begin; t < end; t += kernels().tokens) {
+        int64_t tokens[Tokens::kMost];
+        const int m = static_cast<int>(std::min<int64_t>(kernels().tokens, end - t));
+        for (int i = 0; i < m; ++i) tokens[i] = t + i;
+        tile.load(tokens, m);
+        tile.dots(block.rows, encoder_.W.dtype, block.count, encoder_.bias + block.first, p,
+                  t == begin);
+        for (int i = 0; i < m; ++i) offer(block, p + i * kBlock, best[t + i - begin]);
+      }
+    }
+  }
+
+  void offer(const Block& block, const float* p, Best& best) {
+    const bool full = best.count == encoder_.k;
+    uint64_t bits = kernels().beats(p, block.count, best.threshold(encoder_.k), !full);
+    for (; bits; bits &= bits - 1) {
+      const int j = __builtin_ctzll(bits);
+      best.offer(key_of(p[j], block.first + j), encoder_.k);
+    }
+  }
+
+  void merge(int64_t t, std::vector<uint64_t>& all, float* values, int64_t* indices) {
+    all.clear();
+    for (int64_t w = 0; w < workers_; ++w) {
+      const Best& best = best_[w * most_ + t];
+      all.insert(all.end(), best.keys, best.keys + best.count);
+    }
+    std::partial_sort(all.begin(), all.begin() + encoder_.k, all.end(), std::greater<>());
+    for (int64_t i = 0; i < encoder_.k; ++i) {
+      const float p = value_of(all[i]);
+      values[i] = p <= 0 ? 0 : p;
+      indices[i] = index_of(all[i]);
+    }
+  }
+
+  const Rows x_;
+  const Encoder& encoder_;
+  const int64_t workers_, most_;
+  std::vector<uint64_t> keys_;
+  std::vector<Best> best_;
+};
+
+}  // namespace
+
+void encode(const Rows& x, int64_t tokens, const Encoder& encoder, float* values,
+            int64_t* indices) {
+  if (tokens == 0) return;
+  // Keys kept at once: a megabyte, or a tile's.
+  const int64_t workers = workers_for(blocks(encoder));
+  const int64_t fit = (int64_t{1} << 20) / (8 * encoder.k * workers);
+  const int64_t most = std::min<int64_t>(tokens, std::max<int64_t>(fit, kernels().tokens));
+  Selection selection(x, encoder, workers, most);
+  for (int64_t begin = 0; begin < tokens; begin += most)
+    selection.select(begin, std::min(tokens, begin + most), values, indices);
+}
+
+void decode(const float* values, const int64_t* indices, int64_t tokens, int64_t k,
+            const Rows& W_dec, const float* b_dec, const OutRows& y) {
+  parallel(tokens, [&](Pieces& pieces, int64_t) {
+    std::vector<float> coef;
+    std::vector<const void*> rows;
+    for (int64_t t; pieces.take(t);) {
+      coef.clear(), rows.clear();
+      for (int64_t i = t * k; i < (t + 1) * k; ++i)
+        if (values[i] != 0) coef.push_back(values[i]), rows.push_back(W_dec[indices[i]]);
+      kernels().add(b_dec, Dtype::f32, rows.data(), W_dec.dtype, coef.data(), coef.size(),
+                    W_dec.width, y[t], y.dtype);
+    }
+  });
+}
+
+}  // namespace saesteer::cpu

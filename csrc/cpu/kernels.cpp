@@ -1,0 +1,25 @@
+#include "kernels.h"
+
+namespace saesteer::cpu {
+
+static const Kernels& chosen_kernels() {
+  switch (isa_in_use()) {
+#ifdef SAESTEER_X86
+    case Isa::avx2:
+      return avx2_kernels;
+    case Isa::avx512:
+      return avx512_kernels;
+    case Isa::avx512bf16:
+      return avx512bf16_kernels;
+#endif
+    default:
+      return plain_kernels;
+  }
+}
+
+const Kernels& kernels() {
+  static const Kernels& table = chosen_kernels();
+  return table;
+}
+
+}  // namespace saesteer::cpu

@@ -1,0 +1,48 @@
+// The inner loops, one table of them an instruction set. Every p_j is accumulated in one order that
+// depends on neither the number of tokens nor of threads, so results do not depend on them either.
+#pragma once
+
+#include "isa.h"
+#include "types.h"
+
+namespace saesteer::cpu {
+
+// Latents scanned at once; their comparisons fit one 64-bit word.
+constexpr int kBlock = 64;
+// Rows beyond the last that `dots` may prefetch.
+constexpr int kAhead = 8;
+
+struct Kernels {
+  // Most tokens that `dots` takes at once.
+  int tokens;
+  // Whether a bf16 x meets a bf16 W as it is; any other pair is multiplied in fp32.
+  bool native_bf16;
+
+  // out[i * kBlock + j] = x[i] . w[j] + bias[j] for i < m <= tokens, j < n <= kBlock.
+  // x is bf16 where native_bf16 applies, else fp32. `cold` says that w is not in cache yet; then w
+  // has kAhead more pointers.
+  void (*dots)(const void* const* x, Dtype x_dtype, int m, const void* const* w, Dtype w_dtype,
+               int n, int64_t d, const float* bias, float* out, bool cold);
+
+  // Bit j: p[j] beats `threshold`; NaN does, and an equal p[j] does if `ties`. n <= kBlock.
+  uint64_t (*beats)(const float* p, int n, float threshold, bool ties);
+
+  // y = round(base + sum_i coef[i] rows[i]), summed in fp32 in the order of i; base in y's dtype,
+  // or fp32.
+  void (*add)(const void* base, Dtype base_dtype, const void* const* rows, Dtype rows_dtype,
+              const float* coef, int64_t count, int64_t d, void* y, Dtype y_dtype);
+
+  void (*to_f32)(const void* src, Dtype dtype, int64_t n, float* dst);
+};
+
+extern const Kernels plain_kernels;
+#ifdef SAESTEER_X86
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+extern const Kernels avx512bf16_kernels;
+#endif
+
+// Those of the instruction set in use.
+const Kernels& kernels();
+
+}  // namespace saesteer::cpu

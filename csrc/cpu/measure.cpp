@@ -1,0 +1,205 @@
+#include "measure.h"
+
+#include <cmath>
+#include <memory>
+
+#include "parallel.h"
+#include "tokens.h"
+
+namespace saesteer::cpu {
+namespace {
+
+// Tokens measured at once, so that what is kept of them stays below half a megabyte.
+int64_t chunk_tokens(int64_t features) {
+  return std::max<int64_t>(64, (int64_t{1} << 19) / (8 * std::max<int64_t>(features, 1)));
+}
+
+// The rows and biases of the features, gathered once a call.
+struct FeatureRows {
+  FeatureRows(const Encoder& encoder, const Features& features)
+      : rows(features.count + kAhead), bias(features.count) {
+    for (int64_t f = 0; f < features.count; ++f) {
+      rows[f] = encoder.W[features.index[f]];
+      bias[f] = encoder.bias[features.index[f]];
+    }
+  }
+  std::vector<const void*> rows;
+  std::vector<float> bias;
+};
+
+// L1 and L2: how many latents beat each positive p_f, counted until k do.
+class Ranks {
+ public:
+  Ranks(const Rows& x, const Encoder& encoder, const Features& features,
+        const std::vector<int64_t>& tokens, const std::vector<float*>& acts)
+      : x_(x), encoder_(encoder), features_(features), tokens_(tokens), acts_(acts),
+        beaten_(new std::atomic<int32_t>[tokens.size() * features.count]) {
+    for (size_t t = 0; t < tokens.size(); ++t)
+      for (int64_t f = 0; f < features.count; ++f)
+        beaten(t, f) = acts[t][f] > 0 ? 0 : static_cast<int32_t>(encoder.k);
+  }
+
+  // Leaves in acts what is live, and 0 elsewhere.
+  void settle() {
+    parallel(blocks(encoder_), [this](Pieces& pieces, int64_t) { scan(pieces); });
+    for (size_t t = 0; t < tokens_.size(); ++t)
+      for (int64_t f = 0; f < features_.count; ++f)
+        if (acts_[t][f] > 0 && decided(t, f)) acts_[t][f] = 0;
+  }
+
+ private:
+  std::atomic<int32_t>& beaten(size_t t, int64_t f) { return beaten_[t * features_.count + f]; }
+  bool decided(size_t t, int64_t f) {
+    return beaten(t, f).load(std::memory_order_relaxed) >= encoder_.k;
+  }
+  bool decided(size_t t) {
+    for (int64_t f = 0; f < features_.count; ++f)
+      if (!decided(t, f)) return false;
+    return true;
+  }
+
+  void scan(Pieces& pieces) {
+    std::vector<size_t> open(tokens_.size());
+    for (size_t t = 0; t < open.size(); ++t) open[t] = t;
+    Tokens tile(x_, encoder_.W);
+    Block block;
+    for (int64_t b; pieces.take(b);) {
+      open.erase(std::remove_if(open.begin(), open.end(), [this](size_t t) { return decided(t); }),
+                 open.end());
+      if (open.empty()) return;
+      block.select(encoder_, b);
+      for (size_t first = 0; first < open.size(); first += kernels().tokens)
+        count(block, open.data() + first,
+              static_cast<int>(std::min<size_t>(kernels().tokens, open.size() - first)), tile,
+              first == 0);
+    }
+  }
+
+  void count(const Block& block, const size_t* open, int m, Tokens& tile, bool cold) {
+    int64_t tokens[Tokens::kMost];
+    for (int i = 0; i < m; ++i) tokens[i] = tokens_[open[i]];
+    tile.load(tokens, m);
+    float p[Tokens::kMost * kBlock];
+    tile.dots(block.rows, encoder_.W.dtype, block.count, encoder_.bias + block.first, p, cold);
+    for (int i = 0; i < m; ++i)
+      for (int64_t f = 0; f < features_.count; ++f) {
+        if (decided(open[i], f)) continue;
+        const uint64_t bits =
+            beaters(block, p + i * kBlock, acts_[open[i]][f], features_.index[f]);
+        if (bits)
+          beaten(open[i], f).fetch_add(__builtin_popcountll(bits), std::memory_order_relaxed);
+      }
+  }
+
+  // The latents of the block that beat feature f, which itself is left out by its index.
+  static uint64_t beaters(const Block& block, const float* p, float p_f, int64_t f) {
+    const auto beats = kernels().beats;
+    if (f >= block.first + block.count) return beats(p, block.count, p_f, true);
+    if (f < block.first) return beats(p, block.count, p_f, false);
+    const uint64_t self = uint64_t{1} << (f - block.first), below = self - 1;
+    return (beats(p, block.count, p_f, true) & below) |
+           (beats(p, block.count, p_f, false) & ~(below | self));
+  }
+
+  const Rows x_;
+  const Encoder& encoder_;
+  const Features& features_;
+  const std::vector<int64_t>& tokens_;
+  const std::vector<float*>& acts_;
+  std::unique_ptr<std::atomic<int32_t>[]> beaten_;
+};
+
+// One chunk of tokens at a time: L0 settles most, Ranks the rest.
+class Ladder {
+ public:
+  Ladder(const Rows& x, const Encoder& encoder, const Features& features, const bool* mask,
+         const Settled& settled, int64_t most)
+      : x_(x), encoder_(encoder), features_(features), mask_(mask), settled_(settled),
+        rows_(encoder, features), acts_(most * features.count), open_(most) {}
+
+  void climb(int64_t begin, int64_t end) {
+    begin_ = begin;
+    std::fill(open_.begin(), open_.end(), 0);
+    in_pieces(end - begin, [this](int64_t from, int64_t to) { project(from, to); });
+
+    std::vector<int64_t> tokens;
+    std::vector<float*> acts;
+    for (int64_t t = begin; t < end; ++t)
+      if (open_[t - begin]) tokens.push_back(t), acts.push_back(acts_of(t));
+    if (tokens.empty()) return;
+    Ranks(x_, encoder_, features_, tokens, acts).settle();
+    in_pieces(tokens.size(), [&](int64_t from, int64_t to) {
+      for (; from < to; ++from) settled_(tokens[from], acts[from]);
+    });
+  }
+
+ private:
+  float* acts_of(int64_t token) { return acts_.data() + (token - begin_) * features_.count; }
+
+  // Several tiles a piece: threads are woken only for work that outlasts the waking.
+  template <class F>
+  static void in_pieces(int64_t count, const F& work) {
+    const int64_t piece = 8 * kernels().tokens;
+    parallel((count + piece - 1) / piece, [&](Pieces& pieces, int64_t) {
+      for (int64_t p; pieces.take(p);) work(p * piece, std::min(count, (p + 1) * piece));
+    });
+  }
+
+  // L0 for the tokens begin_ + from ... begin_ + to - 1.
+  void project(int64_t from, int64_t to) {
+    Tokens tile(x_, encoder_.W);
+    int64_t taken[Tokens::kMost];
+    int m = 0;
+    for (int64_t t = begin_ + from; t < begin_ + to; ++t) {
+      if (mask_ && !mask_[t])
+        settled_(t, nullptr);
+      else
+        taken[m++] = t;
+      if (m == kernels().tokens) project(tile, taken, m), m = 0;
+    }
+    if (m) project(tile, taken, m);
+  }
+
+  void project(Tokens& tile, const int64_t* tokens, int m) {
+    tile.load(tokens, m);
+    float p[Tokens::kMost * kBlock];
+    bool positive[Tokens::kMost] = {};
+    for (int64_t f0 = 0; f0 < features_.count; f0 += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, features_.count - f0));
+      tile.dots(rows_.rows.data() + f0, encoder_.W.dtype, n, rows_.bias.data() + f0, p, false);
+      for (int i = 0; i < m; ++i)
+        for (int f = 0; f < n; ++f) {
+          const float p_f = p[i * kBlock + f];
+          positive[i] |= std::isfinite(p_f) && p_f > 0;
+          acts_of(tokens[i])[f0 + f] = !std::isfinite(p_f) ? NAN : p_f > 0 ? p_f : 0;
+        }
+    }
+    for (int i = 0; i < m; ++i)
+      if (positive[i])
+        open_[tokens[i] - begin_] = 1;
+      else
+        settled_(tokens[i], acts_of(tokens[i]));
+  }
+
+  const Rows x_;
+  const Encoder& encoder_;
+  const Features& features_;
+  const bool* mask_;
+  const Settled& settled_;
+  const FeatureRows rows_;
+  std::vector<float> acts_;
+  std::vector<uint8_t> open_;
+  int64_t begin_ = 0;
+};
+
+}  // namespace
+
+void measure(const Rows& x, int64_t tokens, const Encoder& encoder, const Features& features,
+             const bool* mask, const Settled& settled) {
+  const int64_t most = std::min(tokens, chunk_tokens(features.count));
+  Ladder ladder(x, encoder, features, mask, settled, most);
+  for (int64_t begin = 0; begin < tokens; begin += most)
+    ladder.climb(begin, std::min(tokens, begin + most));
+}
+
+}  // namespace saesteer::cpu

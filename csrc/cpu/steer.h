@@ -1,0 +1,19 @@
+// The edit: x' = x + sum_f (value_f - a_f) directions_f, with a_f from measure.h.
+#pragma once
+
+#include "measure.h"
+
+namespace saesteer::cpu {
+
+// Values of the edits: one row for all tokens (stride 0), or one a token (stride F).
+struct Values {
+  const float* data;
+  int64_t stride;
+};
+
+// Writes y, of x's dtype and shape. Tokens outside the mask, and those whose values equal their
+// activations, are copied bit for bit.
+void steer(const Rows& x, int64_t tokens, const Encoder& encoder, const Rows& directions,
+           const Features& features, const Values& values, const bool* mask, const OutRows& y);
+
+}  // namespace saesteer::cpu
