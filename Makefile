@@ -14,7 +14,7 @@ RUN     := .venv/bin/python -m
 .PHONY: demo test bench gpu lint fmt clean
 
 demo: $(BUILT)
-	$(RUN) saesteer_fast.cli demo
+	.venv/bin/saesteer demo
 
 test: $(BUILT)
 	$(RUN) pytest
