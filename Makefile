@@ -25,7 +25,7 @@ bench: $(BUILT)
 # Everything from the Python at hand, as it is: nothing is installed.
 gpu:
 	@$(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null \
-	  || { echo "make gpu: $$(command -v $(PYTHON)) has no PyTorch that sees a CUDA device" >&2; exit 1; }
+	  || { echo "make gpu: $(PYTHON) has no PyTorch that sees a CUDA device" >&2; exit 1; }
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m saesteer_fast.env
 	$(PYTHON) -m pytest -m gpu
