@@ -81,9 +81,11 @@ class SAE:
     def b_enc(self) -> Tensor:
         """[N] fp32: bias - W_enc b_dec, so that p = W_enc x + b_enc."""
         with torch.inference_mode(False), torch.no_grad():
+            b_enc, b_dec = self.bias.float().clone(), self.b_dec.float()
             # A few rows at a time: half-precision weights are widened to fp32 on the way.
-            shift = [rows.float() @ self.b_dec.float() for rows in self.W_enc.split(1024)]
-            return self.bias.float() - torch.cat(shift)
+            for part, rows in zip(b_enc.split(1024), self.W_enc.split(1024), strict=True):
+                part -= rows.float() @ b_dec
+            return b_enc
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
         """This SAE on another device, or rounded to another dtype (which is another SAE)."""

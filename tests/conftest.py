@@ -1,0 +1,106 @@
+"""What many tests stand on: a tiny Phi-3, SAEs of random weights, and an independent truth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import saesteer_fast as sf
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Memory that nobody wrote to holds NaN, so that reading it shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], SimpleNamespace]:
+    """A case that an SAE library saved: .folder, .x, .acts, .recon, .steered, .edits, .k."""
+
+    def case(name: str) -> SimpleNamespace:
+        folder = SHARED / "golden" / name
+        if not folder.is_dir():
+            pytest.skip("the libraries' own outputs, ../shared/golden, are not here")
+        case = json.loads((folder / "case.json").read_text())
+        edits = dict(zip(case["features"], case["values"], strict=True))
+        tensors = load_file(folder / "case.safetensors")
+        return SimpleNamespace(folder=folder / "sae", edits=edits, k=case["k"], **tensors)
+
+    return case
+
+
+@pytest.fixture(scope="session")
+def make_sae() -> Callable[..., sf.SAE]:
+    """An SAE of random weights with unit decoder rows."""
+
+    def make(d=32, N=128, k=8, seed=0, dtype=torch.float32, hookpoint="layers.1") -> sf.SAE:
+        random = torch.Generator().manual_seed(seed)
+        W_enc, W_dec = torch.randn(2, N, d, generator=random)
+        bias, b_dec = torch.randn(N, generator=random), torch.randn(d, generator=random)
+        weights = dict(W_enc=W_enc, bias=0.1 * bias, W_dec=W_dec, b_dec=0.3 * b_dec)
+        weights["W_dec"] = W_dec / W_dec.norm(dim=1, keepdim=True)
+        stored = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        return sf.SAE(**stored, k=k, hookpoint=hookpoint)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def textbook() -> Callable[..., Tensor]:
+    """decode(a') + (x - decode(a)) in fp64, dense, from the unfolded biases; [..., d] fp64."""
+
+    def steered(x: Tensor, sae: sf.SAE, edits: Mapping[int, float], mask: Tensor | None = None):
+        W_enc, bias, W_dec, b_dec = (
+            t.double() for t in (sae.W_enc, sae.bias, sae.W_dec, sae.b_dec)
+        )
+        stream = x.double()
+        top = torch.relu((stream - b_dec) @ W_enc.T + bias).topk(sae.k, dim=-1)
+        acts = stream.new_zeros(*x.shape[:-1], len(W_enc)).scatter(-1, top.indices, top.values)
+        edited = acts.clone()
+        for latent, value in edits.items():
+            edited[..., latent] = value
+        changed = (edited @ W_dec + b_dec) + (stream - (acts @ W_dec + b_dec))
+        return changed if mask is None else torch.where(mask[..., None], changed, stream)
+
+    return steered
+
+
+@pytest.fixture(scope="session")
+def make_phi3() -> Callable[..., torch.nn.Module]:
+    """A Phi3ForCausalLM of random weights: 4 layers, 32 wide, token 0 for padding, no end token."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(seed=0, **options) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        config = transformers.Phi3Config(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=None,
+            pad_token_id=0,
+            **options,
+        )
+        return transformers.Phi3ForCausalLM(config).eval()
+
+    return make

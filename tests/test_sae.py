@@ -1,0 +1,112 @@
+"""The SAE in memory: its checks, its folded bias, its moves."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import saesteer_fast as sf
+
+
+def weights(N=12, d=5, **changed):
+    torch.manual_seed(0)
+    made = {
+        "W_enc": torch.randn(N, d),
+        "bias": torch.randn(N),
+        "W_dec": torch.randn(N, d),
+        "b_dec": torch.randn(d),
+        "k": 3,
+    }
+    return made | changed
+
+
+def test_sizes_and_repr():
+    sae = sf.SAE(**weights(), hookpoint="layers.6")
+    assert (sae.num_latents, sae.d, sae.k, sae.device.type) == (12, 5, 3, "cpu")
+    assert "12 latents, d=5, k=3, hookpoint='layers.6', torch.float32" in repr(sae)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_folded_bias(dtype):
+    N, d = 3001, 67  # more latents than are folded at once, and not a multiple
+    sae = sf.SAE(**weights(N, d)).to(dtype=dtype)
+    truth = sae.bias.double() - sae.W_enc.double() @ sae.b_dec.double()
+    bound = d * 2.0**-24 * (sae.W_enc.double().abs() @ sae.b_dec.double().abs() + truth.abs())
+    assert sae.b_enc.dtype == torch.float32
+    assert ((sae.b_enc - truth).abs() <= bound).all()
+
+
+def test_folded_bias_made_in_inference_mode_takes_part_in_autograd():
+    sae = sf.SAE(**weights())
+    with torch.inference_mode():
+        folded = sae.b_enc
+    assert not folded.is_inference()
+
+
+def test_weights_are_shared_and_made_contiguous():
+    W_enc, decoder = torch.randn(12, 5), torch.nn.Parameter(torch.randn(5, 12))
+    sae = sf.SAE(**weights(W_enc=W_enc, W_dec=decoder.T))
+    assert sae.W_enc.data_ptr() == W_enc.data_ptr()
+    assert sae.W_dec.is_contiguous() and not sae.W_dec.requires_grad
+    assert torch.equal(sae.W_dec, decoder.T)
+
+
+def test_to_rounds_and_keeps_the_rest():
+    sae = sf.SAE(**weights(), hookpoint="layers.6", config={"multi_topk": True})
+    half = sae.to(dtype=torch.bfloat16)
+    assert torch.equal(half.W_enc, sae.W_enc.bfloat16()) and half.W_dec.dtype == torch.bfloat16
+    assert (half.k, half.hookpoint, half.config) == (3, "layers.6", {"multi_topk": True})
+    assert sae.W_enc.dtype == torch.float32
+    with pytest.raises(ValueError, match="W_enc: NaN or infinity in row 0"):
+        sf.SAE(**weights(W_enc=torch.full((12, 5), 1e6))).to(dtype=torch.float16)
+
+
+def test_copies():
+    sae = sf.SAE(**weights())
+    for twin in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
+        assert torch.equal(twin.b_enc, sae.b_enc) and torch.equal(twin.W_dec, sae.W_dec)
+
+
+NAN = torch.randn(12, 5)
+NAN[7, 2] = torch.nan
+INFINITE = torch.randn(12)
+INFINITE[4] = -torch.inf
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"W_enc": [[1.0]]}, TypeError, "W_enc: got list"),
+        ({"W_enc": torch.randn(5)}, ValueError, r"W_enc: got shape \(5,\), \[N, d\]"),
+        ({"W_enc": torch.randn(0, 5)}, ValueError, r"W_enc: got shape \(0, 5\)"),
+        ({"W_enc": torch.randn(12, 5).double()}, TypeError, "W_enc: got torch.float64, accepted"),
+        ({"W_dec": torch.ones(12, 5).char()}, TypeError, "W_dec: got torch.int8, accepted are"),
+        ({"W_dec": torch.randn(5, 12)}, ValueError, r"W_dec: got shape \(5, 12\).*transposed"),
+        ({"W_dec": None}, TypeError, "W_dec: got NoneType"),
+        ({"bias": torch.randn(11)}, ValueError, r"bias: got shape \(11,\), \(12,\) is needed"),
+        ({"b_dec": torch.randn(12)}, ValueError, r"b_dec: got shape \(12,\), \(5,\) is needed"),
+        ({"b_dec": torch.empty(5, device="meta")}, ValueError, "b_dec: is on meta, W_enc on cpu"),
+        ({"W_dec": NAN}, ValueError, "W_dec: NaN or infinity in row 7"),
+        ({"bias": INFINITE}, ValueError, "bias: NaN or infinity in row 4"),
+        ({"k": 0}, ValueError, "k: got 0, accepted are 1 to 12"),
+        ({"k": 13}, ValueError, "k: got 13, accepted are 1 to 12"),
+        ({"k": -1}, ValueError, "k: got -1"),
+        ({"k": 3.0}, TypeError, "k: got 3.0, an integer"),
+        ({"k": "3"}, TypeError, "k: got '3', an integer"),
+        ({"k": True}, TypeError, "k: got True, an integer"),
+    ],
+)
+def test_bad_weights_are_named(changed, error, message):
+    with pytest.raises(error, match=message):
+        sf.SAE(**weights(**changed))
+
+
+def test_dtypes_may_be_mixed(textbook):
+    sae = sf.SAE(**weights(W_dec=torch.randn(12, 5).half(), bias=torch.randn(12).bfloat16()))
+    x = torch.randn(9, 5)
+    torch.testing.assert_close(
+        sf.steer(x, sae, {4: 2.0}).double(), textbook(x, sae, {4: 2.0}), atol=1e-5, rtol=0
+    )

@@ -1,0 +1,192 @@
+"""sf.steer: the right answer for good input, a clear error for bad."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import saesteer_fast as sf
+
+D, N, K = 40, 200, 8
+EDITS = {3: 4.0, 77: -1.5, 150: 0.0}
+
+
+@pytest.fixture(scope="module")
+def sae(make_sae):
+    return make_sae(D, N, K)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.randn(50, D, generator=torch.Generator().manual_seed(1))
+
+
+def assert_rounded(y, truth):
+    """y is the truth, rounded once to its dtype after fp32 sums."""
+    ulp = torch.finfo(y.dtype).eps / 2
+    size = truth.abs().max()
+    bound = ulp * truth.abs() + D * 2.0**-24 * size
+    assert ((y.double() - truth).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_the_textbook_form(make_sae, textbook, x, dtype, weights, poisoned_memory):
+    sae, x = make_sae(D, N, K, dtype=weights), x.to(dtype)
+    y = sf.steer(x, sae, EDITS)
+    assert y.dtype == dtype and y.shape == x.shape and y.is_contiguous()
+    assert_rounded(y, textbook(x, sae, EDITS))
+    assert not torch.equal(y, x)
+
+
+@pytest.mark.parametrize(
+    "shape", [(D,), (1, D), (7, D), (2, 3, D), (2, 1, 3, D), (0, D), (2, 0, D)]
+)
+def test_any_shape(sae, textbook, shape, poisoned_memory):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    y = sf.steer(x, sae, EDITS)
+    assert y.shape == x.shape
+    if y.numel():
+        assert_rounded(y, textbook(x, sae, EDITS))
+
+
+def test_any_strides(sae, x):
+    y = sf.steer(x, sae, EDITS)
+    wide = torch.randn(50, 2 * D)
+    wide[:, ::2] = x
+    views = {"columns": wide[:, ::2], "transposed": x.T.contiguous().T, "flipped": x.flip(0)}
+    for name, view in views.items():
+        expected = y.flip(0) if name == "flipped" else y
+        torch.testing.assert_close(sf.steer(view, sae, EDITS), expected, atol=1e-5, rtol=0)
+    repeated = sf.steer(x[:1].expand(5, D), sae, EDITS)
+    torch.testing.assert_close(repeated, y[:1].expand(5, D), atol=1e-5, rtol=0)
+
+
+def test_input_is_not_changed(sae, x):
+    before = x.clone()
+    y = sf.steer(x, sae, EDITS)
+    assert torch.equal(x, before) and y.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_edits_give_a_bit_identical_copy(sae, x, dtype):
+    x = x.to(dtype)
+    x[0, 0] = -0.0
+    y = sf.steer(x, sae, {})
+    assert y.data_ptr() != x.data_ptr()
+    assert torch.equal(y.view(torch.uint8), x.view(torch.uint8))
+
+
+def test_order_of_the_edits_does_not_matter(sae, x):
+    backwards = dict(reversed(EDITS.items()))
+    assert torch.equal(sf.steer(x, sae, backwards), sf.steer(x, sae, EDITS))
+
+
+def test_mask_leaves_tokens_alone(sae, textbook, x, poisoned_memory):
+    x = x.view(5, 10, D)
+    mask = torch.rand(5, 10, generator=torch.Generator().manual_seed(3)) > 0.5
+    mask[0], mask[1] = True, False  # a row steered, a row not
+    y = sf.steer(x, sae, EDITS, mask=mask)
+    assert_rounded(y, textbook(x, sae, EDITS, mask))
+    assert torch.equal(y[~mask], x[~mask])
+
+
+def test_a_broken_row_breaks_no_other(sae, x):
+    clean = sf.steer(x, sae, EDITS)
+    broken = x.clone()
+    broken[4, 2], broken[9, 0], broken[11, 1] = torch.nan, torch.inf, -torch.inf
+    y = sf.steer(broken, sae, EDITS)
+    others = [row for row in range(50) if row not in (4, 9, 11)]
+    torch.testing.assert_close(y[others], clean[others], atol=1e-5, rtol=0)
+    assert not y[[4, 9, 11]].isfinite().all(dim=-1).any()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_impl_is_passed_on(sae, textbook, x, impl):
+    assert_rounded(sf.steer(x, sae, EDITS, impl=impl), textbook(x, sae, EDITS))
+
+
+def test_unknown_impl(sae, x):
+    with pytest.raises(ValueError, match="impl"):
+        sf.steer(x, sae, EDITS, impl="fastest")
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [{np.int64(3): np.float32(4.0)}, {3: Fraction(4)}, {3: 4}],
+    ids=["numpy", "ratio", "int"],
+)
+def test_any_kind_of_number(sae, x, edits):
+    assert torch.equal(sf.steer(x, sae, edits), sf.steer(x, sae, {3: 4.0}))
+
+
+@pytest.mark.parametrize(
+    ("edits", "error", "message"),
+    [
+        (
+            [(3, 4.0), (3, 5.0)],
+            TypeError,
+            "edits: got list, a mapping .* cannot name a latent twice",
+        ),
+        ({3}, TypeError, "edits: got set"),
+        (None, TypeError, "edits: got NoneType"),
+        ({N: 1.0}, ValueError, "edits: latent 200 is not among 0 to 199"),
+        ({-1: 1.0}, ValueError, "edits: latent -1 is not among 0 to 199"),
+        ({3.0: 1.0}, TypeError, "edits: latent 3.0 is no integer"),
+        ({"3": 1.0}, TypeError, "edits: latent '3' is no integer"),
+        ({True: 1.0}, TypeError, "edits: latent True is no integer"),
+        ({3: float("nan")}, ValueError, "edits: latent 3 is given nan, .*finite"),
+        ({3: float("-inf")}, ValueError, "edits: latent 3 is given -inf, .*finite"),
+        ({3: 1e39}, ValueError, r"edits: latent 3 is given 1e\+39, .*finite in fp32"),
+        ({3: "4"}, TypeError, "edits: latent 3 is given '4', a number is needed"),
+        ({3: None}, TypeError, "edits: latent 3 is given None"),
+        ({3: True}, TypeError, "edits: latent 3 is given True"),
+        ({3: torch.tensor([1.0, 2.0])}, TypeError, "edits: latent 3 is given tensor"),
+    ],
+)
+def test_bad_edits_are_named(sae, x, edits, error, message):
+    with pytest.raises(error, match=message):
+        sf.steer(x, sae, edits)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ([[1.0]], TypeError, "x: got list, a tensor"),
+        (
+            torch.ones(3, D, dtype=torch.int64),
+            TypeError,
+            "x: got torch.int64, accepted are torch.fl",
+        ),
+        (torch.ones(3, D, dtype=torch.bool), TypeError, "x: got torch.bool, accepted"),
+        (torch.ones(3, D).double(), TypeError, "x: got torch.float64, accepted"),
+        (torch.ones(3, D + 1), ValueError, r"x: got shape \(3, 41\), the SAE is for \[..., 40\]"),
+        (torch.ones(D, 1), ValueError, r"x: got shape \(40, 1\)"),
+        (torch.tensor(1.0), ValueError, r"x: got shape \(\)"),
+        (torch.ones(3, D, device="meta"), ValueError, "x: is on meta, the SAE's weights on cpu"),
+    ],
+)
+def test_bad_x_is_named(sae, x, error, message):
+    with pytest.raises(error, match=message):
+        sf.steer(x, sae, EDITS)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(50), r"mask: got torch.float32 \(50,\), bool \(50,\) is needed"),
+        (torch.ones(49, dtype=torch.bool), r"mask: got torch.bool \(49,\)"),
+        (torch.ones(50, 1, dtype=torch.bool), r"mask: got torch.bool \(50, 1\)"),
+    ],
+)
+def test_bad_mask_is_named(sae, x, mask, message):
+    with pytest.raises(ValueError, match=message):
+        sf.steer(x, sae, EDITS, mask=mask)
+
+
+def test_bad_sae_is_named(x):
+    with pytest.raises(TypeError, match=r"sae: got str, an SAE is needed; SAE\.load reads one"):
+        sf.steer(x, "layers.6", EDITS)
