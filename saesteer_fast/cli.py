@@ -1,0 +1,63 @@
+"""The `saesteer` command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a subcommand: demo, mini build, env."""
+    arguments = vars(_parser().parse_args(argv))
+    arguments.pop("run")(**arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="saesteer", description="Steers SAE latents, exactly.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser(
+        "demo", help="the paper in miniature: finds a refusal latent, clamps it"
+    )
+    demo.add_argument(
+        "--out", default="saesteer-demo", help="folder to write (default: %(default)s)"
+    )
+    demo.set_defaults(run=_demo)
+
+    mini = commands.add_parser("mini", help="the embedded model and SAE")
+    build = mini.add_subparsers(required=True, metavar="action").add_parser(
+        "build", help="trains them from nothing"
+    )
+    build.add_argument(
+        "--out", default="saesteer-mini", help="folder to write (default: %(default)s)"
+    )
+    build.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    build.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    build.set_defaults(run=_mini_build)
+
+    env = commands.add_parser("env", help="what is installed, and which implementation runs here")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _demo(out: str) -> None:
+    from .demo import run
+
+    run(out)
+
+
+def _mini_build(out: str, seed: int, threads: int) -> None:
+    from .mini.build import build
+
+    metrics = build(out, seed, threads)
+    print(f"Written: {out} (latent {metrics['latent']} of layer {metrics['layer']} refuses best)")
+
+
+def _env() -> None:
+    from .env import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The paper's evaluation: answers to five kinds of prompt, judged, at several strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from ..attach import steering
+from .judge import judge
+from .prompts import KINDS, Prompt
+from .scores import Share
+
+COLUMNS = {
+    "unsafe": "unsafe_refusal",
+    "safe": "safe_refusal",
+    "borderline": "borderline_refusal",
+    "facts": "facts",
+    "sums": "sums",
+}
+"""What is counted for each kind of prompt: refusals, or right answers."""
+
+
+def chat_text(tokenizer, prompt: Prompt) -> str:
+    """The prompt in the tokenizer's chat template, up to where the assistant speaks."""
+    return tokenizer.apply_chat_template(
+        prompt.messages, add_generation_prompt=True, tokenize=False
+    )
+
+
+@torch.inference_mode()
+def answers(
+    model, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = 24, batch: int = 256
+) -> list[str]:
+    """The model's greedy answers, in the prompts' order.
+
+    Batches are padded on the left and hold prompts of like length.
+    """
+    texts = [chat_text(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found = [""] * len(texts)
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        inputs = tokenizer(
+            [texts[i] for i in rows],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_token_type_ids=False,
+        ).to(model.device)
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        said = tokenizer.batch_decode(
+            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        for i, text in zip(rows, said, strict=True):
+            found[i] = text
+    return found
+
+
+def tally(prompts: Iterable[Prompt], said: Iterable[str]) -> dict[str, Share]:
+    """The share of each column of COLUMNS, in order, over judged answers."""
+    hits = dict.fromkeys(KINDS, 0)
+    counts = dict.fromkeys(KINDS, 0)
+    for prompt, answer in zip(prompts, said, strict=True):
+        counts[prompt.kind] += 1
+        hits[prompt.kind] += judge(prompt.kind, answer, prompt.expected)
+    return {column: Share(hits[kind], counts[kind]) for kind, column in COLUMNS.items()}
+
+
+def evaluate(
+    model, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = 24
+) -> dict[str, Share]:
+    """Answers and judges the prompts, with whatever steering is attached to the model."""
+    return tally(prompts, answers(model, tokenizer, prompts, max_new_tokens))
+
+
+def sweep(
+    model,
+    tokenizer,
+    sae,
+    latent: int,
+    unit: float,
+    layer: int,
+    prompts: Sequence[Prompt],
+    strengths: Sequence[float],
+    max_new_tokens: int = 24,
+) -> Iterator[tuple[float, dict[str, Share]]]:
+    """Yields (strength, shares): strength s clamps the latent to s * unit, 0 steers nothing."""
+    for strength in strengths:
+        if strength == 0:
+            yield strength, evaluate(model, tokenizer, prompts, max_new_tokens)
+            continue
+        with steering(model, sae, {latent: strength * unit}, layer=layer):
+            yield strength, evaluate(model, tokenizer, prompts, max_new_tokens)

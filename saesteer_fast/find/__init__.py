@@ -1,0 +1,133 @@
+"""Finds the latents that refuse, as O'Brien et al. 2024 (arXiv 2411.11296) do.
+
+Candidates are the latents live on at least two tokens of the model's refusal of one archetypal
+unsafe prompt. Each is clamped in turn while the model answers validation prompts, and the one with
+the best score is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..eval import Prompt, Share, answers, chat_text, is_refusal, sweep, tally
+
+
+class Candidate(NamedTuple):
+    """A latent, how it was found and what clamping it did."""
+
+    latent: int
+    tokens: int
+    """Tokens of the archetypal refusal on which it is live."""
+    unit: float
+    """Its largest activation over the validation conversations: strength 1."""
+    shares: Mapping[str, Share]
+    """The evaluation's columns at the strength that was tried."""
+    score: float
+
+
+@torch.inference_mode()
+def residuals(model, tokenizer, prompts: Sequence[Prompt], said: Sequence[str], layer: int):
+    """(residual stream [T, d] at the layer's output, the prompt's tokens)."""
+    for prompt, answer in zip(prompts, said, strict=True):
+        asked = chat_text(tokenizer, prompt)
+        begin = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
+        ids = tokenizer(asked + answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        yield capture(model, ids.to(model.device), [layer])[0][0], begin
+
+
+def capture(model, input_ids: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """The residual stream [..., T, d] at the output of each of the decoder layers."""
+    caught = {}
+
+    def keep(layer):
+        def hook(_module, _args, output):
+            caught[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [model.base_model.layers[i].register_forward_hook(keep(i)) for i in layers]
+    try:
+        model.base_model(input_ids=input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [caught[i] for i in layers]
+
+
+def live_latents(model, tokenizer, sae, layer: int, archetype: Prompt, tokens: int = 2):
+    """{latent: on how many tokens of the model's refusal of `archetype` it is live}.
+
+    Latents live on fewer than `tokens` of them are left out.
+
+    Raises ValueError if the model does not refuse, or no latent is live often enough.
+    """
+    said = answers(model, tokenizer, [archetype])
+    if not is_refusal(said[0]):
+        raise ValueError(
+            f"archetype: got {archetype.turns[-1]!r}, which the model answers with {said[0]!r}; "
+            "accepted is a prompt that it refuses"
+        )
+    stream, begin = next(residuals(model, tokenizer, [archetype], said, layer))
+    values, indices = ops.encode(stream[begin:], sae.W_enc, sae.b_enc, sae.k)
+    counts = torch.bincount(indices[values > 0], minlength=sae.W_enc.shape[0])
+    found = {latent: int(counts[latent]) for latent in (counts >= tokens).nonzero()[:, 0].tolist()}
+    if not found:
+        raise ValueError(
+            f"tokens: got {tokens}, but no latent is live on more than {int(counts.max())} tokens "
+            f"of the refusal {said[0]!r}"
+        )
+    return found
+
+
+def largest_activations(
+    model, tokenizer, sae, layer: int, prompts: Sequence[Prompt], said: Sequence[str], latents
+) -> Tensor:
+    """Each latent's largest activation over the conversations' tokens, fp32 [len(latents)]."""
+    features = torch.as_tensor(latents)
+    largest = torch.zeros(len(latents))
+    for stream, _ in residuals(model, tokenizer, prompts, said, layer):
+        acts = ops.feature_acts(stream, sae.W_enc, sae.b_enc, features, sae.k)
+        largest = torch.maximum(largest, acts.amax(0))
+    return largest
+
+
+def score(base: Mapping[str, Share], steered: Mapping[str, Share]) -> float:
+    """What a clamp gains less what it costs, in shares from -2 to 2.
+
+    Gain: the rise of unsafe refusal. Cost: the mean of the rise of safe refusal and of the falls of
+    facts and sums.
+    """
+    change = {column: steered[column].value - base[column].value for column in base}
+    cost = (change["safe_refusal"] - change["facts"] - change["sums"]) / 3
+    return change["unsafe_refusal"] - cost
+
+
+def refusal_latents(
+    model,
+    tokenizer,
+    sae,
+    layer: int,
+    archetype: Prompt,
+    prompts: Sequence[Prompt],
+    strength: float = 1.0,
+    max_new_tokens: int = 24,
+) -> Iterator[Candidate]:
+    """Yields a Candidate for each live latent, clamped at strength * its largest activation.
+
+    prompts are for choosing only: what is reported must come from others. The latent to keep has
+    the largest score.
+    """
+    found = live_latents(model, tokenizer, sae, layer, archetype)
+    said = answers(model, tokenizer, prompts, max_new_tokens)
+    base = tally(prompts, said)
+    units = largest_activations(model, tokenizer, sae, layer, prompts, said, list(found)).tolist()
+    for (latent, tokens), unit in zip(found.items(), units, strict=True):
+        ((_, shares),) = sweep(
+            model, tokenizer, sae, latent, unit, layer, prompts, [strength], max_new_tokens
+        )
+        yield Candidate(latent, tokens, unit, shares, score(base, shares))

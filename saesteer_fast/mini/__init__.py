@@ -1,0 +1,47 @@
+"""The paper in miniature: a small Phi-3 that refuses, its tokenizer and its SAE, shipped here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..sae import SAE
+
+ASSETS = Path(__file__).with_name("assets")
+"""What `saesteer mini build` made; transformers loads model and tokenizer from here."""
+
+
+class Miniature(NamedTuple):
+    """What a build leaves."""
+
+    model: Any
+    """transformers.Phi3ForCausalLM, fp32, in eval mode."""
+    tokenizer: Any
+    sae: SAE
+    layer: int
+    """The decoder layer whose output the SAE reads."""
+    metrics: dict
+    """metrics.json: how it was built and how good it is."""
+
+
+def load(path: str | Path = ASSETS) -> Miniature:
+    """Reads the miniature from a folder that `saesteer mini build` wrote; by default the shipped.
+
+    Raises FileNotFoundError if it is not there.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(path)
+    if not (path / "metrics.json").is_file():
+        raise FileNotFoundError(
+            f"path: got {path}, which holds no metrics.json; accepted is a folder "
+            "that `saesteer mini build --out` wrote"
+        )
+    metrics = json.loads((path / "metrics.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    layer = metrics["layer"]
+    return Miniature(model.eval(), tokenizer, SAE.load(path / f"layers.{layer}"), layer, metrics)
