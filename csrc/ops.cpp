@@ -129,7 +129,8 @@ cpu::Encoder checked_encoder(const char* op, const Tensor& x, const Tensor& W_en
   check(W_enc.is_contiguous(), op,
         "W_enc is not contiguous; a copy of it every call would cost more than the op: call "
         ".contiguous() once");
-  b.has_dtype(ScalarType::Float, "float32 (with W_enc @ b_dec already subtracted, if the SAE does)");
+  b.has_dtype(ScalarType::Float,
+              "float32 (with W_enc @ b_dec already subtracted, if the SAE does)");
   b.has_shape("[" + std::to_string(N) + "], contiguous",
               b_enc.dim() == 1 && b_enc.size(0) == N && b_enc.is_contiguous());
   check(k >= 1 && k <= N, op, "k is ", k, "; accepted: 1 to ", N, ", the number of latents");
@@ -146,8 +147,8 @@ cpu::Features checked_features(const char* op, const Tensor& features, int64_t N
   const int64_t F = features.size(0);
   std::unordered_set<int64_t> seen;
   for (int64_t f = 0; f < F; ++f) {
-    check(index[f] >= 0 && index[f] < N, op, "features holds ", index[f],
-          "; accepted: 0 to ", N - 1);
+    check(index[f] >= 0 && index[f] < N, op, "features holds ", index[f], "; accepted: 0 to ",
+          N - 1);
     if (F > 1)
       check(seen.insert(index[f]).second, op, "features holds ", index[f],
             " twice; a latent can be edited once");
@@ -159,8 +160,8 @@ Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
              const Tensor& directions_in, const Tensor& features_in, const Tensor& values_in,
              int64_t k, std::optional<Tensor> mask_in) {
   const char* op = "steer";
-  const Tensor x = packed(x_in), features = packed(features_in),
-               directions = packed(directions_in), values = packed(values_in);
+  const Tensor x = packed(x_in), features = packed(features_in), directions = packed(directions_in),
+               values = packed(values_in);
   const cpu::Rows rows = checked_x(op, x);
   const cpu::Encoder encoder = checked_encoder(op, x, W_enc, b_enc, k);
   const cpu::Features chosen = checked_features(op, features, encoder.count);
@@ -257,10 +258,9 @@ Tensor decode(const Tensor& values_in, const Tensor& indices_in, const Tensor& W
 STABLE_TORCH_LIBRARY(saesteer, m) {
   m.def(
       "steer(Tensor x, Tensor W_enc, Tensor b_enc, Tensor directions, Tensor features, "
-      "Tensor values, int k, *, Tensor? mask=None) -> Tensor");
+      "Tensor values, int k, Tensor? mask=None) -> Tensor");
   m.def("feature_acts(Tensor x, Tensor W_enc, Tensor b_enc, Tensor features, int k) -> Tensor");
-  m.def(
-      "encode(Tensor x, Tensor W_enc, Tensor b_enc, int k) -> (Tensor values, Tensor indices)");
+  m.def("encode(Tensor x, Tensor W_enc, Tensor b_enc, int k) -> (Tensor values, Tensor indices)");
   m.def("decode(Tensor values, Tensor indices, Tensor W_dec, Tensor b_dec) -> Tensor");
 }
 

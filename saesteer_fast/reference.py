@@ -72,8 +72,8 @@ def steer(
     features: Tensor,
     values: Tensor,
     k: int,
-    *,
     mask: Tensor | None = None,
+    *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """x' = x + sum_f (value_f - a_f) directions_f, in `dtype`, rounded once to x's dtype.
@@ -92,7 +92,6 @@ def truth(
     features: Tensor,
     values: Tensor,
     k: int,
-    *,
     mask: Tensor | None = None,
 ) -> Tensor:
     """`steer` in fp64, not rounded."""

@@ -52,8 +52,12 @@ struct Best {
 class Selection {
  public:
   Selection(const Rows& x, const Encoder& encoder, int64_t workers, int64_t most)
-      : x_(x), encoder_(encoder), workers_(workers), most_(most),
-        keys_(workers * most * encoder.k), best_(workers * most) {}
+      : x_(x),
+        encoder_(encoder),
+        workers_(workers),
+        most_(most),
+        keys_(workers * most * encoder.k),
+        best_(workers * most) {}
 
   void select(int64_t begin, int64_t end, float* values, int64_t* indices) {
     for (size_t i = 0; i < best_.size(); ++i) best_[i] = {keys_.data() + i * encoder_.k};

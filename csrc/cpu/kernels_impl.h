@@ -1,11 +1,11 @@
 // The inner loops, written once over a vector type V; each kernels_*.cpp brings its own V and
 // instantiates `table<V>`. V has
-//   reg, lanes, tokens, wide    registers; rows of x a tile takes; up to how many it takes 8 rows of w
-//   load, load_part(p, n)       of float, bf16, f16, as fp32; past n < lanes zeros
-//   store, store_part           of fp32, rounding to nearest even
-//   set1, add, fma, sums        sums(a, b, c, d): the four registers' own sums, as a float4
-//   beats(p, threshold, ties)   a bit a lane
-//   Bf16Product                 how two bf16 rows are multiplied (Widened, or the machine's own way)
+//   reg, lanes, tokens, wide    registers; rows of x a tile takes; up to how many it takes 8 rows
+//   of w load, load_part(p, n)       of float, bf16, f16, as fp32; past n < lanes zeros store,
+//   store_part           of fp32, rounding to nearest even set1, add, fma, sums        sums(a, b,
+//   c, d): the four registers' own sums, as a float4 beats(p, threshold, ties)   a bit a lane
+//   Bf16Product                 how two bf16 rows are multiplied (Widened, or the machine's own
+//   way)
 #pragma once
 
 #include <cstring>
@@ -74,9 +74,9 @@ inline void tile(const void* const* x, const void* const* w, int64_t d, const fl
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < N; j += 4) {
-      float4 p = V::sums(acc[i][j], j + 1 < N ? acc[i][(j + 1) % N] : none,
-                         j + 2 < N ? acc[i][(j + 2) % N] : none,
-                         j + 3 < N ? acc[i][(j + 3) % N] : none);
+      float4 p =
+          V::sums(acc[i][j], j + 1 < N ? acc[i][(j + 1) % N] : none,
+                  j + 2 < N ? acc[i][(j + 2) % N] : none, j + 3 < N ? acc[i][(j + 3) % N] : none);
       constexpr int width = N < 4 ? N : 4;
       float4 b = {};
       std::memcpy(&b, bias + j, width * sizeof(float));
@@ -108,8 +108,8 @@ void panel(const void* const* x, const void* const* w, int n, int64_t d, const f
 }
 
 template <class V, class P, int M = 1>
-void dots_of(const void* const* x, int m, const void* const* w, int n, int64_t d,
-             const float* bias, float* out, bool cold) {
+void dots_of(const void* const* x, int m, const void* const* w, int n, int64_t d, const float* bias,
+             float* out, bool cold) {
   if (m == M) return panel<V, P, M>(x, w, n, d, bias, out, cold);
   if constexpr (M < V::tokens) dots_of<V, P, M + 1>(x, m, w, n, d, bias, out, cold);
 }

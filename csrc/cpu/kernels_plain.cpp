@@ -76,7 +76,9 @@ struct Plain {
   static reg add(reg a, reg b) { return a + b; }
   static reg fma(reg a, reg b, reg c) { return a * b + c; }
 
-  static float sum(reg a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
+  static float sum(reg a) {
+    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+  }
   static float4 sums(reg a, reg b, reg c, reg d) { return float4{sum(a), sum(b), sum(c), sum(d)}; }
 
   static uint32_t beats(reg p, reg threshold, bool ties) {

@@ -32,7 +32,11 @@ class Ranks {
  public:
   Ranks(const Rows& x, const Encoder& encoder, const Features& features,
         const std::vector<int64_t>& tokens, const std::vector<float*>& acts)
-      : x_(x), encoder_(encoder), features_(features), tokens_(tokens), acts_(acts),
+      : x_(x),
+        encoder_(encoder),
+        features_(features),
+        tokens_(tokens),
+        acts_(acts),
         beaten_(new std::atomic<int32_t>[tokens.size() * features.count]) {
     for (size_t t = 0; t < tokens.size(); ++t)
       for (int64_t f = 0; f < features.count; ++f)
@@ -84,8 +88,7 @@ class Ranks {
     for (int i = 0; i < m; ++i)
       for (int64_t f = 0; f < features_.count; ++f) {
         if (decided(open[i], f)) continue;
-        const uint64_t bits =
-            beaters(block, p + i * kBlock, acts_[open[i]][f], features_.index[f]);
+        const uint64_t bits = beaters(block, p + i * kBlock, acts_[open[i]][f], features_.index[f]);
         if (bits)
           beaten(open[i], f).fetch_add(__builtin_popcountll(bits), std::memory_order_relaxed);
       }
@@ -114,8 +117,14 @@ class Ladder {
  public:
   Ladder(const Rows& x, const Encoder& encoder, const Features& features, const bool* mask,
          const Settled& settled, int64_t most)
-      : x_(x), encoder_(encoder), features_(features), mask_(mask), settled_(settled),
-        rows_(encoder, features), acts_(most * features.count), open_(most) {}
+      : x_(x),
+        encoder_(encoder),
+        features_(features),
+        mask_(mask),
+        settled_(settled),
+        rows_(encoder, features),
+        acts_(most * features.count),
+        open_(most) {}
 
   void climb(int64_t begin, int64_t end) {
     begin_ = begin;

@@ -32,8 +32,7 @@ void parallel(int64_t count, const F& work) {
   Pieces pieces(count);
   const int64_t workers = workers_for(count);
   if (workers <= 1) return work(pieces, 0);
-  torch::stable::parallel_for(0, workers, 1,
-                              [&](int64_t begin, int64_t) { work(pieces, begin); });
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) { work(pieces, begin); });
 }
 
 }  // namespace saesteer::cpu

@@ -20,8 +20,8 @@ void steer(const Rows& x, int64_t tokens, const Encoder& encoder, const Rows& di
     if (coef.empty())
       std::memcpy(y[t], x[t], x.width * bytes(x.dtype));
     else
-      kernels().add(x[t], x.dtype, rows.data(), directions.dtype, coef.data(), coef.size(),
-                    x.width, y[t], y.dtype);
+      kernels().add(x[t], x.dtype, rows.data(), directions.dtype, coef.data(), coef.size(), x.width,
+                    y[t], y.dtype);
   };
   measure(x, tokens, encoder, features, mask, write);
 }

@@ -34,9 +34,7 @@ struct OutRows {
   Dtype dtype;
   int64_t width;
 
-  void* operator[](int64_t i) const {
-    return static_cast<char*>(data) + i * width * bytes(dtype);
-  }
+  void* operator[](int64_t i) const { return static_cast<char*>(data) + i * width * bytes(dtype); }
 };
 
 // The SAE's encoder: p_j = W[j] . x + bias[j], j = 0..count-1; a token keeps its k largest.

@@ -19,9 +19,7 @@ struct Avx512 {
 
   static reg load(const float* p) { return _mm512_loadu_ps(p); }
   static reg load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
-  static reg load(const f16* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-  }
+  static reg load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   static reg load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static reg load_part(const bf16* p, int n) {
     return widen(_mm256_maskz_loadu_epi16(first(n), p));
@@ -37,9 +35,7 @@ struct Avx512 {
   static void store_part(bf16* p, reg v, int n) {
     _mm256_mask_storeu_epi16(p, first(n), to_bf16(v));
   }
-  static void store_part(f16* p, reg v, int n) {
-    _mm256_mask_storeu_epi16(p, first(n), to_f16(v));
-  }
+  static void store_part(f16* p, reg v, int n) { _mm256_mask_storeu_epi16(p, first(n), to_f16(v)); }
 
   static reg set1(float v) { return _mm512_set1_ps(v); }
   static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }

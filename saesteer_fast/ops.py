@@ -1,0 +1,234 @@
+"""The torch ops: loads the compiled library, gives the ops shapes for torch.compile and gradients,
+and chooses who computes them. The only file that names torch.ops.
+
+    torch.ops.saesteer.steer(x, W_enc, b_enc, directions, features, values, k, mask=None) -> Tensor
+    torch.ops.saesteer.feature_acts(x, W_enc, b_enc, features, k) -> Tensor
+    torch.ops.saesteer.encode(x, W_enc, b_enc, k) -> (Tensor values, Tensor indices)
+    torch.ops.saesteer.decode(values, indices, W_dec, b_dec) -> Tensor
+
+The CPU has compiled kernels; on other devices the reference runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_LIBRARY = Path(__file__).with_name("libsaesteer_ops.so")
+try:
+    torch.ops.load_library(_LIBRARY)
+except OSError as error:
+    raise ImportError(
+        f"saesteer_fast's compiled ops do not load from {_LIBRARY.name}; build them with "
+        "`pip install --no-build-isolation .` under this PyTorch"
+    ) from error
+
+from . import _build  # noqa: E402  (speaks of the library, so it comes after it)
+
+_OPS = torch.ops.saesteer
+_IMPLS = ("auto", "cpu", "cuda", "triton", "reference")
+
+
+def steer(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    directions: Tensor,
+    features: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    mask: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Set SAE latents to constants, keeping what the SAE cannot express.
+
+        x' = x + sum_f (value_f - a_f) directions_f,    a_f as `feature_acts` gives it
+
+    x [..., d] fp32, bf16 or fp16; W_enc [N, d], a latent a row, contiguous, any of these dtypes;
+    b_enc [N] fp32, b_dec folded in; directions [F, d] = W_dec[features]; features [F] int64,
+    distinct; values [F] or [..., F] fp32; mask bool [...], True = steer this token. Sums are fp32;
+    x' has x's dtype and is rounded once. Tokens outside the mask, and tokens that no edit changes,
+    come out bit-identical; a token with NaN or infinity in it comes out NaN. Differentiable in x
+    and values. Raises RuntimeError naming the argument, ValueError for an unknown `impl`.
+    """
+    run = reference.steer if _by_reference(impl, x) else _OPS.steer
+    return run(x, W_enc, b_enc, directions, features, values, k, mask)
+
+
+def feature_acts(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int, *, impl: str = "auto"
+) -> Tensor:
+    """The activations of a few latents of a top-k SAE, without encoding: [..., F] fp32.
+
+        p_j = W_enc[j]·x + b_enc_j
+        a_f = p_f if p_f > 0 and fewer than k latents beat f, else 0
+        j beats f if p_j > p_f, or p_j = p_f and j < f
+
+    NaN where p_f is not finite. Arguments as for `steer`; differentiable in x.
+    """
+    run = reference.feature_acts if _by_reference(impl, x) else _OPS.feature_acts
+    return run(x, W_enc, b_enc, features, k)
+
+
+def encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The k largest pre-activations, descending, ties to the lower index, negative ones as 0.
+
+    Values [..., k] fp32 and indices [..., k] int64; NaN counts as the largest, as in torch.topk.
+    Arguments as for `steer`; differentiable in x.
+    """
+    run = reference.encode if _by_reference(impl, x) else _OPS.encode
+    return run(x, W_enc, b_enc, k)
+
+
+def decode(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, *, impl: str = "auto"
+) -> Tensor:
+    """recon = b_dec + sum_i values_i W_dec[indices_i], summed in fp32: [..., d] of W_dec's dtype.
+
+    values [..., k] fp32, indices [..., k] int64, W_dec [N, d], b_dec [d]. Differentiable in values.
+    """
+    run = reference.decode if _by_reference(impl, values) else _OPS.decode
+    return run(values, indices, W_dec, b_dec)
+
+
+def implementations() -> dict[str, str]:
+    """What impl="auto" runs for a tensor on each kind of device, and why."""
+    isa, why = _build.instruction_set()
+    missing = _build.facts()["no_cuda_reason"] or "the CUDA library has no kernels for these ops"
+    return {"cpu": f"cpu: {isa} kernels, {why}", "cuda": f"reference: {missing}"}
+
+
+def _by_reference(impl: str, x: Tensor) -> bool:
+    """Whether plain PyTorch runs; ValueError if `impl` cannot run where x is."""
+    if impl == "auto" or (impl == "cpu" and x.is_cpu):
+        return False
+    if impl == "reference":
+        return True
+    if impl not in _IMPLS:
+        raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(_IMPLS)}")
+    here = "auto, cpu, reference" if x.is_cpu else "auto, reference"
+    raise ValueError(f"impl: {impl!r} cannot run for a tensor on {x.device}; accepted: {here}")
+
+
+@torch.library.register_fake("saesteer::steer")
+def _(x, W_enc, b_enc, directions, features, values, k, mask=None):
+    _check_encoder(x, W_enc, b_enc)
+    shared = values.dim() == 1 and x.dim() > 1
+    torch._check(
+        values.shape == (features.shape if shared else (*x.shape[:-1], features.shape[0])),
+        lambda: f"saesteer::steer: values has shape {tuple(values.shape)}",
+    )
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("saesteer::feature_acts")
+def _(x, W_enc, b_enc, features, k):
+    _check_encoder(x, W_enc, b_enc)
+    return x.new_empty((*x.shape[:-1], features.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("saesteer::encode")
+def _(x, W_enc, b_enc, k):
+    _check_encoder(x, W_enc, b_enc)
+    shape = (*x.shape[:-1], k)
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("saesteer::decode")
+def _(values, indices, W_dec, b_dec):
+    return W_dec.new_empty((*values.shape[:-1], W_dec.shape[1]))
+
+
+def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
+    torch._check(
+        W_enc.dim() == 2 and W_enc.shape[1] == x.shape[-1] and b_enc.shape == W_enc.shape[:1],
+        lambda: (
+            f"x is {tuple(x.shape)}, W_enc {tuple(W_enc.shape)}, b_enc {tuple(b_enc.shape)}; "
+            "accepted: [..., d], [N, d], [N]"
+        ),
+    )
+
+
+def _require_constant(ctx, op: str, names: tuple[str, ...], differentiable: set[str]) -> None:
+    for name, needed in zip(names, ctx.needs_input_grad, strict=False):
+        if needed and name not in differentiable:
+            raise NotImplementedError(
+                f"saesteer::{op}: no gradient for {name}, only for "
+                f"{' and '.join(sorted(differentiable))}; detach it"
+            )
+
+
+def _save_steer(ctx, inputs, output):
+    names = ("x", "W_enc", "b_enc", "directions", "features", "values", "k", "mask")
+    _require_constant(ctx, "steer", names, {"x", "values"})
+    x, W_enc, b_enc, directions, features, values, ctx.k, mask = inputs
+    ctx.shared = values.shape == features.shape and x.dim() > 1
+    ctx.save_for_backward(x, W_enc, b_enc, directions, features, mask)
+
+
+def _steer_backward(ctx, grad):
+    # dx'/dvalue_f = directions_f;  dx'/dx = 1 - sum over live f of directions_f W_enc[f]^T
+    x, W_enc, b_enc, directions, features, mask = ctx.saved_tensors
+    slope = grad.float() @ directions.float().mT
+    if mask is not None:
+        slope = slope * mask[..., None]
+    grad_x = grad_values = None
+    if ctx.needs_input_grad[0]:
+        live = _OPS.feature_acts(x, W_enc, b_enc, features, ctx.k) > 0
+        grad_x = (grad.float() - (slope * live) @ W_enc[features].float()).to(grad.dtype)
+    if ctx.needs_input_grad[5]:
+        grad_values = slope.reshape(-1, slope.shape[-1]).sum(0) if ctx.shared else slope
+    return grad_x, None, None, None, None, grad_values, None, None
+
+
+def _save_feature_acts(ctx, inputs, output):
+    _require_constant(ctx, "feature_acts", ("x", "W_enc", "b_enc"), {"x"})
+    x, W_enc, _, features, _ = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(output, W_enc, features)
+
+
+def _feature_acts_backward(ctx, grad):
+    acts, W_enc, features = ctx.saved_tensors
+    grad_x = (grad * (acts > 0)) @ W_enc[features].float()
+    return grad_x.to(ctx.dtype), None, None, None, None
+
+
+def _save_encode(ctx, inputs, output):
+    _require_constant(ctx, "encode", ("x", "W_enc", "b_enc"), {"x"})
+    ctx.dtype = inputs[0].dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, inputs[1])
+
+
+def _encode_backward(ctx, grad, _):
+    values, indices, W_enc = ctx.saved_tensors
+    grad_x = ((grad * (values > 0))[..., None] * W_enc[indices].float()).sum(-2)
+    return grad_x.to(ctx.dtype), None, None, None
+
+
+def _save_decode(ctx, inputs, output):
+    _require_constant(ctx, "decode", ("values", "indices", "W_dec", "b_dec"), {"values"})
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _decode_backward(ctx, grad):
+    indices, W_dec = ctx.saved_tensors
+    return (W_dec[indices].float() @ grad.float()[..., None]).squeeze(-1), None, None, None
+
+
+for _name, _backward, _save in (
+    ("steer", _steer_backward, _save_steer),
+    ("feature_acts", _feature_acts_backward, _save_feature_acts),
+    ("encode", _encode_backward, _save_encode),
+    ("decode", _decode_backward, _save_decode),
+):
+    torch.library.register_autograd(f"saesteer::{_name}", _backward, setup_context=_save)
+    torch.library.impl(f"saesteer::{_name}", "cuda", getattr(reference, _name))
