@@ -1,8 +1,8 @@
 """Steering a whole model: hooks that hold latents at constants while it runs.
 
 Three hooks make one steering. One, before the decoder runs, notes which tokens are padding; one
-replaces the steered module's output; one, after the decoder ran, forgets the note, and raises if
-the module was passed by.
+replaces the steered module's output; one, after the decoder ran, forgets them, and raises if the
+module was passed by.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def steering(
     require_sae(sae)
     site = _locate(model, sae.hookpoint if layer is None else layer)
     _check_width(model, sae, site)
-    return Handle(site, Clamp(sae, edits, _device(site)), impl)
+    clamp = Clamp(sae, edits, _device(site))
+    # Steering no tokens finds now what the model's first call would find.
+    clamp(clamp.W_enc.new_empty(0, clamp.d), impl=impl)
+    return Handle(site, clamp, impl)
 
 
 class Handle:
@@ -107,14 +110,24 @@ class _Site(NamedTuple):
     """It calls the module, and is given the attention mask."""
 
 
-class _Note(threading.local):
-    """What one thread's running call of the decoder must remember; threads may share a model."""
+class _Call:
+    """What a running call of the decoder must remember."""
 
     mask: Tensor | None = None
     awaited: bool = False
 
+
+class _Calls(threading.local):
+    """One call a thread: threads may share a model.
+
+    Set once and changed inside, because Dynamo loses writes to the attributes of a thread's local.
+    """
+
+    def __init__(self):
+        self.running = _Call()
+
     def __reduce__(self):
-        return _Note, ()
+        return _Calls, ()
 
 
 class _Hooks:
@@ -122,30 +135,32 @@ class _Hooks:
 
     def __init__(self, site: _Site, clamp: Clamp, impl: str):
         self.path, self.clamp, self.impl = site.path, clamp, impl
-        self.note = _Note()
+        self.calls = _Calls()
         self.parameters = list(inspect.signature(site.decoder.forward).parameters)
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = self._argument("attention_mask", args, kwargs)
         cache = self._argument("past_key_values", args, kwargs)
-        self.note.mask = _real_tokens(mask, cache)
-        self.note.awaited = True
+        call = self.calls.running
+        call.mask, call.awaited = _real_tokens(mask, cache), True
 
     def steer(self, module: nn.Module, args: tuple, output):
         hidden = output[0] if isinstance(output, tuple) else output
         if not isinstance(hidden, Tensor):
             raise TypeError(f"{self.path} gives a {type(hidden).__name__}, no tensor to steer")
-        mask = self.note.mask
+        call = self.calls.running
+        call.awaited = False
+        mask = call.mask
         if mask is not None:
             fits = mask.shape == hidden.shape[:-1]
             mask = mask.to(hidden.device, torch.bool) if fits else None
         steered = self.clamp(hidden, mask, self.impl)
-        self.note.awaited = False
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     def after(self, decoder: nn.Module, args: tuple, output) -> None:
-        passed_by = self.note.awaited and output is not None
-        self.note.mask, self.note.awaited = None, False
+        call = self.calls.running
+        passed_by = call.awaited and output is not None
+        call.mask, call.awaited = None, False
         if passed_by:
             raise RuntimeError(f"{self.path} was not called as a module: nothing was steered")
 

@@ -47,14 +47,14 @@ def golden() -> Callable[[str], SimpleNamespace]:
 
 @pytest.fixture(scope="session")
 def make_sae() -> Callable[..., sf.SAE]:
-    """An SAE of random weights with unit decoder rows."""
+    """An SAE of random weights: unit decoder rows, encoder rows that lean towards them."""
 
     def make(d=32, N=128, k=8, seed=0, dtype=torch.float32, hookpoint="layers.1") -> sf.SAE:
         random = torch.Generator().manual_seed(seed)
-        W_enc, W_dec = torch.randn(2, N, d, generator=random)
+        noise, W_dec = torch.randn(2, N, d, generator=random)
+        W_dec /= W_dec.norm(dim=1, keepdim=True)
         bias, b_dec = torch.randn(N, generator=random), torch.randn(d, generator=random)
-        weights = dict(W_enc=W_enc, bias=0.1 * bias, W_dec=W_dec, b_dec=0.3 * b_dec)
-        weights["W_dec"] = W_dec / W_dec.norm(dim=1, keepdim=True)
+        weights = dict(W_enc=W_dec + 0.1 * noise, bias=0.1 * bias, W_dec=W_dec, b_dec=0.3 * b_dec)
         stored = {name: tensor.to(dtype) for name, tensor in weights.items()}
         return sf.SAE(**stored, k=k, hookpoint=hookpoint)
 

@@ -1,0 +1,222 @@
+"""sf.steering never leaves a model silently unsteered, or hooked by half."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import saesteer_fast as sf
+
+EDITS = {3: 6.0}
+PROMPT = torch.tensor([[5, 17, 60, 2, 33]])
+
+
+@pytest.fixture(scope="module")
+def sae(make_sae):
+    return make_sae()
+
+
+@pytest.fixture(scope="module")
+def model(make_phi3):
+    return make_phi3()
+
+
+def hooks(model):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
+    return {
+        (name, kind): dict(getattr(module, kind))
+        for name, module in model.named_modules()
+        for kind in kinds
+        if getattr(module, kind)
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_hook_is_left(model):
+    before = hooks(model)
+    yield
+    assert hooks(model) == before
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "message"),
+    [
+        (4, ValueError, "layer: got 4, accepted are 0 to 3"),
+        (-1, ValueError, "layer: got -1, accepted are 0 to 3"),
+        (1.0, TypeError, "layer: got 1.0, a number or a module's name"),
+        (True, TypeError, "layer: got True"),
+        ("layers.9", ValueError, r"Phi3ForCausalLM has no module 'layers.9'; did you mean 'layers"),
+        ("layer.1", ValueError, r"no module 'layer\.1'; did you mean 'layers\.1'"),
+        ("layers.-1", ValueError, r"no module 'layers\.-1'"),
+        ("blocks.1.hook_resid_post", ValueError, "no module 'blocks.1.hook_resid_post'"),
+        ("", ValueError, "no module ''"),
+        ("norm.weight", ValueError, "no module 'norm.weight'"),
+    ],
+)
+def test_layer_that_is_not_there(model, sae, layer, error, message):
+    with pytest.raises(error, match=message):
+        sf.steering(model, sae, EDITS, layer=layer)
+
+
+def test_no_layer_at_all(model, make_sae):
+    with pytest.raises(ValueError, match="layer: none is given, and the SAE names no hookpoint"):
+        sf.steering(model, make_sae(hookpoint=None), EDITS)
+
+
+def test_hookpoint_of_another_model(model, make_sae):
+    with pytest.raises(ValueError, match=r"no module 'h\.3'"):
+        sf.steering(model, make_sae(hookpoint="h.3"), EDITS)
+
+
+def test_model_without_layers(sae):
+    with pytest.raises(ValueError, match=r"Linear has no layers, h, .*; name a module"):
+        sf.steering(nn.Linear(32, 32), sae, EDITS, layer=0)
+
+
+def test_arguments_of_the_wrong_kind(model, sae):
+    with pytest.raises(TypeError, match=r"model: got str, a torch\.nn\.Module is needed"):
+        sf.steering("phi-3", sae, EDITS, layer=1)
+    with pytest.raises(TypeError, match="sae: got str, an SAE is needed"):
+        sf.steering(model, "layers.1", EDITS)
+    with pytest.raises(TypeError, match="edits: got list, a mapping"):
+        sf.steering(model, sae, [(3, 1.0), (3, 2.0)])
+    with pytest.raises(ValueError, match="edits: latent 128 is not among 0 to 127"):
+        sf.steering(model, sae, {128: 1.0})
+    with pytest.raises(ValueError, match="edits: latent 3 is given nan"):
+        sf.steering(model, sae, {3: float("nan")})
+
+
+def test_unknown_impl_is_found_before_the_model_runs(model, sae):
+    with pytest.raises(ValueError, match="impl"):
+        sf.steering(model, sae, EDITS, impl="fastest")
+
+
+def test_sae_for_another_width(model, make_sae):
+    with pytest.raises(ValueError, match=r"sae: is for width 48, layers\.1 is 32 wide"):
+        sf.steering(model, make_sae(d=48), EDITS)
+
+
+def test_width_of_a_module_inside_a_layer(model, sae):
+    with sf.steering(model, sae, EDITS, layer="layers.1.mlp.gate_up_proj"):
+        with pytest.raises(ValueError, match=r"x: got shape \(1, 5, 128\), the SAE is for .* 32\]"):
+            model(PROMPT)
+
+
+def test_double_precision(make_phi3, sae):
+    with pytest.raises(TypeError, match=r"model: layers\.1 is torch\.float64"):
+        sf.steering(make_phi3().double(), sae, EDITS)
+    model = make_phi3()
+    with sf.steering(model, sae, EDITS):
+        with pytest.raises(TypeError, match=r"x: got torch\.float64, accepted"):
+            model.double()(PROMPT)
+
+
+def test_model_without_weights(make_phi3, sae):
+    with torch.device("meta"):
+        model = make_phi3()
+    with pytest.raises(ValueError, match=r"model: layers\.1 is on meta; load its weights first"):
+        sf.steering(model, sae, EDITS)
+
+
+def test_model_that_moved_afterwards(sae):
+    model = nn.Sequential(nn.Linear(32, 32))
+    with sf.steering(model, sae, EDITS, layer="0"):
+        model.to("meta")
+        with pytest.raises(ValueError, match="x: is on meta, the SAE's weights on cpu"):
+            model(torch.ones(1, 32, device="meta"))
+
+
+@pytest.mark.parametrize("layer", ["layers", "norm"])
+def test_module_that_is_passed_by(model, sae, layer, monkeypatch):
+    """A list is never called; and a forward that is called by name runs no hooks."""
+    monkeypatch.setattr(type(model.model.norm), "__call__", lambda self, x: self.forward(x))
+    with sf.steering(model, sae, EDITS, layer=layer):
+        with pytest.raises(RuntimeError, match=f"{layer} was not called as a module: nothing was"):
+            model(PROMPT)
+    model(PROMPT)
+
+
+def test_module_that_gives_no_tensor(model, sae):
+    with sf.steering(model, sae, EDITS, layer="rotary_emb"):
+        with pytest.raises(ValueError, match="x: got shape"):  # the first of a tuple is steered
+            model(PROMPT)
+    with sf.steering(model, sae, EDITS, layer="model"):
+        with pytest.raises(TypeError, match="model gives a BaseModelOutputWithPast, no tensor"):
+            model(PROMPT)
+
+
+def test_set_refuses_and_changes_nothing(model, sae):
+    with sf.steering(model, sae, {3: 6.0, 77: -2.0}) as handle:
+        before = repr(handle)
+        for edits, error, message in [
+            ({4: 1.0}, ValueError, r"edits: latent 4 is not held; held are \[3, 77\]"),
+            ({3: 1.0, -1: 1.0}, ValueError, "edits: latent -1 is not held"),
+            ({3: 1.0, 77: float("nan")}, ValueError, "edits: latent 77 is given nan"),
+            ({3: "1"}, TypeError, "edits: latent 3 is given '1'"),
+            ([(3, 1.0)], TypeError, "edits: got list"),
+        ]:
+            with pytest.raises(error, match=message):
+                handle.set(edits)
+            assert repr(handle) == before
+
+
+def test_removed_is_removed(model, sae):
+    handle = sf.steering(model, sae, EDITS)
+    handle.remove()
+    with pytest.raises(RuntimeError, match=r"this steering of layers\.1 was removed"):
+        handle.set({3: 1.0})
+    with pytest.raises(RuntimeError, match="was removed; attach a new one"):
+        with handle:
+            pass
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_error_in_the_body(model, sae, error):
+    before = hooks(model)
+    with pytest.raises(error):
+        with sf.steering(model, sae, EDITS):
+            assert hooks(model) != before
+            raise error
+    assert hooks(model) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_error_in_the_model(model, sae, error, layer):
+    """In a layer before the steered one, and after: the next call is as if nothing had happened."""
+
+    def fail(module, args, output):
+        raise error
+
+    ids = torch.tensor([[0, 0, 5, 17], [8, 9, 5, 17]])
+    mask = (ids != 0).long()
+    with sf.steering(model, sae, EDITS), torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        alone = model.model.layers[1](*layer_inputs(model, ids))
+        foreign = model.model.layers[layer].register_forward_hook(fail)
+        with pytest.raises(error):
+            model(ids, attention_mask=mask)
+        foreign.remove()
+        if error is RuntimeError:
+            assert torch.equal(model.model.layers[1](*layer_inputs(model, ids)), alone)
+        assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+
+
+def layer_inputs(model, ids):
+    embeds = model.model.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1])[None]
+    return embeds, None, positions, None, False, model.model.rotary_emb(embeds, positions)
+
+
+@pytest.mark.parametrize("failing", ["register_forward_pre_hook", "register_forward_hook"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_error_while_attaching(model, sae, monkeypatch, failing, error):
+    def fail(*args, **options):
+        raise error
+
+    before = hooks(model)
+    monkeypatch.setattr(model.model, failing, fail)
+    with pytest.raises(error):
+        sf.steering(model, sae, EDITS)
+    assert hooks(model) == before
