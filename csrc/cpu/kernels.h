@@ -33,6 +33,9 @@ struct Kernels {
               const float* coef, int64_t count, int64_t d, void* y, Dtype y_dtype);
 
   void (*to_f32)(const void* src, Dtype dtype, int64_t n, float* dst);
+
+  // As memcpy, which on some machines is slow for one row of a matrix.
+  void (*copy)(const void* src, int64_t bytes, void* dst);
 };
 
 extern const Kernels plain_kernels;

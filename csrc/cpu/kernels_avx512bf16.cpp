@@ -1,4 +1,5 @@
-// The kernels for AVX-512 with BF16: as AVX-512, with two bf16 rows multiplied by vdpbf16ps.
+// The kernels for AVX-512 with BF16: as AVX-512, but two bf16 rows are multiplied by vdpbf16ps, and
+// results rounded to bf16 by vcvtne2ps2bf16.
 #include "vec_avx512.h"
 
 namespace saesteer::cpu {
@@ -20,6 +21,19 @@ struct PairProduct {
 
 struct Avx512Bf16 : Avx512 {
   using Bf16Product = PairProduct;
+
+  static void store_two(bf16* p, reg low, reg high) {
+    // vcvtne2ps2bf16 flushes subnormals.
+    constexpr int kSubnormal = 0x20;
+    const __mmask16 flushed =
+        _mm512_fpclass_ps_mask(low, kSubnormal) | _mm512_fpclass_ps_mask(high, kSubnormal);
+    if (__builtin_expect(flushed, 0)) {
+      store(p, low);
+      store(p + lanes, high);
+    } else {
+      _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  }
 };
 
 }  // namespace

@@ -142,6 +142,16 @@ uint64_t beats(const float* p, int n, float threshold, bool ties) {
   return bits;
 }
 
+template <class V, class Y>
+void store_two(Y* y, typename V::reg low, typename V::reg high) {
+  if constexpr (std::is_same_v<Y, bf16> && V::Bf16Product::native) {
+    V::store_two(y, low, high);
+  } else {
+    V::store(y, low);
+    V::store(y + V::lanes, high);
+  }
+}
+
 template <class V, class B, class R, class Y>
 void add_of(const B* base, const void* const* rows, const float* coef, int64_t count, int64_t d,
             Y* y) {
@@ -157,8 +167,9 @@ void add_of(const B* base, const void* const* rows, const float* coef, int64_t c
       for (int u = 0; u < U; ++u)
         s[u] = V::fma(V::set1(coef[i]), V::load(row(i) + c + u * V::lanes), s[u]);
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u)
-      V::store(y + c + u * V::lanes, V::add(V::load(base + c + u * V::lanes), s[u]));
+    for (int u = 0; u < U; ++u) s[u] = V::add(V::load(base + c + u * V::lanes), s[u]);
+#pragma GCC unroll 2
+    for (int u = 0; u < U; u += 2) store_two<V>(y + c + u * V::lanes, s[u], s[u + 1]);
   }
   for (; c < d; c += V::lanes) {
     const int n = static_cast<int>(d - c < V::lanes ? d - c : V::lanes);
@@ -209,8 +220,17 @@ void to_f32(const void* src, Dtype dtype, int64_t n, float* dst) {
   });
 }
 
+inline void copy(const void* src, int64_t bytes, void* dst) {
+  constexpr int64_t kLine = 64;
+  const auto* from = static_cast<const char*>(src);
+  auto* to = static_cast<char*>(dst);
+  for (; bytes >= kLine; bytes -= kLine, from += kLine, to += kLine) std::memcpy(to, from, kLine);
+  std::memcpy(to, from, bytes);
+}
+
 template <class V>
-constexpr Kernels table{V::tokens, V::Bf16Product::native, dots<V>, beats<V>, add<V>, to_f32<V>};
+constexpr Kernels table{V::tokens, V::Bf16Product::native, dots<V>, beats<V>, add<V>, to_f32<V>,
+                        copy};
 
 }  // namespace
 }  // namespace saesteer::cpu

@@ -1,29 +1,92 @@
 #include "steer.h"
 
-#include <cstring>
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
 
 namespace saesteer::cpu {
+namespace {
+
+// sum_i coef[i] rows[i]
+struct Terms {
+  Dtype dtype;
+  std::vector<float> coef;
+  std::vector<const void*> rows;
+
+  void add(float c, const void* row) { coef.push_back(c), rows.push_back(row); }
+
+  void clear(Dtype rows_dtype) {
+    dtype = rows_dtype;
+    coef.clear(), rows.clear();
+  }
+};
+
+void write_sum(const void* base, const Terms& terms, int64_t d, void* y, Dtype y_dtype) {
+  kernels().add(base, y_dtype, terms.rows.data(), terms.dtype, terms.coef.data(), terms.coef.size(),
+                d, y, y_dtype);
+}
+
+class Edit {
+ public:
+  Edit(const Rows& x, int64_t tokens, const Rows& directions, int64_t features,
+       const Values& values, const OutRows& y)
+      : x_(x), directions_(directions), features_(features), values_(values), y_(y) {
+    if (values.stride == 0 && tokens > 1) sum_common();
+  }
+
+  // Writes token t; acts is null outside the mask.
+  void write(int64_t t, const float* acts) const {
+    thread_local Terms terms;
+    terms.clear(directions_.dtype);
+    if (acts != nullptr) collect(t, acts, terms);
+    if (terms.rows.empty())
+      kernels().copy(x_[t], x_.width * bytes(x_.dtype), y_[t]);
+    else
+      write_sum(x_[t], terms, x_.width, y_[t], y_.dtype);
+  }
+
+ private:
+  void collect(int64_t t, const float* acts, Terms& terms) const {
+    const auto is_zero = [](float a) { return a == 0; };
+    if (!common_.empty() && std::all_of(acts, acts + features_, is_zero)) {
+      terms.clear(Dtype::f32);
+      terms.add(1, common_.data());
+      return;
+    }
+    for (int64_t f = 0; f < features_; ++f) {
+      const float delta = values_.data[t * values_.stride + f] - acts[f];
+      if (delta != 0) terms.add(delta, directions_[f]);
+    }
+  }
+
+  // Most tokens have no live feature, so one sum serves them all. In fp32 it is bit for bit the sum
+  // that each would make for itself.
+  void sum_common() {
+    const std::vector<float> acts(features_), base(x_.width);
+    Terms terms;
+    terms.clear(directions_.dtype);
+    collect(0, acts.data(), terms);
+    if (terms.rows.empty()) return;
+    std::vector<float> sum(x_.width);
+    write_sum(base.data(), terms, x_.width, sum.data(), Dtype::f32);
+    common_ = std::move(sum);
+  }
+
+  const Rows x_, directions_;
+  const int64_t features_;
+  const Values values_;
+  const OutRows y_;
+  std::vector<float> common_;
+};
+
+}  // namespace
 
 void steer(const Rows& x, int64_t tokens, const Encoder& encoder, const Rows& directions,
            const Features& features, const Values& values, const bool* mask, const OutRows& y) {
-  const int64_t F = features.count;
-  const auto write = [&](int64_t t, const float* acts) {
-    thread_local std::vector<float> coef;
-    thread_local std::vector<const void*> rows;
-    coef.clear(), rows.clear();
-    for (int64_t f = 0; acts && f < F; ++f)
-      if (const float delta = values.data[t * values.stride + f] - acts[f]; delta != 0)
-        coef.push_back(delta), rows.push_back(directions[f]);
-    if (coef.empty())
-      std::memcpy(y[t], x[t], x.width * bytes(x.dtype));
-    else
-      kernels().add(x[t], x.dtype, rows.data(), directions.dtype, coef.data(), coef.size(), x.width,
-                    y[t], y.dtype);
-  };
-  measure(x, tokens, encoder, features, mask, write);
+  const Edit edit(x, tokens, directions, features.count, values, y);
+  measure(x, tokens, encoder, features, mask,
+          [&edit](int64_t t, const float* acts) { edit.write(t, acts); });
 }
 
 }  // namespace saesteer::cpu
