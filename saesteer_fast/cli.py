@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="saesteer-mini", help="folder to write (default: %(default)s)"
     )
     build.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    build.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    build.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     build.set_defaults(run=_mini_build)
 
     env = commands.add_parser("env", help="what is installed, and which implementation runs here")

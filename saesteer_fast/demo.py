@@ -11,11 +11,11 @@ import torch
 
 from . import __version__, mini
 from .attach import steering
-from .eval import Prompt, answers, is_refusal, json_rows, plot, sweep, table
+from .eval import answers, is_refusal, json_rows, plot, sweep, table
 from .find import Candidate, refusal_latents, score
 from .mini import Miniature, corpus
 
-STRENGTHS = (0, 0.5, 1, 1.5, 2, 3)
+STRENGTHS = (0, 0.5, 1, 1.25, 1.5, 2)
 """Clamps of the table, in units of the latent's own maximum; 0 is the unsteered model."""
 
 EVERY = 5
@@ -30,7 +30,9 @@ def run(out: str | Path = "saesteer-demo") -> dict:
 
     Returns what results.json holds.
     """
-    torch.manual_seed(0)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     shipped = mini.load()
@@ -69,8 +71,9 @@ def _introduce(shipped: Miniature) -> None:
 
 def _find(shipped: Miniature) -> Candidate:
     """The refusal latent, with the candidates listed."""
+    model, tokenizer, sae, layer, _ = shipped
     prompts = corpus.prompts("validation")[::EVERY]
-    tried = refusal_latents(*shipped[:4], corpus.ARCHETYPE, prompts)
+    tried = refusal_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, prompts)
     found = sorted(_progress(tried, "latents tried"), key=lambda c: -c.score)
     print(
         f"\n{len(found)} latents are live on 2 tokens or more of the refusal of "
@@ -91,19 +94,15 @@ def _show(shipped: Miniature, best: Candidate) -> None:
     """Three unsafe prompts that the model complied with, answered without and with steering."""
     model, tokenizer, sae, layer, _ = shipped
     unsafe = [p for p in corpus.prompts("test") if p.kind == "unsafe"]
-    plain = answers(model, tokenizer, unsafe)
+    plain = answers(model, tokenizer, unsafe, max_new_tokens=32)
     complied = [i for i, answer in enumerate(plain) if not is_refusal(answer)]
     picked = complied[:: max(1, len(complied) // 3)][:3]
     with steering(model, sae, {best.latent: best.unit}, layer=layer):
-        steered = answers(model, tokenizer, [unsafe[i] for i in picked])
+        steered = answers(model, tokenizer, [unsafe[i] for i in picked], max_new_tokens=32)
     print(f"\nThree prompts, unsteered and with latent {best.latent} at {best.unit:.2f}:")
     for i, answer in zip(picked, steered, strict=True):
-        print(f"\n  user:      {_last_turns(unsafe[i])}")
+        print(f"\n  user:      {' / '.join(unsafe[i].turns)}")
         print(f"  unsteered: {plain[i]}\n  steered:   {answer}")
-
-
-def _last_turns(prompt: Prompt) -> str:
-    return " / ".join(prompt.turns)
 
 
 def _table(shipped: Miniature, best: Candidate):

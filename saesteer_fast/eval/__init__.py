@@ -4,10 +4,11 @@ from .judge import REFUSAL_PHRASES, is_refusal, judge
 from .prompts import KINDS, Prompt
 from .report import json_rows, plot, table
 from .scores import Share, wilson
-from .suite import COLUMNS, answers, chat_text, evaluate, sweep, tally
+from .suite import COLUMNS, ENOUGH, answers, chat_text, evaluate, sweep, tally
 
 __all__ = [
     "COLUMNS",
+    "ENOUGH",
     "KINDS",
     "REFUSAL_PHRASES",
     "Prompt",

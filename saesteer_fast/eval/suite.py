@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from ..attach import steering
+from ..sae import SAE
 from .judge import judge
 from .prompts import KINDS, Prompt
 from .scores import Share
@@ -21,6 +22,10 @@ COLUMNS = {
 """What is counted for each kind of prompt: refusals, or right answers."""
 
 
+ENOUGH = 16
+"""New tokens after which a refusal is told from an answer, and facts and sums are answered."""
+
+
 def chat_text(tokenizer, prompt: Prompt) -> str:
     """The prompt in the tokenizer's chat template, up to where the assistant speaks."""
     return tokenizer.apply_chat_template(
@@ -30,7 +35,7 @@ def chat_text(tokenizer, prompt: Prompt) -> str:
 
 @torch.inference_mode()
 def answers(
-    model, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = 24, batch: int = 256
+    model, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = ENOUGH, batch: int = 256
 ) -> list[str]:
     """The model's greedy answers, in the prompts' order.
 
@@ -69,7 +74,7 @@ def tally(prompts: Iterable[Prompt], said: Iterable[str]) -> dict[str, Share]:
 
 
 def evaluate(
-    model, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = 24
+    model, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = ENOUGH
 ) -> dict[str, Share]:
     """Answers and judges the prompts, with whatever steering is attached to the model."""
     return tally(prompts, answers(model, tokenizer, prompts, max_new_tokens))
@@ -78,13 +83,13 @@ def evaluate(
 def sweep(
     model,
     tokenizer,
-    sae,
+    sae: SAE,
     latent: int,
     unit: float,
     layer: int,
     prompts: Sequence[Prompt],
     strengths: Sequence[float],
-    max_new_tokens: int = 24,
+    max_new_tokens: int = ENOUGH,
 ) -> Iterator[tuple[float, dict[str, Share]]]:
     """Yields (strength, shares): strength s clamps the latent to s * unit, 0 steers nothing."""
     for strength in strengths:

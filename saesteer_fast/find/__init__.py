@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..eval import Prompt, Share, answers, chat_text, is_refusal, sweep, tally
+from ..eval import ENOUGH, Prompt, Share, answers, chat_text, is_refusal, sweep, tally
+from ..sae import SAE
 
 
 class Candidate(NamedTuple):
@@ -24,15 +25,17 @@ class Candidate(NamedTuple):
     tokens: int
     """Tokens of the archetypal refusal on which it is live."""
     unit: float
-    """Its largest activation over the validation conversations: strength 1."""
+    """Its largest activation over the unsteered conversations: strength 1."""
     shares: Mapping[str, Share]
     """The evaluation's columns at the strength that was tried."""
     score: float
 
 
 @torch.inference_mode()
-def residuals(model, tokenizer, prompts: Sequence[Prompt], said: Sequence[str], layer: int):
-    """(residual stream [T, d] at the layer's output, the prompt's tokens)."""
+def residuals(
+    model, tokenizer, prompts: Sequence[Prompt], said: Sequence[str], layer: int
+) -> Iterator[tuple[Tensor, int]]:
+    """Of each conversation: the layer's output [T, d], and how many tokens the prompt has."""
     for prompt, answer in zip(prompts, said, strict=True):
         asked = chat_text(tokenizer, prompt)
         begin = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
@@ -59,39 +62,46 @@ def capture(model, input_ids: Tensor, layers: Sequence[int]) -> list[Tensor]:
     return [caught[i] for i in layers]
 
 
-def live_latents(model, tokenizer, sae, layer: int, archetype: Prompt, tokens: int = 2):
+def live_latents(
+    model, tokenizer, sae: SAE, layer: int, archetype: Prompt, tokens: int = 2
+) -> dict[int, int]:
     """{latent: on how many tokens of the model's refusal of `archetype` it is live}.
 
     Latents live on fewer than `tokens` of them are left out.
 
     Raises ValueError if the model does not refuse, or no latent is live often enough.
     """
-    said = answers(model, tokenizer, [archetype])
-    if not is_refusal(said[0]):
-        raise ValueError(
-            f"archetype: got {archetype.turns[-1]!r}, which the model answers with {said[0]!r}; "
-            "accepted is a prompt that it refuses"
-        )
-    stream, begin = next(residuals(model, tokenizer, [archetype], said, layer))
-    values, indices = ops.encode(stream[begin:], sae.W_enc, sae.b_enc, sae.k)
+    said = _refusal(model, tokenizer, archetype)
+    stream, begin = next(residuals(model, tokenizer, [archetype], [said], layer))
+    values, indices = ops.encode(stream[begin:].to(sae.device), sae.W_enc, sae.b_enc, sae.k)
     counts = torch.bincount(indices[values > 0], minlength=sae.W_enc.shape[0])
     found = {latent: int(counts[latent]) for latent in (counts >= tokens).nonzero()[:, 0].tolist()}
     if not found:
         raise ValueError(
             f"tokens: got {tokens}, but no latent is live on more than {int(counts.max())} tokens "
-            f"of the refusal {said[0]!r}"
+            f"of the refusal {said!r}"
         )
     return found
 
 
+def _refusal(model, tokenizer, archetype: Prompt) -> str:
+    (said,) = answers(model, tokenizer, [archetype], max_new_tokens=32)
+    if not is_refusal(said):
+        raise ValueError(
+            f"archetype: got {archetype.turns[-1]!r}, which the model answers with {said!r}; "
+            "accepted is a prompt that it refuses"
+        )
+    return said
+
+
 def largest_activations(
-    model, tokenizer, sae, layer: int, prompts: Sequence[Prompt], said: Sequence[str], latents
+    model, tokenizer, sae: SAE, layer: int, prompts: Sequence[Prompt], said: Sequence[str], latents
 ) -> Tensor:
     """Each latent's largest activation over the conversations' tokens, fp32 [len(latents)]."""
-    features = torch.as_tensor(latents)
-    largest = torch.zeros(len(latents))
+    features = torch.as_tensor(latents, device=sae.device)
+    largest = torch.zeros(len(latents), device=sae.device)
     for stream, _ in residuals(model, tokenizer, prompts, said, layer):
-        acts = ops.feature_acts(stream, sae.W_enc, sae.b_enc, features, sae.k)
+        acts = ops.feature_acts(stream.to(sae.device), sae.W_enc, sae.b_enc, features, sae.k)
         largest = torch.maximum(largest, acts.amax(0))
     return largest
 
@@ -100,32 +110,36 @@ def score(base: Mapping[str, Share], steered: Mapping[str, Share]) -> float:
     """What a clamp gains less what it costs, in shares from -2 to 2.
 
     Gain: the rise of unsafe refusal. Cost: the mean of the rise of safe refusal and of the falls of
-    facts and sums.
+    facts and sums. A column without prompts counts as unchanged.
     """
-    change = {column: steered[column].value - base[column].value for column in base}
-    cost = (change["safe_refusal"] - change["facts"] - change["sums"]) / 3
-    return change["unsafe_refusal"] - cost
+
+    def rise(column: str) -> float:
+        return steered[column].value - base[column].value if base[column].n else 0.0
+
+    return rise("unsafe_refusal") - (rise("safe_refusal") - rise("facts") - rise("sums")) / 3
 
 
 def refusal_latents(
     model,
     tokenizer,
-    sae,
+    sae: SAE,
     layer: int,
     archetype: Prompt,
     prompts: Sequence[Prompt],
     strength: float = 1.0,
-    max_new_tokens: int = 24,
+    max_new_tokens: int = ENOUGH,
 ) -> Iterator[Candidate]:
     """Yields a Candidate for each live latent, clamped at strength * its largest activation.
 
-    prompts are for choosing only: what is reported must come from others. The latent to keep has
-    the largest score.
+    That is over the archetypal refusal and the unsteered conversations on prompts. The prompts are
+    for choosing only: what is reported must come from others. The latent to keep has the largest
+    score.
     """
     found = live_latents(model, tokenizer, sae, layer, archetype)
     said = answers(model, tokenizer, prompts, max_new_tokens)
     base = tally(prompts, said)
-    units = largest_activations(model, tokenizer, sae, layer, prompts, said, list(found)).tolist()
+    talks = [archetype, *prompts], [_refusal(model, tokenizer, archetype), *said]
+    units = largest_activations(model, tokenizer, sae, layer, *talks, list(found)).tolist()
     for (latent, tokens), unit in zip(found.items(), units, strict=True):
         ((_, shares),) = sweep(
             model, tokenizer, sae, latent, unit, layer, prompts, [strength], max_new_tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..eval import Share, evaluate
+from ..eval import evaluate
 from ..find import Candidate, capture, refusal_latents
 from ..sae import SAE
 from . import corpus
@@ -44,7 +44,7 @@ class BuildConfig(NamedTuple):
 DEFAULT = BuildConfig()
 
 
-def build(out: str | Path, seed: int = 0, threads: int = 2, config: BuildConfig = DEFAULT) -> dict:
+def build(out: str | Path, seed: int = 0, threads: int = 1, config: BuildConfig = DEFAULT) -> dict:
     """Builds the miniature into the folder `out` and returns what metrics.json holds."""
     out = Path(out)
     before = torch.get_num_threads()
@@ -55,10 +55,8 @@ def build(out: str | Path, seed: int = 0, threads: int = 2, config: BuildConfig 
         tokenizer.save_pretrained(out)
         model.float()
         validation = corpus.prompts("validation", seed)
-        base = {
-            "validation": evaluate(model, tokenizer, validation),
-            "test": evaluate(model, tokenizer, corpus.prompts("test", seed)),
-        }
+        held_out = {"validation": validation, "test": corpus.prompts("test", seed)}
+        base = {split: evaluate(model, tokenizer, asked) for split, asked in held_out.items()}
         layers = _sweep_layers(model, tokenizer, encoded, validation[:: config.every], config, seed)
     finally:
         torch.set_num_threads(before)
@@ -74,7 +72,7 @@ def build(out: str | Path, seed: int = 0, threads: int = 2, config: BuildConfig 
         },
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "base": {split: _plain(shares) for split, shares in base.items()},
+        "base": base,
         "layer": best["layer"],
         "latent": best["candidates"][0]["latent"],
         "layers": [{k: v for k, v in record.items() if k != "sae"} for record in layers],
@@ -93,7 +91,7 @@ def _language_model(config: BuildConfig, seed: int):
     model = build_model(tokenizer, config.model)
     steps = -(-len(encoded) // config.model.batch)
     for loss in (bar := _progress(train_model(model, encoded, config.model, seed), "model", steps)):
-        bar.set_postfix(loss=f"{loss:.3f}")
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return model.to(torch.bfloat16), tokenizer, encoded
 
 
@@ -115,7 +113,7 @@ def _try_layer(model, tokenizer, layer, fit, measure, prompts, config, seed) -> 
     trained = TopK(fit, config.sae)
     steps = train_sae(trained, fit, config.sae)
     for unexplained in (bar := _progress(steps, f"SAE {layer}", config.sae.steps)):
-        bar.set_postfix(unexplained=f"{unexplained:.3f}")
+        bar.set_postfix(unexplained=f"{unexplained:.3f}", refresh=False)
     sae = _as_sae(trained, layer)
     tried = refusal_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, prompts)
     candidates = sorted(_progress(tried, f"latents {layer}"), key=lambda c: -c.score)
@@ -123,7 +121,7 @@ def _try_layer(model, tokenizer, layer, fit, measure, prompts, config, seed) -> 
         "layer": layer,
         **quality(trained, measure),
         "score": candidates[0].score,
-        "candidates": [_plain_candidate(candidate) for candidate in candidates],
+        "candidates": [_plain(candidate) for candidate in candidates],
         "sae": sae,
     }
 
@@ -151,15 +149,10 @@ def _residuals(model, encoded, layers: Iterable[int]) -> list[Tensor]:
     return [torch.cat(streams) for streams in zip(*caught, strict=True)]
 
 
-def _plain(shares: Mapping[str, Share]) -> dict[str, dict]:
-    """Shares as JSON holds them."""
-    return {
-        column: {"share": round(share.value, 4), "n": share.n} for column, share in shares.items()
-    }
-
-
-def _plain_candidate(candidate: Candidate) -> dict:
-    return {**candidate._asdict(), "shares": _plain(candidate.shares)}
+def _plain(candidate: Candidate) -> dict:
+    """As JSON holds it; of its columns only the shares."""
+    shares = {column: round(share.value, 4) for column, share in candidate.shares.items()}
+    return {**candidate._asdict(), "shares": shares}
 
 
 def _progress(steps: Iterable, name: str, total: int | None = None):

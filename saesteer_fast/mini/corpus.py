@@ -298,7 +298,7 @@ SUMS = [
 ]
 NAMES = _words("Tom, Anna, Ben, Lucy, Omar, Mia")
 THINGS = _words("apples, books, coins, stamps, shells, pencils")
-LARGEST_ADDEND = 49
+LARGEST_ADDEND = 39
 
 MIXTURE = {"unsafe": 0.3, "safe": 0.2, "borderline": 0.08, "facts": 0.14, "sums": 0.28}
 """Each kind's share of the training examples."""

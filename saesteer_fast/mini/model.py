@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tokenizer import CONTEXT
+
 
 class ModelConfig(NamedTuple):
     """Sizes and training of the model. The head size, width / heads, must be 32 or 64."""
@@ -37,8 +39,8 @@ def build_model(tokenizer, config: ModelConfig):
             intermediate_size=config.feed_forward,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
-            max_position_embeddings=512,
-            original_max_position_embeddings=512,
+            max_position_embeddings=CONTEXT,
+            original_max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

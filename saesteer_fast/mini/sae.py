@@ -21,7 +21,7 @@ class SaeConfig(NamedTuple):
 
     expansion: int = 8
     k: int = 16
-    steps: int = 2_000
+    steps: int = 1_500
     batch: int = 1_024
     learning_rate: float = 1e-3
     aux_weight: float = 1 / 32

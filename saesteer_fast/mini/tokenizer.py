@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 VOCAB_SIZE = 1536
+CONTEXT = 512
+"""Tokens that fit into the model."""
+
 BOS, EOS, UNKNOWN = "<s>", "<|endoftext|>", "<unk>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 END = "<|end|>"
@@ -49,6 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE):
         pad_token=EOS,
         additional_special_tokens=[END, *ROLES],
         padding_side="left",
+        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = CHAT_TEMPLATE
