@@ -120,7 +120,7 @@ def _try_layer(model, tokenizer, layer, fit, measure, prompts, config, seed) -> 
     return {
         "layer": layer,
         **quality(trained, measure),
-        "score": candidates[0].score,
+        "score": round(candidates[0].score, 4),
         "candidates": [_plain(candidate) for candidate in candidates],
         "sae": sae,
     }
@@ -150,9 +150,10 @@ def _residuals(model, encoded, layers: Iterable[int]) -> list[Tensor]:
 
 
 def _plain(candidate: Candidate) -> dict:
-    """As JSON holds it; of its columns only the shares."""
+    """As JSON holds it, rounded; of its columns only the shares."""
     shares = {column: round(share.value, 4) for column, share in candidate.shares.items()}
-    return {**candidate._asdict(), "shares": shares}
+    numbers = {"unit": round(candidate.unit, 4), "score": round(candidate.score, 4)}
+    return {**candidate._asdict(), **numbers, "shares": shares}
 
 
 def _progress(steps: Iterable, name: str, total: int | None = None):
