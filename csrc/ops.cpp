@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/encode.h"
+#include "cpu/project.h"
 #include "cpu/steer.h"
 
 namespace saesteer {
@@ -156,6 +157,24 @@ cpu::Features checked_features(const char* op, const Tensor& features, int64_t N
   return {index, F};
 }
 
+// `directions` and `values` must be contiguous.
+cpu::Rows checked_directions(const char* op, const Tensor& directions, int64_t F, int64_t d) {
+  const Argument a{op, "directions", directions};
+  a.on_cpu();
+  a.has_shape("[F, d], a row of W_dec a feature", has_sizes(directions, {F, d}));
+  return rows_of(a);
+}
+
+cpu::Values checked_values(const char* op, const char* name, const Tensor& values, const Tensor& x,
+                           int64_t F) {
+  const Argument a{op, name, values};
+  a.on_cpu();
+  a.has_dtype(ScalarType::Float, "float32");
+  const bool shared = has_sizes(values, {F});
+  a.has_shape("[F], or x's leading sizes and F", shared || has_sizes(values, like_tokens(x, F)));
+  return {static_cast<const float*>(values.const_data_ptr()), shared ? 0 : F};
+}
+
 Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
              const Tensor& directions_in, const Tensor& features_in, const Tensor& values_in,
              int64_t k, std::optional<Tensor> mask_in) {
@@ -166,15 +185,8 @@ Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
   const cpu::Encoder encoder = checked_encoder(op, x, W_enc, b_enc, k);
   const cpu::Features chosen = checked_features(op, features, encoder.count);
 
-  const Argument d{op, "directions", directions}, v{op, "values", values};
-  d.on_cpu();
-  d.has_shape("[F, d], the features' rows of W_dec",
-              has_sizes(directions, {chosen.count, rows.width}));
-  v.on_cpu();
-  v.has_dtype(ScalarType::Float, "float32");
-  const bool shared = has_sizes(values, {chosen.count});
-  v.has_shape("[F], or x's leading sizes and F",
-              shared || has_sizes(values, like_tokens(x, chosen.count)));
+  const cpu::Rows added = checked_directions(op, directions, chosen.count, rows.width);
+  const cpu::Values held = checked_values(op, "values", values, x, chosen.count);
 
   Tensor mask;
   if (mask_in) {
@@ -186,11 +198,33 @@ Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
   }
 
   Tensor y = torch::stable::new_empty(x, x.sizes());
-  cpu::steer(rows, tokens_of(x), encoder, rows_of(d), chosen,
-             {static_cast<const float*>(values.const_data_ptr()), shared ? 0 : chosen.count},
+  cpu::steer(rows, tokens_of(x), encoder, added, chosen, held,
              mask_in ? static_cast<const bool*>(mask.const_data_ptr()) : nullptr,
              {y.mutable_data_ptr(), rows.dtype, rows.width});
   return y;
+}
+
+Tensor add_directions(const Tensor& x_in, const Tensor& directions_in, const Tensor& coef_in) {
+  const char* op = "add_directions";
+  const Tensor x = packed(x_in), directions = packed(directions_in), coef = packed(coef_in);
+  const cpu::Rows rows = checked_x(op, x);
+  const int64_t F = directions.dim() == 2 ? directions.size(0) : 0;
+  const cpu::Rows added = checked_directions(op, directions, F, rows.width);
+  const cpu::Values terms = checked_values(op, "coef", coef, x, F);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  cpu::add(rows, tokens_of(x), added, F, terms, {y.mutable_data_ptr(), rows.dtype, rows.width});
+  return y;
+}
+
+Tensor project(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc) {
+  const char* op = "project";
+  const Tensor x = packed(x_in);
+  const cpu::Rows rows = checked_x(op, x);
+  const cpu::Encoder encoder = checked_encoder(op, x, W_enc, b_enc, 1);
+  Tensor p = torch::stable::new_empty(x, like_tokens(x, encoder.count), ScalarType::Float);
+  cpu::project(rows, tokens_of(x), encoder.W, encoder.count, encoder.bias,
+               static_cast<float*>(p.mutable_data_ptr()));
+  return p;
 }
 
 Tensor feature_acts(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
@@ -260,6 +294,8 @@ STABLE_TORCH_LIBRARY(saesteer, m) {
       "steer(Tensor x, Tensor W_enc, Tensor b_enc, Tensor directions, Tensor features, "
       "Tensor values, int k, Tensor? mask=None) -> Tensor");
   m.def("feature_acts(Tensor x, Tensor W_enc, Tensor b_enc, Tensor features, int k) -> Tensor");
+  m.def("project(Tensor x, Tensor W_enc, Tensor b_enc) -> Tensor");
+  m.def("add_directions(Tensor x, Tensor directions, Tensor coef) -> Tensor");
   m.def("encode(Tensor x, Tensor W_enc, Tensor b_enc, int k) -> (Tensor values, Tensor indices)");
   m.def("decode(Tensor values, Tensor indices, Tensor W_dec, Tensor b_dec) -> Tensor");
 }
@@ -267,6 +303,8 @@ STABLE_TORCH_LIBRARY(saesteer, m) {
 STABLE_TORCH_LIBRARY_IMPL(saesteer, CPU, m) {
   m.impl("steer", TORCH_BOX(&saesteer::steer));
   m.impl("feature_acts", TORCH_BOX(&saesteer::feature_acts));
+  m.impl("project", TORCH_BOX(&saesteer::project));
+  m.impl("add_directions", TORCH_BOX(&saesteer::add_directions));
   m.impl("encode", TORCH_BOX(&saesteer::encode));
   m.impl("decode", TORCH_BOX(&saesteer::decode));
 }

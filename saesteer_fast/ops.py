@@ -3,6 +3,8 @@ and chooses who computes them. The only file that names torch.ops.
 
     torch.ops.saesteer.steer(x, W_enc, b_enc, directions, features, values, k, mask=None) -> Tensor
     torch.ops.saesteer.feature_acts(x, W_enc, b_enc, features, k) -> Tensor
+    torch.ops.saesteer.project(x, W_enc, b_enc) -> Tensor
+    torch.ops.saesteer.add_directions(x, directions, coef) -> Tensor
     torch.ops.saesteer.encode(x, W_enc, b_enc, k) -> (Tensor values, Tensor indices)
     torch.ops.saesteer.decode(values, indices, W_dec, b_dec) -> Tensor
 
@@ -75,6 +77,26 @@ def feature_acts(
     return run(x, W_enc, b_enc, features, k)
 
 
+def project(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, impl: str = "auto") -> Tensor:
+    """p = W_enc x + b_enc for a few rows, summed in fp32: [..., F] fp32.
+
+    x [..., d], W_enc [F, d], both fp32, bf16 or fp16; b_enc [F] fp32. A row's p is bit for bit the
+    one that `feature_acts` ranks. Differentiable in x.
+    """
+    run = reference.project if _by_reference(impl, x) else _OPS.project
+    return run(x, W_enc, b_enc)
+
+
+def add_directions(x: Tensor, directions: Tensor, coef: Tensor, *, impl: str = "auto") -> Tensor:
+    """x' = x + sum_f coef_f directions_f, summed in fp32, rounded once to x's dtype.
+
+    x [..., d], directions [F, d], both fp32, bf16 or fp16; coef [F] or [..., F] fp32. Tokens whose
+    coefficients are all zero come out bit-identical. Differentiable in x and coef.
+    """
+    run = reference.add_directions if _by_reference(impl, x) else _OPS.add_directions
+    return run(x, directions, coef)
+
+
 def encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -120,17 +142,28 @@ def _by_reference(impl: str, x: Tensor) -> bool:
 @torch.library.register_fake("saesteer::steer")
 def _(x, W_enc, b_enc, directions, features, values, k, mask=None):
     _check_encoder(x, W_enc, b_enc)
-    shared = values.dim() == 1 and x.dim() > 1
-    torch._check(
-        values.shape == (features.shape if shared else (*x.shape[:-1], features.shape[0])),
-        lambda: f"saesteer::steer: values has shape {tuple(values.shape)}",
-    )
+    _check_device(x=x, directions=directions, features=features, values=values, mask=mask)
+    _check_values(x, values, features.shape[0])
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("saesteer::project")
+def _(x, W_enc, b_enc):
+    _check_encoder(x, W_enc, b_enc)
+    return x.new_empty((*x.shape[:-1], W_enc.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("saesteer::add_directions")
+def _(x, directions, coef):
+    _check_device(x=x, directions=directions, coef=coef)
+    _check_values(x, coef, directions.shape[0])
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("saesteer::feature_acts")
 def _(x, W_enc, b_enc, features, k):
     _check_encoder(x, W_enc, b_enc)
+    _check_device(x=x, features=features)
     return x.new_empty((*x.shape[:-1], features.shape[0]), dtype=torch.float32)
 
 
@@ -143,10 +176,23 @@ def _(x, W_enc, b_enc, k):
 
 @torch.library.register_fake("saesteer::decode")
 def _(values, indices, W_dec, b_dec):
+    _check_device(values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)
     return W_dec.new_empty((*values.shape[:-1], W_dec.shape[1]))
 
 
+def _check_device(**tensors: Tensor | None) -> None:
+    (first, tensor), *others = tensors.items()
+    for name, other in others:
+        torch._check(
+            other is None or other.device == tensor.device,
+            lambda name=name, other=other: (
+                f"{name} is on {other.device}, {first} on {tensor.device}; move one to the other"
+            ),
+        )
+
+
 def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
+    _check_device(x=x, W_enc=W_enc, b_enc=b_enc)
     torch._check(
         W_enc.dim() == 2 and W_enc.shape[1] == x.shape[-1] and b_enc.shape == W_enc.shape[:1],
         lambda: (
@@ -154,6 +200,25 @@ def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
             "accepted: [..., d], [N, d], [N]"
         ),
     )
+
+
+def _check_values(x: Tensor, values: Tensor, F: int) -> None:
+    torch._check(
+        values.shape in ((F,), (*x.shape[:-1], F)),
+        lambda: (
+            f"values are {tuple(values.shape)}, x is {tuple(x.shape)}; "
+            f"accepted: [{F}], or x's leading sizes and {F}"
+        ),
+    )
+
+
+def _shared(x: Tensor, values: Tensor) -> bool:
+    """Whether one row of values serves all tokens."""
+    return values.dim() == 1 and x.dim() > 1
+
+
+def _sum_to(slope: Tensor, shared: bool) -> Tensor:
+    return slope.flatten(0, -2).sum(0) if shared else slope
 
 
 def _require_constant(ctx, op: str, names: tuple[str, ...], differentiable: set[str]) -> None:
@@ -169,7 +234,7 @@ def _save_steer(ctx, inputs, output):
     names = ("x", "W_enc", "b_enc", "directions", "features", "values", "k", "mask")
     _require_constant(ctx, "steer", names, {"x", "values"})
     x, W_enc, b_enc, directions, features, values, ctx.k, mask = inputs
-    ctx.shared = values.shape == features.shape and x.dim() > 1
+    ctx.shared = _shared(x, values)
     ctx.save_for_backward(x, W_enc, b_enc, directions, features, mask)
 
 
@@ -184,7 +249,7 @@ def _steer_backward(ctx, grad):
         live = _OPS.feature_acts(x, W_enc, b_enc, features, ctx.k) > 0
         grad_x = (grad.float() - (slope * live) @ W_enc[features].float()).to(grad.dtype)
     if ctx.needs_input_grad[5]:
-        grad_values = slope.reshape(-1, slope.shape[-1]).sum(0) if ctx.shared else slope
+        grad_values = _sum_to(slope, ctx.shared)
     return grad_x, None, None, None, None, grad_values, None, None
 
 
@@ -199,6 +264,29 @@ def _feature_acts_backward(ctx, grad):
     acts, W_enc, features = ctx.saved_tensors
     grad_x = (grad * (acts > 0)) @ W_enc[features].float()
     return grad_x.to(ctx.dtype), None, None, None, None
+
+
+def _save_project(ctx, inputs, output):
+    _require_constant(ctx, "project", ("x", "W_enc", "b_enc"), {"x"})
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(inputs[1])
+
+
+def _project_backward(ctx, grad):
+    (W_enc,) = ctx.saved_tensors
+    return (grad @ W_enc.float()).to(ctx.dtype), None, None
+
+
+def _save_add_directions(ctx, inputs, output):
+    _require_constant(ctx, "add_directions", ("x", "directions", "coef"), {"x", "coef"})
+    x, directions, coef = inputs
+    ctx.shared = _shared(x, coef)
+    ctx.save_for_backward(directions)
+
+
+def _add_directions_backward(ctx, grad):
+    (directions,) = ctx.saved_tensors
+    return grad, None, _sum_to(grad.float() @ directions.float().mT, ctx.shared)
 
 
 def _save_encode(ctx, inputs, output):
@@ -227,6 +315,8 @@ def _decode_backward(ctx, grad):
 for _name, _backward, _save in (
     ("steer", _steer_backward, _save_steer),
     ("feature_acts", _feature_acts_backward, _save_feature_acts),
+    ("project", _project_backward, _save_project),
+    ("add_directions", _add_directions_backward, _save_add_directions),
     ("encode", _encode_backward, _save_encode),
     ("decode", _decode_backward, _save_decode),
 ):

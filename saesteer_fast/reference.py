@@ -101,34 +101,54 @@ def truth(
 def _steered(x, W_enc, b_enc, directions, features, values, k, mask, dtype) -> Tensor:
     acts = feature_acts(x, W_enc, b_enc, features, k, dtype=dtype)
     delta = values.to(dtype) - acts
-    moved = (delta != 0).any(-1, keepdim=True)
     if mask is not None:
-        moved = moved & mask[..., None]
-    steered = x.to(dtype) + delta @ directions.to(dtype)
-    return torch.where(moved, steered, x.to(dtype))
+        delta = torch.where(mask[..., None], delta, 0)
+    return _added(x, directions, delta, dtype)
+
+
+def _added(x, directions, coef, dtype) -> Tensor:
+    moved = (coef != 0).any(-1, keepdim=True)
+    sum_ = x.to(dtype) + coef.to(dtype) @ directions.to(dtype)
+    return torch.where(moved, sum_, x.to(dtype))
 
 
 def undecided(x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int) -> Tensor:
     """Where fp32 accumulation could decide a rank either way: bool [..., F].
 
-    A product of d terms summed in fp32 in any order errs by at most tau = gamma_(d+1) sum |w_i x_i|
-    (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), plus what flushing subnormal
-    factors loses. A decision is safe when neither the sign of p_f nor the k-th place can change.
+    A product of d terms and a bias summed in fp32 in any order err by at most tau = gamma_(d+1)
+    sum |w_i x_i| (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), plus what flushing
+    subnormal factors and sums loses. A decision is safe when neither the sign of p_f nor the k-th
+    place can change.
     """
     rows = x.reshape(-1, x.shape[-1])
     n, u = x.shape[-1] + 2, 2.0**-24
-    flushed = 2.0**-126 * (rows.double().abs().sum(-1, keepdim=True) + W_enc.double().abs().sum(-1))
+    sizes = rows.double().abs().sum(-1, keepdim=True) + W_enc.double().abs().sum(-1)
+    flushed = 2.0**-126 * (n + sizes)
     size = preacts(rows.abs(), W_enc.abs(), b_enc.abs())
     tau = n * u / (1 - n * u) * size + flushed
     p = preacts(rows, W_enc, b_enc)
-    inside = []
-    for f in features.tolist():
+    inside = torch.empty((rows.shape[0], features.numel()), dtype=torch.bool, device=x.device)
+    for i, f in enumerate(features.tolist()):
         gap, slack = p - p[:, f, None], tau + tau[:, f, None]
         sure, possible = gap > slack, gap >= -slack
         sure[:, f] = possible[:, f] = False
         close = (sure.sum(-1) < k) & (possible.sum(-1) >= k) & (p[:, f] > -tau[:, f])
-        inside.append(close | (p[:, f].abs() <= tau[:, f]))
-    return torch.stack(inside, -1).reshape(*x.shape[:-1], features.numel())
+        inside[:, i] = close | (p[:, f].abs() <= tau[:, f])
+    return inside.reshape(*x.shape[:-1], features.numel())
+
+
+def project(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """p = W_enc x + b_enc in `dtype`; W_enc [F, d], b_enc [F] -> [..., F]."""
+    return preacts(x, W_enc, b_enc, dtype)
+
+
+def add_directions(
+    x: Tensor, directions: Tensor, coef: Tensor, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """x' = x + sum_f coef_f directions_f in `dtype`, rounded once to x's dtype."""
+    return _added(x, directions, coef.expand(*x.shape[:-1], -1), dtype).to(x.dtype)
 
 
 def encode(

@@ -5,7 +5,6 @@
 #include <functional>
 #include <limits>
 
-#include "parallel.h"
 #include "tokens.h"
 
 namespace saesteer::cpu {
@@ -78,14 +77,11 @@ class Selection {
     float p[Tokens::kMost * kBlock];
     for (int64_t b; pieces.take(b);) {
       block.select(encoder_, b);
-      for (int64_t t = begin; t < end; t += kernels().tokens) {
-        int64_t tokens[Tokens::kMost];
-        const int m = static_cast<int>(std::min<int64_t>(kernels().tokens, end - t));
-        for (int i = 0; i < m; ++i) tokens[i] = t + i;
-        tile.load(tokens, m);
+      for (int64_t t = begin; t < end; t += tile.count()) {
+        tile.load_from(t, end);
         tile.dots(block.rows, encoder_.W.dtype, block.count, encoder_.bias + block.first, p,
                   t == begin);
-        for (int i = 0; i < m; ++i) offer(block, p + i * kBlock, best[t + i - begin]);
+        for (int i = 0; i < tile.count(); ++i) offer(block, p + i * kBlock, best[t + i - begin]);
       }
     }
   }

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <memory>
 
-#include "parallel.h"
 #include "tokens.h"
 
 namespace saesteer::cpu {
@@ -136,7 +135,8 @@ class Ladder {
     for (int64_t t = begin; t < end; ++t)
       if (open_[t - begin]) tokens.push_back(t), acts.push_back(acts_of(t));
     if (tokens.empty()) return;
-    Ranks(x_, encoder_, features_, tokens, acts).settle();
+    // With k = N no rank is too low.
+    if (encoder_.k < encoder_.count) Ranks(x_, encoder_, features_, tokens, acts).settle();
     in_pieces(tokens.size(), [&](int64_t from, int64_t to) {
       for (; from < to; ++from) settled_(tokens[from], acts[from]);
     });
@@ -144,15 +144,6 @@ class Ladder {
 
  private:
   float* acts_of(int64_t token) { return acts_.data() + (token - begin_) * features_.count; }
-
-  // Several tiles a piece: threads are woken only for work that outlasts the waking.
-  template <class F>
-  static void in_pieces(int64_t count, const F& work) {
-    const int64_t piece = 8 * kernels().tokens;
-    parallel((count + piece - 1) / piece, [&](Pieces& pieces, int64_t) {
-      for (int64_t p; pieces.take(p);) work(p * piece, std::min(count, (p + 1) * piece));
-    });
-  }
 
   // L0 for the tokens begin_ + from ... begin_ + to - 1.
   void project(int64_t from, int64_t to) {

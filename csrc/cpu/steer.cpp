@@ -1,9 +1,8 @@
 #include "steer.h"
 
-#include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "tokens.h"
 
 namespace saesteer::cpu {
 namespace {
@@ -87,6 +86,15 @@ void steer(const Rows& x, int64_t tokens, const Encoder& encoder, const Rows& di
   const Edit edit(x, tokens, directions, features.count, values, y);
   measure(x, tokens, encoder, features, mask,
           [&edit](int64_t t, const float* acts) { edit.write(t, acts); });
+}
+
+void add(const Rows& x, int64_t tokens, const Rows& directions, int64_t features,
+         const Values& coef, const OutRows& y) {
+  const Edit edit(x, tokens, directions, features, coef, y);
+  const std::vector<float> acts(features);
+  in_pieces(tokens, [&](int64_t from, int64_t to) {
+    for (; from < to; ++from) edit.write(from, acts.data());
+  });
 }
 
 }  // namespace saesteer::cpu

@@ -1,4 +1,4 @@
-// The edit: x' = x + sum_f (value_f - a_f) directions_f, with a_f from measure.h.
+// What is written: x' = x + sum_f (value_f - a_f) directions_f, with a_f from measure.h, or given.
 #pragma once
 
 #include "measure.h"
@@ -15,5 +15,9 @@ struct Values {
 // activations, are copied bit for bit.
 void steer(const Rows& x, int64_t tokens, const Encoder& encoder, const Rows& directions,
            const Features& features, const Values& values, const bool* mask, const OutRows& y);
+
+// y = x + sum_f coef_f directions_f; tokens whose coefficients are all zero are copied bit for bit.
+void add(const Rows& x, int64_t tokens, const Rows& directions, int64_t features,
+         const Values& coef, const OutRows& y);
 
 }  // namespace saesteer::cpu

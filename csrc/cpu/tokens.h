@@ -1,9 +1,11 @@
 // A few tokens' rows of x, in the type in which they meet W_enc.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace saesteer::cpu {
 
@@ -29,6 +31,14 @@ class Tokens {
     }
   }
 
+  // Takes as many of the tokens first ... end - 1 as fit.
+  void load_from(int64_t first, int64_t end) {
+    int64_t tokens[kMost];
+    const int m = static_cast<int>(std::min<int64_t>(kernels().tokens, end - first));
+    for (int i = 0; i < m; ++i) tokens[i] = first + i;
+    load(tokens, m);
+  }
+
   int count() const { return count_; }
 
   // out[i * kBlock + j] = p of token i and latent row w[j].
@@ -44,6 +54,16 @@ class Tokens {
   const void* rows_[kMost];
   std::vector<float> scratch_;
 };
+
+// Calls work(from, to) for all of 0 ... count - 1 tokens, several tiles at a time: threads are
+// woken only for work that outlasts the waking.
+template <class F>
+void in_pieces(int64_t count, const F& work) {
+  const int64_t piece = 8 * kernels().tokens;
+  parallel((count + piece - 1) / piece, [&](Pieces& pieces, int64_t) {
+    for (int64_t p; pieces.take(p);) work(p * piece, std::min(count, (p + 1) * piece));
+  });
+}
 
 // A block of kBlock consecutive latents (fewer at the end): its rows of W_enc.
 struct Block {
