@@ -1,7 +1,7 @@
 # Each target sets up what it needs: .venv, PyTorch if there is none, the build. A second call
 # starts at once.
-#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"   another PyTorch
-#   make test PYTHON=python3.12                                                        another Python
+#   make test TORCH="torch==2.13.0 --index-url ..."    another PyTorch
+#   make test PYTHON=python3.12                          another Python
 SHELL  := /bin/bash
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
