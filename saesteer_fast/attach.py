@@ -50,10 +50,11 @@ def steering(
     and every position is steered; what real tokens get is the same.
 
     W_enc, b_enc and one row of W_dec a latent are kept on the module's device, in the SAE's dtype;
-    the model's dtype may change later, its device may not. A model that was compiled already is
-    compiled again on its next call. Steering belongs to the model, whichever thread calls it; a
-    deep copy or a pickle of the model is steered too, and save_pretrained writes the weights as
-    they are, unsteered. A call of a module's forward by name runs no hooks.
+    the model's dtype may change later, its device may not. Steering belongs to the model, whichever
+    thread calls it; a deep copy or a pickle of the model is steered too, and save_pretrained writes
+    the weights as they are, unsteered. A model may be compiled before or after; attaching makes
+    torch.compile forget all it compiled, for it looks for no new hooks by itself. A CUDA graph that
+    was captured replays what it captured.
     """
     require_sae(sae)
     site = _locate(model, sae.hookpoint if layer is None else layer)
@@ -191,9 +192,8 @@ def _install(site: _Site, hooks: _Hooks) -> ExitStack:
         def register(handle: torch.utils.hooks.RemovableHandle) -> None:
             undo.callback(handle.remove)
 
-        # First, so that output_hidden_states, which hooks the layers too, shows the steered stream.
-        register(site.module.register_forward_hook(hooks.steer, prepend=True))
-        _in_order(site.module)
+        register(site.module.register_forward_hook(hooks.steer))
+        _put_first(site.module)
         register(site.decoder.register_forward_hook(hooks.after, always_call=True))
         # Last, and so removed first: no other thread's call awaits a hook that is not there.
         register(site.decoder.register_forward_pre_hook(hooks.before, with_kwargs=True))
@@ -201,8 +201,11 @@ def _install(site: _Site, hooks: _Hooks) -> ExitStack:
         return undo.pop_all()
 
 
-def _in_order(module: nn.Module) -> None:
-    """Put the newest steering, which prepending made the first, behind the older ones."""
+def _put_first(module: nn.Module) -> None:
+    """Put steerings before all other hooks, the oldest first.
+
+    So output_hidden_states, which transformers reads by hooks on the layers, shows what is steered.
+    """
     hooks = module._forward_hooks
     ours = [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", 0), _Hooks)]
     for key in sorted(ours, reverse=True):

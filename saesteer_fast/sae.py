@@ -83,7 +83,7 @@ class SAE:
         with torch.inference_mode(False), torch.no_grad():
             b_enc, b_dec = self.bias.float().clone(), self.b_dec.float()
             # A few rows at a time: half-precision weights are widened to fp32 on the way.
-            for part, rows in zip(b_enc.split(1024), self.W_enc.split(1024), strict=True):
+            for part, rows in zip(b_enc.split(256), self.W_enc.split(256), strict=True):
                 part -= rows.float() @ b_dec
             return b_enc
 

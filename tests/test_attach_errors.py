@@ -192,8 +192,9 @@ def test_error_in_the_model(model, sae, error, layer):
     ids = torch.tensor([[0, 0, 5, 17], [8, 9, 5, 17]])
     mask = (ids != 0).long()
     with sf.steering(model, sae, EDITS), torch.no_grad():
-        expected = model(ids, attention_mask=mask).logits
         alone = model.model.layers[1](*layer_inputs(model, ids))
+        expected = model(ids, attention_mask=mask).logits
+        assert torch.equal(model.model.layers[1](*layer_inputs(model, ids)), alone)
         foreign = model.model.layers[layer].register_forward_hook(fail)
         with pytest.raises(error):
             model(ids, attention_mask=mask)

@@ -210,6 +210,10 @@ def entry(begin: int, end: int) -> dict:
     return {"dtype": "F32", "shape": [(end - begin) // 4], "data_offsets": [begin, end]}
 
 
+def encoded(begin: int, end: int) -> bytes:
+    return json.dumps(entry(begin, end)).encode()
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -219,7 +223,7 @@ def entry(begin: int, end: int) -> dict:
         header(b'{"a": '),
         header({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
         header({"a": entry(0, 8), "b": entry(12, 16)}, bytes(16)),
-        header(b'{"a": %b, "a": %b}' % ((json.dumps(entry(0, 8)).encode(),) * 2), bytes(8)),
+        header(b'{"a": %b, "a": %b}' % (encoded(0, 8), encoded(8, 16)), bytes(16)),
         header({"a": entry(0, 8)}, bytes(9)),
         header({"a": entry(0, 8)}, bytes(7)),
         pickle.dumps({"W_dec": [1.0]}),
