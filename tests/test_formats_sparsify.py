@@ -84,6 +84,13 @@ def test_what_is_saved_is_loaded(tmp_path, make_sae, dtype):
     assert (back.k, back.hookpoint) == (K, "layers.17")
 
 
+def test_tied_weights(tmp_path):
+    W = torch.randn(N, D)
+    sf.SAE(W_enc=W, bias=torch.zeros(N), W_dec=W, b_dec=torch.zeros(D), k=K).save(tmp_path / "tied")
+    back = sf.SAE.load(tmp_path / "tied")
+    assert torch.equal(back.W_enc, W) and torch.equal(back.W_dec, W)
+
+
 @pytest.mark.parametrize(
     ("name", "hookpoint"),
     [

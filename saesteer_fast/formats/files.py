@@ -76,10 +76,15 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # safetensors makes files that only their owner can read, whatever the umask says.
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        # safetensors refuses tensors that are one in memory, as tied weights are.
+        tied = any(tensor.data_ptr() == other.data_ptr() for other in apart.values())
+        apart[name] = tensor.clone().cpu() if tied else tensor.cpu()
+    # It also makes files that only their owner can read, whatever the umask says.
     path.touch()
     mode = path.stat().st_mode
-    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path)
+    save_file(apart, path)
     path.chmod(mode)
 
 
