@@ -615,3 +615,15 @@ def test_the_op_is_called_once_a_layer_and_step(model, sae, monkeypatch):
         monkeypatch.setattr(ops, "steer", counted)
         greedy(model, PROMPT, 4)
     assert calls == [(1, 7, 32), (1, 1, 32), (1, 1, 32), (1, 1, 32)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_model_on_a_gpu_with_an_sae_on_the_cpu(model, sae, textbook):
+    ids, mask = (t.cuda() for t in padded("left"))
+    model.cuda()
+    x = layer_output(model, 1, ids, attention_mask=mask)
+    with sf.steering(model, sae, {3: 1.0, 77: -2.0}) as handle:
+        handle.set({3: 6.0})
+        y = layer_output(model, 1, ids, attention_mask=mask)
+    assert_same(y.cpu().double(), textbook(x.cpu(), sae, EDITS, mask.cpu().bool()))
