@@ -79,9 +79,6 @@ def test_meta_tensors_have_the_shapes_of_real_ones(op, lead):
         assert m.is_meta and (m.shape, m.dtype, m.stride()) == (r.shape, r.dtype, r.stride())
 
 
-# ---- torch.compile ----
-
-
 def compiled(function: Callable, **options) -> Callable:
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, **options)
@@ -140,9 +137,6 @@ def test_trains_through_a_compiled_graph():
         gradients.append((x.grad, values.grad))
     for eager, other in zip(*gradients, strict=True):
         torch.testing.assert_close(eager, other)
-
-
-# ---- gradients ----
 
 
 def textbook(case: Case, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -245,9 +239,6 @@ def test_reference_has_the_same_gradients():
         gradients.append(torch.autograd.grad(y.square().sum(), (x, values)))
     for ours, other in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, other)
-
-
-# ---- modes ----
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
