@@ -231,7 +231,8 @@ def test_core_rounds_to_nearest_even(dtype, tokens):
     anything = torch.randint(-(2**31), 2**31, (4096,), generator=random).int()
     half = (anything & ~0x1FFF) | 0x1000, (anything & ~0xFFFF) | 0x8000
     subnormal_half = (torch.arange(-200, 201) + 0.5) * 2.0**-24
-    terms = torch.cat([t.view(torch.float32) for t in (anything, *half)] + [subnormal_half])
+    nan = torch.tensor([-1, 0x7FFFFFFF, 0x7F800001], dtype=torch.int32)
+    terms = torch.cat([t.view(torch.float32) for t in (anything, nan, *half)] + [subnormal_half])
     terms = torch.cat([terms, torch.tensor([65519.996, 65520.0, 3.3895314e38, 3.4e38, torch.inf])])
     d = len(terms)
     dead = torch.zeros(1, d), torch.full((1,), -1.0)
@@ -264,6 +265,14 @@ def test_core_massive_activations(dtype, weights):
     x = case.x.clone()
     x[:, 7], x[:, 99] = 1e4, -3e3
     assert_right(case.but(x=x))
+
+
+@EVERY_PAIR
+def test_core_tiny_preactivations(dtype, weights):
+    """What is barely above 0 is ranked like the rest."""
+    case = random_case(63, 130, 300, 8, 3, dtype, weights)
+    small = {"x": case.x * 2.0**-6, "W_enc": case.W_enc * 2.0**-12, "b_enc": case.b_enc * 2.0**-18}
+    assert_right(case.but(**small))
 
 
 @EVERY_PAIR
