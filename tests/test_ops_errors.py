@@ -32,6 +32,7 @@ TAKES = {
     "steer": (*ENCODER, "directions", "features", "values", "k", "mask"),
     "feature_acts": (*ENCODER, "features", "k"),
     "encode": (*ENCODER, "k"),
+    "project": ENCODER,
 }
 FLOATS = "accepted: float32, bfloat16, float16"
 
@@ -176,6 +177,31 @@ def test_the_error_of_decode_names_the_argument(kind):
     good = {"values": VALUES, "indices": INDICES, "W_dec": CASE.W_dec, "b_dec": CASE.b_dec}
     with pytest.raises(RuntimeError, match=f"^saesteer::decode: {argument}{message}"):
         torch.ops.saesteer.decode(*(good | {argument: bad}).values())
+
+
+BAD_ADDITION = {
+    "double x": ("x", CASE.x.double(), f" is float64; {FLOATS}"),
+    "scalar x": ("x", torch.tensor(1.0), r" has shape \[\]; accepted: \[..., d\]"),
+    "flat directions": (
+        "directions",
+        CASE.directions[0],
+        rf" has shape \[{D}\]; accepted: \[F, d\]",
+    ),
+    "narrow directions": ("directions", CASE.directions[:, 1:], " has shape .*; accepted: "),
+    "double directions": ("directions", CASE.directions.double(), f" is float64; {FLOATS}"),
+    "one coefficient": ("coef", CASE.values[:1], r" has shape \[1\]; accepted: \[F\], or"),
+    "coefficients to broadcast": ("coef", CASE.values[None], r" has shape \[1, 2\]; accepted: "),
+    "bfloat16 coefficients": ("coef", CASE.values.bfloat16(), " is bfloat16; accepted: float32"),
+    "coefficients elsewhere": ("coef", CASE.values.to("meta"), " is on meta, x on cpu"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ADDITION)
+def test_the_error_of_add_directions_names_the_argument(kind):
+    argument, bad, message = BAD_ADDITION[kind]
+    good = {"x": CASE.x, "directions": CASE.directions, "coef": CASE.values}
+    with pytest.raises(RuntimeError, match=argument + message):
+        torch.ops.saesteer.add_directions(*(good | {argument: bad}).values())
 
 
 @pytest.mark.parametrize("k", [2.0, "3", None])
