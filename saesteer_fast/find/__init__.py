@@ -17,7 +17,6 @@ from .. import ops
 from ..eval import ENOUGH, Prompt, Share, answers, chat_text, is_refusal, sweep, tally
 from ..sae import SAE
 
-
 TRIED = 2.5
 """The strength at which candidates are tried, in units of the latent's own maximum. At 1 single
 latents of the miniature move refusal too little to be told apart."""
