@@ -67,7 +67,7 @@ def count(
             p = preacts(
                 x, t, opened, W, b, first, N, d, DOT, DESCRIBED, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K
             )
-            # Count
+            # Count; a column past N is 0 and beats no p_f > 0
             for e in range(F):
                 f = tl.load(features + e) - first
                 p_f = tl.load(acts + t * F + e, mask=opened, other=0)

@@ -78,8 +78,7 @@ def steer(
                 mask if mask is None else mask[part],
                 y[part],
             )
-            measured = _measure(rows[part], W_enc, b_enc, features, k, edit)
-            _add(rows[part], F, k, edit, measured)
+            _add(rows[part], F, k, edit, _measure(rows[part], W_enc, b_enc, features, k, edit))
     return y.reshape(x.shape)
 
 
@@ -131,16 +130,26 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Ten
     values = x.new_empty((T, k), dtype=torch.float32)
     indices = x.new_empty((T, k), dtype=torch.int64)
     last = None
+    tile = _topk_tile(rows, W_enc, min(k, MOST_K))
     with torch.cuda.device_of(x):
-        # Each pass looks below what the one before has found.
+        # Each pass looks below what the one before has found, with the same tiles for the same p.
         for found in range(0, k if T else 0, MOST_K):
             size = min(MOST_K, k - found)
-            keys = best_of_shares(rows, W_enc, b_enc, size, last, _topk_tile(rows, W_enc, size))
+            keys = best_of_shares(rows, W_enc, b_enc, size, last, tile)
             last = x.new_empty(T, dtype=torch.int64)
-            count = keys[0].numel()
-            block = triton.next_power_of_2(count)
-            places = values[:, found:], indices[:, found:]
-            merge[T,](keys, *places, last, k, size, count, BLOCK=block, num_warps=_warps(block))
+            candidates = keys[0].numel()
+            block = triton.next_power_of_2(candidates)
+            merge[T,](
+                keys,
+                values[:, found:],
+                indices[:, found:],
+                last,
+                k,
+                size,
+                candidates,
+                BLOCK=block,
+                num_warps=_warps(block),
+            )
     return values.reshape(shape), indices.reshape(shape)
 
 

@@ -21,7 +21,7 @@ def preacts(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """p_j = W[j] . x_t + b_j, summed in fp32: [BLOCK_M, BLOCK_N], -inf for j >= N.
+    """p_j = W[j] . x_t + b_j, summed in fp32: [BLOCK_M, BLOCK_N]; 0 for j >= N.
 
     DOT is the type that x and W meet in; WHOLE says that BLOCK_K divides d.
     """
@@ -46,4 +46,4 @@ def preacts(
         else:
             w = tl.load(w_at + start, mask=w_in, other=0)
         p = tl.dot(rows.to(DOT), w.to(DOT).T, p, input_precision="ieee")
-    return p + tl.load(b + j, mask=j < N, other=-float("inf"))[None, :]
+    return p + tl.load(b + j, mask=j < N, other=0)[None, :]
