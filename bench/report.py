@@ -15,9 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
+from . import miniature
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
-BEGIN, END = "<!-- bench:op -->", "<!-- /bench:op -->"
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "bench:op": lambda results: render(newest(results)),
+    "demo": miniature.demo,
+    "mini": lambda _: miniature.mini(),
+}
+"""What README.md holds between `<!-- name -->` and `<!-- /name -->`, from the stored results."""
 
 Case = dict
 PEERS = ("naive", "lean", "smart")
@@ -175,8 +182,8 @@ def _legend(cases: list[Case], everything: bool) -> str:
         f"rounds, in parentheses the worst round{spread}. undecided, live: shares of the (token, "
         "latent) pairs above zero, and among the k largest; work: what the decisions need of an "
         "encoder pass; read: how much of W_enc a call reads. Verified first, on the same inputs: "
-        f"ours decides every pair as fp64 does{but}; the baselines, which round pre-activations, "
-        f"agree on {agree:.3g} % of the tokens or more."
+        f"ours decides every pair as fp64 does{but}; each baseline agrees within 2 % of |x'| on "
+        f"at least {agree:.3g} % of the tokens."
     )
 
 
@@ -210,13 +217,14 @@ def newest(folder: Path) -> dict:
     return max(results, key=lambda result: result["machine"]["date"])
 
 
-def placed(readme: str, block: str) -> str:
+def placed(readme: str, name: str, block: str) -> str:
     """readme with block between its markers; ValueError if it has not one of each, in order."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, begin, rest = readme.partition(opening)
+    _, end, after = rest.partition(closing)
     if not (begin and end):
-        raise ValueError(f"README.md: the markers {BEGIN} and {END} are missing")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+        raise ValueError(f"README.md: the markers {opening} and {closing} are missing")
+    return f"{before}{opening}\n{block}\n{closing}{after}"
 
 
 def main(
@@ -230,18 +238,19 @@ def main(
     mode.add_argument("--check", action="store_true", help="fail if README.md holds other tables")
     options = parser.parse_args(arguments)
     try:
-        block = render(newest(results))
+        blocks = {name: rendered(results) for name, rendered in BLOCKS.items()}
         if not (options.write or options.check):
-            print(block)
+            print("\n\n".join(blocks.values()))
             return
-        text = readme.read_text()
-        wanted = placed(text, block)
+        text = wanted = readme.read_text()
+        for name, block in blocks.items():
+            wanted = placed(wanted, name, block)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
     if options.write:
         readme.write_text(wanted)
     elif text != wanted:
-        sys.exit("README.md differs from the newest result: `python -m bench.report --write`")
+        sys.exit("README.md differs from the stored results: `python -m bench.report --write`")
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ def steered(w: Workload, live: Tensor) -> Tensor:
 
 def check_ours(
     w: Workload,
-    tokens: int,
+    batches: list[Tensor],
     steer: Callable[[Tensor], Tensor],
     feature_acts: Callable[[Tensor], Tensor],
 ) -> None:
-    """Raises Disagreement unless ours, in calls of so many tokens, keeps its promise."""
-    x = torch.cat(w.batches(tokens))
-    live = torch.cat([feature_acts(batch) for batch in w.batches(tokens)]) > 0
-    got = torch.cat([steer(batch) for batch in w.batches(tokens)])
+    """Raises Disagreement unless ours keeps its promise; `batches` are the stream's first."""
+    x, tokens = torch.cat(batches), len(batches[0])
+    live = torch.cat([feature_acts(batch) for batch in batches]) > 0
+    got = torch.cat([steer(batch) for batch in batches])
     rows = slice(0, len(x))
 
     wrong = (live != (w.truth[rows] > 0)) & ~w.close[rows]

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # bench is not installed
 
-from bench import report, verify, workloads  # noqa: E402
+from bench import miniature, report, verify, workloads  # noqa: E402
 from bench.timing import Contestant, interleaved  # noqa: E402
 from saesteer_fast import ops, reference  # noqa: E402
 
@@ -76,7 +76,8 @@ def test_workloads_repeat(pair):
 @pytest.mark.parametrize("tokens", [16, 512])
 def test_ours_passes(pair, tokens):
     for w in pair:
-        verify.check_ours(w.first(1), tokens, steer(w.first(1)), feature_acts(w.first(1)))
+        w = w.first(1)
+        verify.check_ours(w, w.batches(tokens), steer(w), feature_acts(w))
 
 
 def one_element_off(y):
@@ -94,14 +95,14 @@ def test_a_wrong_result_disagrees(pair, wrong):
     for w in pair:
         right = steer(w)
         with pytest.raises(verify.Disagreement, match=f"{w.name}, T=16: x' is"):
-            verify.check_ours(w, 16, lambda x: wrong(x, right(x)), feature_acts(w))  # noqa: B023
+            verify.check_ours(w, w.batches(16), lambda x: wrong(x, right(x)), feature_acts(w))  # noqa: B023
 
 
 def test_a_wrong_decision_disagrees(pair):
     for w in pair:
         acts = feature_acts(w)
         with pytest.raises(verify.Disagreement, match="decisions differ from fp64's"):
-            verify.check_ours(w, 16, steer(w), lambda x: 0 * acts(x))  # noqa: B023
+            verify.check_ours(w, w.batches(16), steer(w), lambda x: 0 * acts(x))  # noqa: B023
 
 
 def test_baselines(pair):
@@ -221,11 +222,38 @@ def test_stored_result_renders_the_same(tmp_path, result):
     assert "| planted | bf16 | 512 | 1 | 1.00 ms | 100× (100) |" in text
 
 
+def record_demo(folder):
+    row = {"strength": 0, "counts": {}, "intervals": {}}
+    for column in miniature.COLUMNS:
+        row |= {column: 0.5}
+        row["counts"][column], row["intervals"][column] = [5, 10], [0.25, 0.75]
+    ran = {"rows": [row, row | {"strength": 2.5}], "latent": 7, "layer": 4, "unit": 1.25}
+    versions = {"saesteer_fast": "1", "torch": "2"}
+    (folder / "demo.json").write_text(json.dumps(ran | {"versions": versions}))
+
+
+def test_demo_table(tmp_path):
+    record_demo(tmp_path)
+    text = miniature.demo(tmp_path)
+    assert "| 2.5 | 50 (25 to 75) |" in text
+    assert "| none | 50 (25 to 75) |" in text
+    assert "latent 7 at the output of layer 4" in text
+
+
+def test_mini_table_is_the_shipped_builds():
+    built = json.loads(miniature.METRICS.read_text())
+    text = miniature.mini()
+    assert f"| **{built['layer']}** |" in text
+    assert text.count("\n|") == len(built["layers"]) + 2
+
+
 def test_check_detects_drift(tmp_path, result):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    markers = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in report.BLOCKS)
+    readme.write_text(f"before\n{markers}after\n")
     stored = report.save(result, tmp_path)
-    with pytest.raises(SystemExit, match="differs from the newest result"):
+    record_demo(tmp_path)
+    with pytest.raises(SystemExit, match="differs from the stored results"):
         report.main(["--check"], tmp_path, readme)
     report.main(["--write"], tmp_path, readme)
     report.main(["--check"], tmp_path, readme)
@@ -233,7 +261,7 @@ def test_check_detects_drift(tmp_path, result):
     result["cases"][0]["seconds"]["naive"] = [1] * 9
     stored.unlink()
     report.save(result, tmp_path)
-    with pytest.raises(SystemExit, match="differs from the newest result"):
+    with pytest.raises(SystemExit, match="differs from the stored results"):
         report.main(["--check"], tmp_path, readme)
 
 
@@ -241,6 +269,7 @@ def test_report_says_what_is_missing(tmp_path, result):
     with pytest.raises(SystemExit, match="holds no result"):
         report.main([], tmp_path)
     report.save(result, tmp_path)
+    record_demo(tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="markers"):
