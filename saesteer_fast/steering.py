@@ -95,7 +95,8 @@ class Plan:
         self.table = Table(edits, sae.num_latents, device)
         self.active, self.gate = split(when)
         self.d, self.impl, self.device = sae.d, impl, device
-        measure = measure if self.table.measures else "none"
+        if not self.table.latents or (not self.table.measures and measure != "projection"):
+            measure = "none"
         self.measured = Measured(sae, self.table.latents, device, measure)
         self.on_active = self._conditional(sae, self.active)
         self.on_gate = self._conditional(sae, self.gate)
