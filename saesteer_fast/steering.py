@@ -100,6 +100,7 @@ class Plan:
         self.measured = Measured(sae, self.table.latents, device, measure)
         self.on_active = self._conditional(sae, self.active)
         self.on_gate = self._conditional(sae, self.gate)
+        self._share_encoder()
         self.dropping = sae.to(device) if error == "drop" else None
         self.fused = self.measured.fused and error == "keep" and self.table.sets_whole_rows
         with torch.inference_mode(False):
@@ -174,6 +175,13 @@ class Plan:
             if not 0 <= latent < sae.num_latents:
                 raise ValueError(f"when: latent {latent} is not among 0 to {sae.num_latents - 1}")
         return Measured(sae, condition.latents, self.device)
+
+    def _share_encoder(self) -> None:
+        """Keep one copy of it for all that rank latents."""
+        readers = [self.measured, self.on_active, self.on_gate]
+        ranking = [one for one in readers if one and one.measure in ("topk", "groupmax")]
+        for other in ranking[1:]:
+            other.W_enc, other.b_enc = ranking[0].W_enc, ranking[0].b_enc
 
     def _rows(self, rows: Rows | None) -> Tensor | None:
         table = self.table
