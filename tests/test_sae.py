@@ -26,7 +26,7 @@ def weights(N=12, d=5, **changed):
 def test_sizes_and_repr():
     sae = sf.SAE(**weights(), hookpoint="layers.6")
     assert (sae.num_latents, sae.d, sae.k, sae.device.type) == (12, 5, 3, "cpu")
-    assert "12 latents, d=5, k=3, hookpoint='layers.6', torch.float32" in repr(sae)
+    assert "12 latents, d=5, topk, k=3, hookpoint='layers.6', torch.float32" in repr(sae)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
