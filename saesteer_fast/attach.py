@@ -198,7 +198,7 @@ class _Call:
 
     def begin(self) -> None:
         """The next call is the first of its sequences."""
-        self.read = 0
+        self.read = 0 if self.told is None else self.told.start
         self.seen: tuple[Seen, ...] = ()
         self.on: Tensor | None = None
 
@@ -306,7 +306,7 @@ class _Hooks:
             prompt, prompts = self._guessed(start, count), None
         else:
             prompt, prompts = told.columns, told.prompts
-        self._follow(call, start, count)
+        start = self._follow(call, start, count)
         places = self._argument("position_ids", args, kwargs)
         places = places if isinstance(places, Tensor) and places.ndim == 2 else None
         return Tokens(batch, prompts, count, start, prompt, mask, real, ids, places, given.device)
@@ -322,15 +322,19 @@ class _Hooks:
             f"{count} tokens are a prompt; call the model inside `with handle.prompt(columns)`"
         )
 
-    def _follow(self, call: _Call, start: int | Tensor, count: int) -> None:
-        """Notice that sequences begin, and how much of them has been read."""
-        held = call.told is not None and call.told.once
+    def _follow(self, call: _Call, start: int | Tensor, count: int) -> int | Tensor:
+        """Notice that sequences begin, and how much of their prompts has been read; the start."""
+        told = call.told
         if isinstance(start, int):
-            if start == 0 and not (held and call.on is not None):
+            if start == 0 and not (told is not None and told.once and call.on is not None):
                 call.begin()
             call.read = start
-        if call.on is None:
+        elif told is not None and call.read < told.end:
+            # Prompts are read in order, so that a length on the device is known here too.
+            start = call.read
+        if told is not None and call.read < told.end:
             call.read += count
+        return start
 
     def _mask(self, call: _Call, tokens: Tokens | None, hidden: Tensor) -> bool | Tensor:
         """Which tokens are steered: [B or 1, T] bool, or True or False for all or none."""

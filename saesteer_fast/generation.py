@@ -21,6 +21,8 @@ class Told(NamedTuple):
     """The largest of them."""
     prompts: int | None = None
     """How many; each may get several rows. None if nobody says."""
+    start: int = 0
+    """Columns that the cache holds already."""
     once: bool = False
     """Whether all calls until told otherwise are of one batch of sequences."""
 
@@ -79,10 +81,10 @@ def _told(inputs: Tensor | None = None, *args, **kwargs) -> Told:
     prompt = next((tensor for tensor in given if tensor is not None), None)
     batch, columns = (1, 1) if prompt is None else prompt.shape[:2]
     mask = kwargs.get("attention_mask")
+    start = int(past_length(kwargs.get("past_key_values")))
     if isinstance(mask, Tensor) and mask.ndim == 2:
         columns = mask.shape[1]
-    else:
+    elif columns <= start:
         # Of a sequence that goes on from a cache, the new tokens alone may be given.
-        past = int(past_length(kwargs.get("past_key_values")))
-        columns += past if columns <= past else 0
-    return Told(columns, columns, batch, once=True)
+        columns += start
+    return Told(columns, columns, batch, start, once=True)
