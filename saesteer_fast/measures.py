@@ -13,13 +13,12 @@ from torch import Tensor
 
 from . import ops
 from .errors import nearest
-from .sae import MEASURES, SAE, row_norms
+from .sae import MEASURES, SAE, TINY, row_norms
 
 BLOCK = 4096
 """Latents whose pre-activations are held at once where all are needed and no op selects them."""
 
 _EXTRA = ("projection", "none")
-_TINY = torch.finfo(torch.float32).tiny
 
 
 class Measured:
@@ -68,7 +67,7 @@ class Measured:
             elif self.measure == "none":
                 W_enc, b_enc = sae.W_enc[:0], sae.bias[:0].float()
             else:
-                W_enc, b_enc = sae.W_enc[features], sae.b_enc[features]
+                W_enc, b_enc = sae.encoder_rows(features)
                 parameters = tuple(parameter[features] for parameter in _parameters(sae))
             self.features, self.directions = features.to(device), directions.to(device)
             self.W_enc, self.b_enc = W_enc.to(device), (b_enc / self.scale).to(device)
@@ -162,7 +161,7 @@ def reconstruct(sae: SAE, x: Tensor, features: Tensor, coef: Tensor, impl: str =
         values = torch.cat([values, coef], -1)
         indices = torch.cat([indices, features.expand(*x.shape[:-1], -1)], -1)
         if sae.decoder_norm:
-            values = values / sae.decoder_norms.clamp_min(_TINY)[indices]
+            values = values / sae.decoder_norms.clamp_min(TINY)[indices]
         recon = ops.decode(values, indices, sae.W_dec, sae.b_dec, impl=impl)
     return _restored(sae, recon, x).to(x.dtype)
 
@@ -234,7 +233,8 @@ def _blocks(sae: SAE, z: Tensor, impl: str) -> Iterator[tuple[slice, Tensor]]:
     """Activations of an elementwise SAE, some latents at a time."""
     parameters = _parameters(sae)
     for rows in _slices(sae):
-        p = ops.project(z, sae.W_enc[rows], sae.b_enc[rows] / sae.scale, impl=impl) * sae.scale
+        W_enc, b_enc = sae.encoder_rows(rows)
+        p = ops.project(z, W_enc, b_enc / sae.scale, impl=impl) * sae.scale
         yield rows, _activate(sae.measure, p, *(parameter[rows] for parameter in parameters))
 
 
@@ -249,4 +249,4 @@ def _decoder(sae: SAE, rows: slice | Tensor) -> Tensor:
 
 def _unit(rows: Tensor) -> Tensor:
     """Rows divided by their norms, fp32; a row of zeros stays one."""
-    return rows.float() / row_norms(rows).clamp_min(_TINY)[:, None]
+    return rows.float() / row_norms(rows).clamp_min(TINY)[:, None]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
 from numbers import Integral, Real
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +17,8 @@ from .errors import nearest
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What hidden states and weights may be stored in; sums are always fp32."""
 
+
+TINY = torch.finfo(torch.float32).tiny
 
 MEASURES = ("topk", "groupmax", "threshold", "relu", "gated")
 """Ways in which an SAE makes activations of pre-activations."""
@@ -78,7 +79,7 @@ class SAE:
     subtract_b_dec: bool = True
     """Whether b_dec is taken off z before encoding."""
     decoder_norm: bool = False
-    """Whether pre-activations are ranked and given in units of the stream; for topk."""
+    """Whether pre-activations are multiplied by the norms of W_dec's rows, and these have none."""
     normalize: str = "none"
     """One of NORMALIZE."""
     scale: float = 1.0
@@ -120,8 +121,8 @@ class SAE:
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, True or False is needed")
         if self.normalize == "layer_norm" and self.W_enc.shape[-1] == 1:
             raise ValueError("normalize: 'layer_norm' needs a stream of width 2 at least")
-        if self.decoder_norm and self.measure != "topk":
-            raise ValueError(f"decoder_norm: is for measure 'topk', not for {self.measure!r}")
+        if self.decoder_norm and self.measure == "gated":
+            raise ValueError("decoder_norm: has no use for measure 'gated'")
         if isinstance(self.scale, bool) or not isinstance(self.scale, Real):
             raise TypeError(f"scale: got {self.scale!r}, a number is needed")
         if not (isfinite(self.scale) and self.scale > 0):
@@ -172,10 +173,16 @@ class SAE:
     @cached_property
     def encoder(self) -> tuple[Tensor, Tensor]:
         """W [N, d] and b [N] fp32 such that p = W z + b; W is fp32 where s_j is part of it."""
+        return self.encoder_rows(slice(None))
+
+    def encoder_rows(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """These rows of `encoder`."""
+        W_enc, b_enc = self.W_enc[rows], self.b_enc[rows]
         if not self.decoder_norm:
-            return self.W_enc, self.b_enc
+            return W_enc, b_enc
         with torch.inference_mode(False), torch.no_grad():
-            return self.W_enc * self.decoder_norms[:, None], self.b_enc * self.decoder_norms
+            norms = self.decoder_norms[rows]
+            return W_enc * norms[:, None], b_enc * norms
 
     def encode(self, x: Tensor) -> Tensor:
         """All activations of x [..., d], dense: [..., N] fp32. Differentiable."""
@@ -197,28 +204,52 @@ class SAE:
         moved = {name: getattr(self, name).to(device, dtype) for name in self._shapes()}
         return replace(self, **moved)
 
+    def fold(self) -> SAE:
+        """The same SAE with scale and decoder norms multiplied into the weights, rounded once.
+
+        Activations keep their units. For formats that have no place for either.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            inner = self.decoder_norms if self.decoder_norm else self.bias.new_ones(1).float()
+            outer = (inner.clamp_min(TINY) * self.scale)[:, None]
+            bias = self.bias * inner
+            return replace(
+                self,
+                W_enc=(self.W_enc * (inner * self.scale)[:, None]).to(self.W_enc.dtype),
+                bias=bias.to(self.bias.dtype),
+                W_dec=(self.W_dec / outer).to(self.W_dec.dtype),
+                b_dec=(self.b_dec / self.scale).to(self.b_dec.dtype),
+                decoder_norm=False,
+                scale=1.0,
+            )
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SAE:
-        """Read the SAE in folder `path`; the files tell the format (sparsify's, for now).
+        """Read an SAE; its files tell the format, and the format tells what lies transposed.
 
-        hookpoint is the folder's name if it reads like one (`layers.6`). Weights stay in the
-        file's dtype, on the CPU, and share nothing with the file. Raises FileNotFoundError for
-        what is missing, and ValueError for a file that is broken, that a top-k SAE cannot be made
-        of, or that could run code.
+        `path` is a folder, or a file where a format keeps all in one, or a repository on the
+        Hugging Face Hub: "org/name", or "org/name/folder/in/it". Formats: sparsify, SAELens,
+        dictionary_learning, Gemma Scope 1 and 2, Llama Scope, Qwen Scope, OpenAI's.
+
+        hookpoint is set where the files, or the folder's name (`layers.6`), tell it. Weights stay
+        in the file's dtype, on the CPU, and share nothing with the file. Nothing in a file is
+        executed. Raises FileNotFoundError for what is missing, and ValueError for a file that is
+        broken, or that holds what cannot be measured exactly (transcoders, for one).
         """
         from . import formats
 
-        return formats.load(Path(path))
+        return formats.load(path)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write folder `path` in sparsify's format, which `load` reads back bit for bit.
+    def save(self, path: str | os.PathLike[str], format: str = "sparsify") -> None:
+        """Write folder `path` in `format`, "sparsify" or "saelens", for `load` and for these.
 
-        Both files are complete on disk before either takes its place, so that a save that fails
-        leaves what was there.
+        Every weight is read back bit for bit. All files are complete on disk before any takes its
+        place, so that a save that fails leaves what was there. Raises ValueError, naming the
+        argument, for an SAE that the format cannot express.
         """
         from . import formats
 
-        formats.save(self, Path(path))
+        formats.save(self, path, format)
 
     @property
     def _kind(self) -> str:

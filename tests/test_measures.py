@@ -100,7 +100,8 @@ def decoded(sae: sf.SAE, acts: Tensor, x: Tensor) -> Tensor:
 def cases():
     for measure, name in product(ALL, SETTINGS):
         yield pytest.param(measure, SETTINGS[name], id=f"{measure}-{name}")
-    yield pytest.param("topk", {"decoder_norm": True}, id="topk-decoder_norm")
+    for measure in ("topk", "groupmax", "threshold", "relu"):
+        yield pytest.param(measure, {"decoder_norm": True}, id=f"{measure}-decoder_norm")
     yield pytest.param(
         "topk", {"decoder_norm": True, "scale": 2.0, "normalize": "layer_norm"}, id="topk-all"
     )
@@ -341,6 +342,16 @@ def test_unknown_measure_is_named():
         Measured(make("topk"), [1], measure="projecton")
     with pytest.raises(ValueError, match="measure: got 'relu', this SAE has topk, projection"):
         Measured(make("topk"), [1], measure="relu")
+
+
+@pytest.mark.parametrize(("measure", "settings"), cases())
+def test_folding_changes_no_activation(measure, settings):
+    sae, x = make(measure, **settings), stream()
+    folded = sae.fold()
+    assert folded.scale == 1 and not folded.decoder_norm and folded.normalize == sae.normalize
+    truth = dense(sae, x)
+    close(folded.encode(x), truth, 128)
+    close(folded.decode(truth.float(), x), decoded(sae, truth, x), 256)
 
 
 def test_undoing_a_normalisation_needs_x():
