@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .conditions import Active, Condition, split
@@ -92,27 +93,38 @@ class Plan:
         impl: str = "auto",
     ):
         _check_choices(sae, error, measure)
+        self.d, self.impl, self.device = sae.d, impl, device
         self.table = Table(edits, sae.num_latents, device)
         self.active, self.gate = split(when)
-        self.d, self.impl, self.device = sae.d, impl, device
-        if not self.table.latents or (not self.table.measures and measure != "projection"):
-            measure = "none"
-        self.measured = Measured(sae, self.table.latents, device, measure)
-        self.on_active = self._conditional(sae, self.active)
-        self.on_gate = self._conditional(sae, self.gate)
-        self._share_encoder()
-        self.dropping = sae.to(device) if error == "drop" else None
-        self.fused = self.measured.fused and error == "keep" and self.table.sets_whole_rows
+        with torch.autocast(device.type, enabled=False):
+            self._build(sae, error, measure)
         with torch.inference_mode(False):
             limits = () if self.active is None else tuple(self.active.above.values())
             self.limits = torch.tensor(limits, dtype=torch.float32, device=device)
         self.chosen: Tensor | None = None
+
+    def _build(self, sae: SAE, error: str, measure: str | None) -> None:
+        if not self.table.latents or (not self.table.measures and measure != "projection"):
+            measure = "none"
+        self.measured = Measured(sae, self.table.latents, self.device, measure)
+        self.on_active = self._conditional(sae, self.active)
+        self.on_gate = self._conditional(sae, self.gate)
+        self._share_encoder()
+        self.dropping = sae.to(self.device) if error == "drop" else None
+        self.fused = self.measured.fused and error == "keep" and self.table.sets_whole_rows
 
     def __call__(
         self, x: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None
     ) -> Tensor:
         """x [..., d]; mask bool [...]; chosen [x.shape[0]] int64, rows of the table."""
         self.check(x, mask)
+        if torch.is_autocast_enabled(x.device.type):
+            # Sums are fp32 wherever they are made.
+            with torch.autocast(x.device.type, enabled=False):
+                return self._steered(x, mask, chosen)
+        return self._steered(x, mask, chosen)
+
+    def _steered(self, x: Tensor, mask: Tensor | None, chosen: Tensor | None) -> Tensor:
         values, kinds = self.table.values[0], self.table.kinds[0]
         if self.table.rowwise:
             self._check_rows(x, chosen)
@@ -216,6 +228,10 @@ class Plan:
             raise ValueError(
                 f"x: is on {x.device}, the SAE's weights on {self.table.values.device}"
             )
+        for name, tensor in (("x", x), ("edits", self.table.values)):
+            # The ops would lose it without a word.
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(f"{name}: has a forward-mode gradient; use backward ones")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
             raise ValueError(
                 f"mask: got {mask.dtype} {tuple(mask.shape)}, bool {tuple(x.shape[:-1])} is needed"

@@ -16,7 +16,7 @@ D, N, K = 24, 96, 6
 LATENTS = [3, 40, 41, 95]
 
 EDITED = {
-    "set": (lambda v: v, lambda a, v: torch.full_like(a, v)),
+    "set": (lambda v: v, lambda a, v: 0 * a + v),
     "set_if_active": (sf.set_if_active, lambda a, v: torch.where(a > 0, v, a)),
     "add": (sf.add, lambda a, v: a + v),
     "scale": (sf.scale, lambda a, v: a * v),
