@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,8 +26,8 @@ from torch import Tensor
 from ..errors import nearest
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BLOCK = 1 << 22
-"""Bytes read at once of a matrix that lies transposed."""
+BLOCK = 1 << 21
+"""Bytes read at once."""
 
 _CHECKSUM = "crc32."
 
@@ -48,18 +53,39 @@ class Tensors:
         self.columns: set[str] = set()
         """Matrices whose columns follow each other in the file, not their rows."""
 
+    def open(self, key: str) -> AbstractContextManager[BinaryIO]:
+        """A stream that begins with the numbers of one tensor."""
+        raise NotImplementedError
+
     def read(self, key: str, turned: bool = False) -> Tensor:
         """One tensor in memory of its own, contiguous; a matrix transposed if `turned`."""
         shape = self.shapes[key]
         out = torch.empty(shape[::-1] if turned else shape, dtype=DTYPES[self.dtypes[key]])
-        place = out.T if turned != (key in self.columns) else out
-        for begin, block in self.blocks(key):
-            place[begin : begin + len(block)] = block
+        if turned == (key in self.columns):
+            for _ in self.blocks(key, out):
+                pass
+        else:
+            for begin, block in self.blocks(key):
+                out.T[begin : begin + len(block)] = block
         return out
 
-    def blocks(self, key: str) -> Iterator[tuple[int, Tensor]]:
-        """Rows of one tensor in order (columns, of self.columns), and the number of the first."""
-        raise NotImplementedError
+    def blocks(self, key: str, out: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Rows of one tensor (columns, of self.columns), and the number of the first of them.
+
+        They are parts of `out`, or else each is gone when the next one comes.
+        """
+        dtype, shape = DTYPES[self.dtypes[key]], self.shapes[key]
+        total, *rest = shape[::-1] if key in self.columns else shape
+        width = dtype.itemsize * prod(rest)
+        step = min(total, max(1, BLOCK // width))
+        memory = memoryview(bytearray(step * width) if out is None else _bytes(out))
+        with self.open(key) as stream:
+            for begin in range(0, total, step):
+                start = 0 if out is None else begin * width
+                part = memory[start : start + min(step, total - begin) * width]
+                if stream.readinto(part) != len(part):
+                    raise ValueError(f"{self.path}: {key} is cut short")
+                yield begin, torch.frombuffer(part, dtype=dtype).reshape(-1, *rest)
 
 
 class Safetensors(Tensors):
@@ -69,47 +95,42 @@ class Safetensors(Tensors):
         super().__init__(path)
         try:
             # pread and not mmap: a file that is cut short or replaced later would kill the process.
-            self.file = safe_open(path, framework="pt", backend="pread")
+            with safe_open(path, framework="pt", backend="pread") as file:
+                self.sums = file.metadata() or {}
+                for key in file.keys():
+                    self.shapes[key] = tuple(file.get_slice(key).get_shape())
+                    self.dtypes[key] = file.get_slice(key).get_dtype()
         except SafetensorError as error:
             raise ValueError(
                 f"{path}: not a whole safetensors file ({error}){_pickled(path)}"
             ) from None
-        self.sums = self.file.metadata() or {}
-        for key in self.file.keys():
-            self.shapes[key] = tuple(self.file.get_slice(key).get_shape())
-            self.dtypes[key] = self.file.get_slice(key).get_dtype()
 
-    def read(self, key: str, turned: bool = False) -> Tensor:
-        if turned:
-            return super().read(key, turned)
-        tensor = self.file.get_tensor(key)
-        self._check(key, checksum(tensor))
-        return tensor
+    @contextmanager
+    def open(self, key: str) -> Iterator[BinaryIO]:
+        # Its slices read the whole tensor each time.
+        with self.path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+            stream.seek(8 + length + header[key]["data_offsets"][0])
+            yield stream
 
-    def blocks(self, key: str) -> Iterator[tuple[int, Tensor]]:
-        rows, total, crc = self.file.get_slice(key), self.shapes[key][0], 0
-        step = max(1, BLOCK * total // max(1, _nbytes(self, key)))
-        for begin in range(0, total, step):
-            block = rows[begin : min(begin + step, total)]
-            crc = checksum(block, crc)
+    def blocks(self, key: str, out: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        crc, wanted = 0, self.sums.get(_CHECKSUM + key)
+        for begin, block in super().blocks(key, out):
+            crc = checksum(block, crc) if wanted else 0
             yield begin, block
-        self._check(key, crc)
-
-    def _check(self, key: str, crc: int) -> None:
-        if self.sums.get(_CHECKSUM + key, f"{crc:08x}") != f"{crc:08x}":
+        if wanted not in (None, f"{crc:08x}"):
             raise ValueError(f"{self.path}: {key} is damaged: its checksum differs")
 
 
 def checksum(tensor: Tensor, crc: int = 0) -> int:
     """CRC-32 of a tensor's bytes, continuing `crc`."""
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy(), crc)
+    return zlib.crc32(_bytes(tensor), crc)
 
 
-def _nbytes(tensors: Tensors, key: str) -> int:
-    count = 1
-    for size in tensors.shapes[key]:
-        count *= size
-    return count * DTYPES[tensors.dtypes[key]].itemsize
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a contiguous tensor, shared with it."""
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 Layout = Mapping[str, tuple[str, str]]

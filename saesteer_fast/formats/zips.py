@@ -9,18 +9,19 @@ from __future__ import annotations
 import struct
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from numpy.lib import format as npy
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .files import BLOCK, DTYPES, Tensors
+from .files import DTYPES, Tensors
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SCALARS = {"torch.int32": torch.int32, "torch.int64": torch.int64, **DTYPES}
 _NUMPY = {"<f4": "F32", "<f2": "F16"}
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
@@ -45,30 +46,16 @@ class _Zipped(Tensors):
                 f"{path}: not a whole zip archive, which {path.suffix} files are ({error})"
             ) from None
 
-    def blocks(self, key: str) -> Iterator[tuple[int, Tensor]]:
-        """Rows as they lie in the archive."""
-        member, dtype = self.members[key], DTYPES[self.dtypes[key]]
-        shape = self.shapes[key][::-1] if key in self.columns else self.shapes[key]
-        width = dtype.itemsize * (shape[1] if len(shape) == 2 else 1)
-        step = max(1, BLOCK // width)
+    @contextmanager
+    def open(self, key: str) -> Iterator[BinaryIO]:
+        name, skip = self.members[key]
         try:
-            with self.archive.open(member.name) as stream:
-                stream.read(member.skip)
-                for begin in range(0, shape[0], step):
-                    count = min(step, shape[0] - begin)
-                    yield begin, self._numbers(stream, key, dtype, (count, *shape[1:]))
+            with self.archive.open(name) as stream:
+                stream.read(skip)
+                yield stream
                 stream.read()  # to its end, where its checksum is compared
         except zipfile.BadZipFile as error:
             raise ValueError(f"{self.path}: {key} is damaged ({error})") from None
-
-    def _numbers(self, stream, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        wanted = dtype.itemsize
-        for size in shape:
-            wanted *= size
-        data = bytearray(stream.read(wanted))
-        if len(data) != wanted:
-            raise ValueError(f"{self.path}: {key} is cut short")
-        return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
 
 class Torch(_Zipped):
@@ -76,10 +63,12 @@ class Torch(_Zipped):
 
     def __init__(self, path: Path):
         super().__init__(path)
+        # First, because swapping the bytes of numbers that have no memory ends the process.
+        orders = [name for name in self.archive.namelist() if name.endswith("/byteorder")]
+        if any(self.archive.read(name) != b"little" for name in orders):
+            raise ValueError(f"{path}: its numbers are big-endian, little-endian ones are needed")
         try:
-            # No tensor gets memory; each is told where in the file its numbers are.
-            with FakeTensorMode():
-                content = torch.load(path, weights_only=True)
+            content = _load_without_numbers(path)
         except (UnpicklingError, RuntimeError, ValueError, EOFError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -102,14 +91,11 @@ class Torch(_Zipped):
 
     def scalar(self, key: str) -> float:
         """The number that a tensor without dimensions holds."""
-        dtype = {"torch.int32": torch.int32, "torch.int64": torch.int64, **DTYPES}.get(
-            self.dtypes[key]
-        )
+        dtype = _SCALARS.get(self.dtypes[key])
         if self.shapes[key] != () or dtype is None:
             raise ValueError(f"{self.path}: {key} is no number")
-        with self.archive.open(self.members[key].name) as stream:
-            stream.read(self.members[key].skip)
-            return self._numbers(stream, key, dtype, (1,)).item()
+        with self.open(key) as stream:
+            return torch.frombuffer(bytearray(stream.read(dtype.itemsize)), dtype=dtype).item()
 
     def _begins(self) -> dict[int, str]:
         """The members by where in the file their bytes begin."""
@@ -125,8 +111,26 @@ class Torch(_Zipped):
     def _member(self, key: str, value: Tensor, begins: dict[int, str]) -> _Member:
         if not (value.is_contiguous() or (value.ndim == 2 and value.T.is_contiguous())):
             raise ValueError(f"{self.path}: {key} is a view with gaps, a dense tensor is needed")
-        name = begins[value.untyped_storage()._checkpoint_offset]
+        name = begins.get(value.untyped_storage()._checkpoint_offset)
+        if name is None:
+            raise ValueError(f"{self.path}: {key} lies where no member of the archive does")
         return _Member(name, value.storage_offset() * value.dtype.itemsize)
+
+
+def _load_without_numbers(path: Path) -> object:
+    """What torch.save wrote; tensors have no memory, their storages know where the numbers lie."""
+    content = torch.load(path, weights_only=True, map_location="meta")
+    if not isinstance(content, dict) or all(map(_placed, content.values())):
+        return content
+    # PyTorch 2.10 says it only to fake tensors, which take seconds to import.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.load(path, weights_only=True)
+
+
+def _placed(value: object) -> bool:
+    return not isinstance(value, Tensor) or hasattr(value.untyped_storage(), "_checkpoint_offset")
 
 
 class Numpy(_Zipped):
@@ -141,6 +145,8 @@ class Numpy(_Zipped):
                     shape, columns, dtype = _HEADERS[npy.read_magic(stream)](stream)
                 except (ValueError, KeyError) as error:
                     raise ValueError(f"{path}: {key} is no array ({error})") from None
+                except zipfile.BadZipFile as error:
+                    raise ValueError(f"{path}: {key} is damaged ({error})") from None
                 self.shapes[key] = shape
                 self.dtypes[key] = _NUMPY.get(dtype.str, str(dtype))
                 self.members[key] = _Member(name, stream.tell())
