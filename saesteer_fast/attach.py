@@ -106,7 +106,8 @@ class Handle:
 
     @property
     def strengths(self) -> Tensor:
-        """[C, F] fp32, a row a configuration: read at every call, so it may change in place.
+        """[F] fp32, or [C, F], a row a configuration: read at every call, so that it may change in
+        place.
 
         `handle.strengths.requires_grad_()` makes it a leaf to be learned.
         """
@@ -222,7 +223,8 @@ class _Hooks:
     def __init__(self, site: _Site, plan: Plan, scope: Scoped):
         self.path, self.plan, self.scope = site.path, plan, scope
         self.calls = _Calls()
-        self.parameters = list(inspect.signature(site.decoder.forward).parameters)
+        parameters = inspect.signature(site.decoder.forward).parameters
+        self.places = {name: place for place, name in enumerate(parameters)}
         self.follows = not scope.everything or plan.gate is not None or plan.table.rowwise
         self.active: tuple[Seen, Tensor] | None = None
         self.gated: tuple[tuple[Seen, ...], Tensor] | None = None
@@ -381,9 +383,9 @@ class _Hooks:
             )
 
     def _argument(self, name: str, args: tuple, kwargs: dict):
-        if name in kwargs or name not in self.parameters:
+        if name in kwargs or not args:
             return kwargs.get(name)
-        place = self.parameters.index(name)
+        place = self.places.get(name, len(args))
         return args[place] if place < len(args) else None
 
 

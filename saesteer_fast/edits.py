@@ -84,8 +84,8 @@ Edits = Mapping[int, float | Edit]
 class Table:
     """Configurations of edits as tensors: C of them, over the F latents that any of them edits.
 
-    `values` [C, F] fp32 holds strengths, `kinds` [C, F] int8 what is done with them. Both may
-    change in place; which kinds occur at all may not, for that is code.
+    `values` [C, F] fp32 holds strengths, `kinds` [C, F] int8 what is done with them; both are [F]
+    where one configuration is for all rows. Strengths may change in place.
     """
 
     def __init__(
@@ -105,8 +105,9 @@ class Table:
         self._by_row = [set(row) for row in kinds]
         self.present = tuple(sorted(set().union(*self._by_row)))
         with torch.inference_mode(False):
-            self.kinds = torch.tensor(kinds, dtype=torch.int8, device=device)
-            self.values = _stacked(values, device).view(len(checked), len(self.latents))
+            shape = (len(checked), len(self.latents)) if self.rowwise else (len(self.latents),)
+            self.kinds = torch.tensor(kinds, dtype=torch.int8, device=device).view(shape)
+            self.values = _stacked(values, device).view(shape)
 
     @property
     def measures(self) -> bool:
@@ -160,7 +161,7 @@ class Table:
                 for latent, kind, value in zip(self.latents, kinds, values, strict=True)
                 if kind != _NONE
             }
-            for kinds, values in zip(self.kinds.tolist(), self.values.tolist(), strict=True)
+            for kinds, values in zip(*map(self._listed, (self.kinds, self.values)), strict=True)
         ]
         if not self.rowwise:
             return rows[0]
@@ -179,6 +180,9 @@ class Table:
             f"{nearest(str(name), self.names or [])}"
         )
 
+    def _listed(self, tensor: Tensor) -> list[list]:
+        return tensor.tolist() if self.rowwise else [tensor.tolist()]
+
     def _changed(self, edits) -> list[tuple[int, Edits]]:
         names, changed = _configurations(edits)
         if (names is None) == self.rowwise:
@@ -188,15 +192,16 @@ class Table:
             )
         if names:
             return [(self.index(name), row) for name, row in zip(names, changed, strict=True)]
-        if len(changed) != len(self.values):
+        if self.rowwise and len(changed) != len(self.values):
             raise ValueError(f"edits: got {len(changed)} rows, there are {len(self.values)}")
         return list(enumerate(changed))
 
     def _place(self, row: int, latent: int, edit: Edit) -> int:
         column = self.columns.get(latent)
-        kind = _NONE if column is None else int(self.kinds[row, column])
+        kinds = self._listed(self.kinds)[row]
+        kind = _NONE if column is None else kinds[column]
         if kind == _NONE:
-            held = [f for f in self.latents if self.kinds[row, self.columns[f]] != _NONE]
+            held = [f for f, kind in zip(self.latents, kinds, strict=True) if kind != _NONE]
             raise ValueError(f"edits: latent {latent} is not held; held are {held}")
         if KINDS[kind] != edit.kind:
             raise ValueError(

@@ -109,10 +109,13 @@ class _At:
             self.from_start = torch.tensor(self.first, dtype=torch.int64, device=device)
             self.from_end = torch.tensor(self.last, dtype=torch.int64, device=device)
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: Tokens) -> bool | Tensor:
+        last = self.last and tokens.generated() is not True
+        if not self.first and not last:
+            return False
         places = tokens.positions
         inside = (places[..., None] == self.from_start).any(-1)
-        if self.last:
+        if last:
             back = places - tokens.prompt_lengths
             inside = inside | (back[..., None] == self.from_end).any(-1)
         return inside

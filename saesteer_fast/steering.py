@@ -69,6 +69,8 @@ def steer(
         raise ValueError("when: sf.gate is decided by a prompt, which only sf.steering sees")
     plan.choose(rows)
     plan.check(x, mask)
+    if forward_ad.unpack_dual(plan.table.values).tangent is not None:
+        raise NotImplementedError("edits: has a forward-mode gradient; use backward ones")
     if plan.active is not None:
         mask = _both(mask, plan.holds(x)[1])
     return plan(x, mask, plan.chosen)
@@ -125,7 +127,7 @@ class Plan:
         return self._steered(x, mask, chosen)
 
     def _steered(self, x: Tensor, mask: Tensor | None, chosen: Tensor | None) -> Tensor:
-        values, kinds = self.table.values[0], self.table.kinds[0]
+        values, kinds = self.table.values, self.table.kinds
         if self.table.rowwise:
             self._check_rows(x, chosen)
             values, kinds = self.table.rows(chosen, x.ndim)
@@ -228,10 +230,9 @@ class Plan:
             raise ValueError(
                 f"x: is on {x.device}, the SAE's weights on {self.table.values.device}"
             )
-        for name, tensor in (("x", x), ("edits", self.table.values)):
-            # The ops would lose it without a word.
-            if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError(f"{name}: has a forward-mode gradient; use backward ones")
+        # The ops would lose it without a word.
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError("x: has a forward-mode gradient; use backward ones")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
             raise ValueError(
                 f"mask: got {mask.dtype} {tuple(mask.shape)}, bool {tuple(x.shape[:-1])} is needed"

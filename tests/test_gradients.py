@@ -38,12 +38,12 @@ def test_the_reference_path_in_double_precision(kind):
     table = Table({latent: EDITED[kind][0](1.5) for latent in LATENTS}, N, torch.device("cpu"))
     features = torch.tensor(table.latents)
     directions = sae.W_dec[features]
-    values = table.values[0].double().requires_grad_()
+    values = table.values.double().requires_grad_()
 
     def steered(x, values):
         arguments = x, sae.W_enc, sae.b_enc, features, sae.k
         acts = reference.feature_acts(*arguments, dtype=torch.float64)
-        amounts = table.amounts(acts, values, table.kinds[0])
+        amounts = table.amounts(acts, values, table.kinds)
         return reference.add_directions(x, directions, amounts, dtype=torch.float64)
 
     assert torch.autograd.gradcheck(steered, (x, values))
@@ -141,17 +141,17 @@ def test_strengths_of_a_steered_model(make_phi3, make_sae):
     model, ids = make_phi3(), torch.tensor([[5, 17, 60, 2]])
     with sf.steering(model, make_sae(), {3: 2.0, 77: sf.scale(1.5)}) as handle:
         strengths = handle.strengths.requires_grad_()
-        assert strengths.is_leaf and strengths.shape == (1, 2) and handle.latents == [3, 77]
+        assert strengths.is_leaf and strengths.shape == (2,) and handle.latents == [3, 77]
         loss = model(ids).logits.square().mean()
         (gradient,) = torch.autograd.grad(loss, [strengths])
         with torch.no_grad():
-            strengths[0, 0] += 1e-2
+            strengths[0] += 1e-2
             above = model(ids).logits.square().mean()
-            strengths[0, 0] -= 2e-2
+            strengths[0] -= 2e-2
             below = model(ids).logits.square().mean()
-        assert gradient[0, 0] == pytest.approx(((above - below) / 2e-2).item(), rel=0.05)
+        assert gradient[0] == pytest.approx(((above - below) / 2e-2).item(), rel=0.05)
         handle.set({3: 1.0})
-        assert strengths.requires_grad and handle.strengths[0, 0] == 1.0
+        assert strengths.requires_grad and handle.strengths[0] == 1.0
 
 
 @pytest.mark.parametrize("edits", [{3: 4.0}, {3: sf.scale(2.0), 40: sf.at_least(1.0)}])
@@ -181,7 +181,7 @@ def test_strengths_that_are_not_leaves_of_the_steering(make_phi3, make_sae):
     ):
         sf.steering(make_phi3(), make_sae(), {3: strength})
     with sf.steering(make_phi3(), make_sae(), {3: strength.detach()}) as handle:
-        assert handle.strengths.tolist() == [[2.0]]
+        assert handle.strengths.tolist() == [2.0]
 
 
 @pytest.mark.parametrize("edits", [{3: 2.0}, {3: sf.scale(2.0)}, {3: sf.add(1.0)}])
