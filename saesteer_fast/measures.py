@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import nearest
-from .sae import MEASURES, SAE, TINY, row_norms
+from .sae import MEASURES, SAE, TINY, constants, row_norms
 
 BLOCK = 4096
 """Latents whose pre-activations are held at once where all are needed and no op selects them."""
@@ -54,7 +54,7 @@ class Measured:
         self.latents, self.d, self.k = list(latents), sae.d, sae.k
         self.normalize, self.scale = sae.normalize, sae.scale
         device = sae.device if device is None else torch.device(device)
-        with torch.inference_mode(False), torch.no_grad():
+        with constants(sae.device):
             features = torch.tensor(self.latents, dtype=torch.int64, device=sae.device)
             unit_rows = sae.decoder_norm or self.measure == "projection"
             rows = sae.W_dec[features]
@@ -139,8 +139,9 @@ def decode(sae: SAE, acts: Tensor, x: Tensor | None = None) -> Tensor:
     if x is None and sae.normalize != "none":
         raise ValueError(f"x: needed to undo normalize={sae.normalize!r}")
     recon = sae.b_dec.float()
-    for rows in _slices(sae):
-        recon = recon + acts[..., rows].float() @ _decoder(sae, rows)
+    with torch.autocast(acts.device.type, enabled=False):
+        for rows in _slices(sae):
+            recon = recon + acts[..., rows].float() @ _decoder(sae, rows)
     return _restored(sae, recon, x)
 
 
@@ -153,9 +154,10 @@ def reconstruct(sae: SAE, x: Tensor, features: Tensor, coef: Tensor, impl: str =
     z, _, _ = _normalised(x, sae.normalize)
     coef = coef.expand(*x.shape[:-1], -1)
     if sae.k is None:
-        recon = sae.b_dec.float() + coef @ _decoder(sae, features)
-        for rows, acts in _blocks(sae, z, impl):
-            recon = recon + acts @ _decoder(sae, rows)
+        with torch.autocast(x.device.type, enabled=False):
+            recon = sae.b_dec.float() + coef @ _decoder(sae, features)
+            for rows, acts in _blocks(sae, z, impl):
+                recon = recon + acts @ _decoder(sae, rows)
     else:
         values, indices = _largest(sae, z, impl)
         values = torch.cat([values, coef], -1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
@@ -155,7 +156,7 @@ class SAE:
     @cached_property
     def b_enc(self) -> Tensor:
         """[N] fp32: bias, less W_enc b_dec if subtract_b_dec: p_j = s_j (W_enc[j]·z + b_enc_j)."""
-        with torch.inference_mode(False), torch.no_grad():
+        with constants(self.device):
             if not self.subtract_b_dec:
                 return self.bias.float()
             b_enc, b_dec = self.bias.float().clone(), self.b_dec.float()
@@ -167,7 +168,7 @@ class SAE:
     @cached_property
     def decoder_norms(self) -> Tensor:
         """[N] fp32: the norms of the rows of W_dec."""
-        with torch.inference_mode(False), torch.no_grad():
+        with constants(self.device):
             return row_norms(self.W_dec)
 
     @cached_property
@@ -180,7 +181,7 @@ class SAE:
         W_enc, b_enc = self.W_enc[rows], self.b_enc[rows]
         if not self.decoder_norm:
             return W_enc, b_enc
-        with torch.inference_mode(False), torch.no_grad():
+        with constants(self.device):
             norms = self.decoder_norms[rows]
             return W_enc * norms[:, None], b_enc * norms
 
@@ -209,7 +210,7 @@ class SAE:
 
         Activations keep their units. For formats that have no place for either.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with constants(self.device):
             inner = self.decoder_norms if self.decoder_norm else self.bias.new_ones(1).float()
             outer = (inner.clamp_min(TINY) * self.scale)[:, None]
             bias = self.bias * inner
@@ -260,6 +261,14 @@ class SAE:
             f"SAE({self.num_latents} latents, d={self.d}, {self._kind}, "
             f"hookpoint={self.hookpoint!r}, {self.W_enc.dtype}, {self.device})"
         )
+
+
+@contextmanager
+def constants(device: torch.device) -> Iterator[None]:
+    """What is made of weights inside is fp32 and fit for autograd, whatever goes on outside."""
+    autocast = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
 
 
 def row_norms(rows: Tensor) -> Tensor:

@@ -335,6 +335,31 @@ def test_compiles_without_a_break(measure):
     torch.testing.assert_close(compiled(x, values), held(x, values), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(("measure", "settings"), cases())
+def test_autocast_changes_nothing(measure, settings):
+    def results() -> list[Tensor]:
+        sae, x = make(measure, **settings), stream()
+        projected = Measured(sae, LATENTS, measure="projection")
+        measured = Measured(sae, LATENTS)
+        acts, coef = measured.acts(x), torch.ones(len(LATENTS))
+        features = torch.tensor(LATENTS)
+        return [
+            acts,
+            measured.apply(x, coef),
+            projected.acts(x),
+            sae.encode(x),
+            sae.decode(sae.encode(x), x),
+            measures.reconstruct(sae, x, features, coef),
+            sae.fold().W_enc,
+        ]
+
+    plain = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = results()
+    for one, other in zip(plain, cast, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_unknown_measure_is_named():
     with pytest.raises(
         ValueError, match=r"measure: got 'projecton', this SAE has topk.*projection"

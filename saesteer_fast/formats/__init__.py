@@ -39,6 +39,8 @@ _FILES = sorted(
     }
 )
 
+_PARTS = {Path(file).name for file in _FILES} - {*qwen_scope.FILES, *openai.FILES}
+
 
 @torch.inference_mode(False)
 def load(path: str | os.PathLike[str]) -> SAE:
@@ -68,6 +70,8 @@ def save(sae: SAE, path: str | os.PathLike[str], format: str) -> None:
 
 def _format(place: Path):
     """The module for what is at `place`, by the names of the files."""
+    if place.is_file() and place.name in _PARTS:
+        raise ValueError(f"path: {place} is one file of an SAE's folder; give {place.parent}")
     found = [format for format in FORMATS if format.recognises(place)]
     if openai in found and len(found) > 1:
         found.remove(openai)  # any .pt file could be one

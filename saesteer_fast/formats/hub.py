@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..errors import nearest
+
 _ID = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+(/(?!\.)[\w.+=-]+)*")
 
 
@@ -42,4 +44,11 @@ def fetch(path: str, files: Iterable[str]) -> Path:
         raise FileNotFoundError(
             f"path: no folder {path} here, and no repository {org}/{name} from the Hub ({reason})"
         ) from None
-    return Path(root, *inside)
+    place = Path(root, *inside)
+    if not place.exists():
+        here = [entry.name for entry in place.parent.glob("*")]
+        raise FileNotFoundError(
+            f"path: no folder {path} here, and no {folder} in {org}/{name} from the Hub that holds "
+            f"an SAE{nearest(place.name, here)}"
+        )
+    return place
