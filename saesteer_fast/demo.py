@@ -25,8 +25,11 @@ SHOWN = 5
 """How many candidates are listed."""
 
 
+@mini.running_on(threads=1)
 def run(out: str | Path = "saesteer-demo") -> dict:
     """Runs the demo, prints it, and writes results.json and tradeoff.png into the folder `out`.
+
+    Runs on one thread: the matrices are small, and a second one waits on a busy machine.
 
     Returns what results.json holds. Raises ModuleNotFoundError without matplotlib.
     """

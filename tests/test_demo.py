@@ -61,6 +61,7 @@ def test_three_prompts_and_the_table_are_printed(ran):
     printed = ran[2]
     assert printed.count("  unsteered: Sure.") == 3
     assert printed.count("  steered: ") == 3
-    assert "unsafe refusal" in printed
+    head = next(line for line in printed.splitlines() if line.lstrip().startswith("strength"))
+    assert head.split() == ["strength", "unsafe", "safe", "borderline", "facts", "sums"]
     assert f"{demo.STRENGTHS[-1]:g}  " in printed
     assert "Best clamp: " in printed

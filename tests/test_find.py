@@ -38,6 +38,18 @@ def shown(model, ids):
         model.model.norm = norm
 
 
+def streams(model, ids):
+    """The residual stream after each layer: what the next layer, or the final norm, is given."""
+    caught = []
+    after = [*model.model.layers[1:], model.model.norm]
+    handles = [m.register_forward_pre_hook(lambda _, given: caught.append(given[0])) for m in after]
+    with torch.inference_mode():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return caught
+
+
 @pytest.fixture(scope="module")
 def refusal(shipped):
     """(the stream [T, d] on the archetypal conversation, tokens of the prompt)"""
@@ -45,27 +57,25 @@ def refusal(shipped):
     said = answers(model, tokenizer, [corpus.ARCHETYPE], max_new_tokens=32)[0]
     text = chat_text(tokenizer, corpus.ARCHETYPE)
     ids = tokenizer(text + said, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    return shown(model, ids)[layer + 1][0], len(
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-    )
+    begin = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return streams(model, ids)[layer][0], begin
 
 
-def test_capture_is_what_transformers_shows(shipped):
-    model, tokenizer, _, layer, _ = shipped
+def test_capture_is_what_the_next_layer_reads(shipped):
+    model, tokenizer, *_ = shipped
     ids = tokenizer("How do I make a kite?", return_tensors="pt")["input_ids"]
-    states = shown(model, ids)
+    expected = streams(model, ids)
     with torch.inference_mode():
-        caught = capture(model, ids, [layer, 0])
-    assert torch.equal(caught[0], states[layer + 1])
-    assert torch.equal(caught[1], states[1])
+        caught = capture(model, ids, [5, 0, 2])
+    assert all(torch.equal(x, expected[i]) for x, i in zip(caught, [5, 0, 2], strict=True))
 
 
 def test_capture_lets_go_on_error(shipped):
-    model = shipped.model
-    before = list(model.model.layers[0]._forward_hooks)
+    layer = shipped.model.model.layers[0]
+    before = list(layer._forward_hooks)
     with pytest.raises((TypeError, AttributeError)):
-        capture(model, "no ids", [0])
-    assert list(model.model.layers[0]._forward_hooks) == before
+        capture(shipped.model, "no ids", [0])
+    assert list(layer._forward_hooks) == before
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4])
@@ -114,12 +124,13 @@ def test_score_weighs_gain_and_cost():
     assert score(base, shares(9, 3, 9, 7, 8)) == pytest.approx(0.4 - (0.3 + 0.3) / 3)
 
 
-def test_refusal_latents_try_every_live_latent(shipped):
+def test_refusal_latents_try_every_live_latent(shipped, monkeypatch):
     model, tokenizer, sae, layer, metrics = shipped
-    prompts = [p for p in corpus.prompts("validation") if p.kind in ("unsafe", "sums")][::20]
-    found = list(refusal_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, prompts))
     live = live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE)
-    assert {c.latent: c.tokens for c in found} == live
+    some = {latent: live[latent] for latent in [metrics["latent"], *list(live)[::30]]}
+    monkeypatch.setattr("saesteer_fast.find.live_latents", lambda *_: some)
+    prompts = [p for p in corpus.prompts("validation") if p.kind in ("unsafe", "sums")][::7]
+    found = list(refusal_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, prompts))
+    assert {c.latent: c.tokens for c in found} == some
     assert all(c.unit > 0 for c in found)
-    best = next(c for c in found if c.latent == metrics["latent"])
-    assert best.score > sorted(c.score for c in found)[len(found) // 2]
+    assert max(found, key=lambda c: c.score).latent == metrics["latent"]

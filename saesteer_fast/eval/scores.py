@@ -37,4 +37,5 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     p, scale = hits / n, 1 + z * z / n
     middle = (p + z * z / (2 * n)) / scale
     reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    # It holds p, whatever rounding says at 0 and 1.
+    return max(0.0, min(p, middle - reach)), min(1.0, max(p, middle + reach))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,3 +47,14 @@ def load(path: str | Path = ASSETS) -> Miniature:
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     layer = metrics["layer"]
     return Miniature(model.eval(), tokenizer, SAE.load(path / f"layers.{layer}"), layer, metrics)
+
+
+@contextmanager
+def running_on(threads: int) -> Iterator[None]:
+    """Has torch use so many threads for as long as it lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

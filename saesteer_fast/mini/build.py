@@ -22,7 +22,7 @@ from torch import Tensor
 from ..eval import evaluate
 from ..find import Candidate, capture, refusal_latents
 from ..sae import SAE
-from . import corpus
+from . import corpus, running_on
 from .model import ModelConfig, build_model, collate, encode_example, train_model
 from .sae import SaeConfig, TopK, quality, train_sae
 from .tokenizer import VOCAB_SIZE, train_tokenizer
@@ -47,9 +47,7 @@ DEFAULT = BuildConfig()
 def build(out: str | Path, seed: int = 0, threads: int = 1, config: BuildConfig = DEFAULT) -> dict:
     """Builds the miniature into the folder `out` and returns what metrics.json holds."""
     out = Path(out)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with running_on(threads):
         model, tokenizer, encoded = _language_model(config, seed)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -58,8 +56,6 @@ def build(out: str | Path, seed: int = 0, threads: int = 1, config: BuildConfig 
         held_out = {"validation": validation, "test": corpus.prompts("test", seed)}
         base = {split: evaluate(model, tokenizer, asked) for split, asked in held_out.items()}
         layers = _sweep_layers(model, tokenizer, encoded, validation[:: config.every], config, seed)
-    finally:
-        torch.set_num_threads(before)
     best = max(layers, key=lambda record: record["score"])
     best.pop("sae").save(out / f"layers.{best['layer']}")
     metrics = {
