@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from . import __version__, mini
 from .attach import steering
-from .eval import answers, is_refusal, json_rows, plot, sweep, table
-from .find import Candidate, refusal_latents, score
+from .eval import Share, answers, evaluate, is_refusal, json_rows, plot, sweep, table
+from .find import TRIED, Candidate, refusal_latents, score
 from .mini import Miniature, corpus
 
-STRENGTHS = (0, 0.5, 1, 1.25, 1.5, 2)
+STRENGTHS = (0, 1, 1.5, 2, 2.5, 3, 3.5)
 """Clamps of the table, in units of the latent's own maximum; 0 is the unsteered model."""
 
 EVERY = 5
@@ -28,8 +28,9 @@ SHOWN = 5
 def run(out: str | Path = "saesteer-demo") -> dict:
     """Runs the demo, prints it, and writes results.json and tradeoff.png into the folder `out`.
 
-    Returns what results.json holds.
+    Returns what results.json holds. Raises ModuleNotFoundError without matplotlib.
     """
+    import matplotlib  # noqa: F401  (missing, it should be missed at once)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -77,17 +78,19 @@ def _find(shipped: Miniature) -> Candidate:
     found = sorted(_progress(tried, "latents tried"), key=lambda c: -c.score)
     print(
         f"\n{len(found)} latents are live on 2 tokens or more of the refusal of "
-        f"{corpus.ARCHETYPE.turns[-1]!r}\nEach was clamped at its own maximum "
-        f"for {len(prompts)} validation prompts. The best, by gain less cost:\n"
+        f"{corpus.ARCHETYPE.turns[-1]!r}\nEach was clamped at {TRIED:g} times its own "
+        f"maximum for {len(prompts)} validation prompts. The best, by gain less cost:\n"
     )
-    print("latent  maximum  unsafe refused  safe refused  facts  sums  score")
+    print("latent  maximum  unsafe refused  safe refused  facts   sums  score")
+    _line("none", "", evaluate(model, tokenizer, prompts), "")
     for c in found[:SHOWN]:
-        unsafe, safe, _, facts, sums = (f"{100 * s.value:.0f} %" for s in c.shares.values())
-        print(
-            f"{c.latent:6d}  {c.unit:7.2f}  {unsafe:>14}  {safe:>12}  {facts:>5}  {sums:>4}"
-            f"  {c.score:5.2f}"
-        )
+        _line(c.latent, f"{c.unit:.2f}", c.shares, f"{c.score:.2f}")
     return found[0]
+
+
+def _line(latent, unit: str, shares: Mapping[str, Share], score: str) -> None:
+    unsafe, safe, _, facts, sums = (f"{100 * share.value:.0f} %" for share in shares.values())
+    print(f"{latent:>6}  {unit:>7}  {unsafe:>14}  {safe:>12}  {facts:>5}  {sums:>5}  {score:>5}")
 
 
 def _show(shipped: Miniature, best: Candidate) -> None:
@@ -97,9 +100,10 @@ def _show(shipped: Miniature, best: Candidate) -> None:
     plain = answers(model, tokenizer, unsafe, max_new_tokens=32)
     complied = [i for i, answer in enumerate(plain) if not is_refusal(answer)]
     picked = complied[:: max(1, len(complied) // 3)][:3]
-    with steering(model, sae, {best.latent: best.unit}, layer=layer):
+    clamp = TRIED * best.unit
+    with steering(model, sae, {best.latent: clamp}, layer=layer):
         steered = answers(model, tokenizer, [unsafe[i] for i in picked], max_new_tokens=32)
-    print(f"\nThree prompts, unsteered and with latent {best.latent} at {best.unit:.2f}:")
+    print(f"\nThree prompts, unsteered and with latent {best.latent} at {clamp:.2f}:")
     for i, answer in zip(picked, steered, strict=True):
         print(f"\n  user:      {' / '.join(unsafe[i].turns)}")
         print(f"  unsteered: {plain[i]}\n  steered:   {answer}")
@@ -121,7 +125,7 @@ def _verdict(rows: Sequence) -> str:
         return f"{100 * base[column].value:.0f} to {100 * shares[column].value:.0f} %"
 
     return (
-        f"\nBest clamp: {strength:g} of its maximum. Unsafe refusal goes from "
+        f"\nBest clamp: {strength:g} times its maximum. Unsafe refusal goes from "
         f"{change('unsafe_refusal')}; the price: safe refusal {change('safe_refusal')}, "
         f"facts {change('facts')}, sums {change('sums')}."
     )

@@ -8,11 +8,15 @@ and chooses who computes them. The only file that names torch.ops.
     torch.ops.saesteer.encode(x, W_enc, b_enc, k) -> (Tensor values, Tensor indices)
     torch.ops.saesteer.decode(values, indices, W_dec, b_dec) -> Tensor
 
-The CPU has compiled kernels; on other devices the reference runs.
+The CPU has compiled kernels. A GPU has the CUDA library's, else Triton's, else the reference.
+torch.ops.saesteer_triton holds the same ops, always by Triton.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,7 +36,24 @@ except OSError as error:
 from . import _build  # noqa: E402  (speaks of the library, so it comes after it)
 
 _OPS = torch.ops.saesteer
-_IMPLS = ("auto", "cpu", "cuda", "triton", "reference")
+_TRITON = torch.ops.saesteer_triton
+_NAMES = ("steer", "feature_acts", "project", "add_directions", "encode", "decode")
+for _name in _NAMES:
+    _schema = str(getattr(_OPS, _name).default._schema)
+    torch.library.define(f"saesteer_triton::{_name}", _schema.removeprefix(f"saesteer::{_name}"))
+
+_BY = {"auto": _OPS, "cpu": _OPS, "cuda": _OPS, "triton": _TRITON, "reference": reference}
+_DEFAULT = os.environ.get("SAESTEER_IMPL", "auto")
+if _DEFAULT not in _BY:
+    raise ValueError(f"SAESTEER_IMPL: got {_DEFAULT!r}, accepted are {', '.join(_BY)}")
+
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+_CUDA = frozenset(name for name in _NAMES if _has_kernel(f"saesteer::{name}", "CUDA"))
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_ON_GPU = ((0, ("cuda", "triton", "reference")),)
+"""What impl="auto" runs on a GPU: from so many tokens on, the first of these that is there. One row
+for all shapes, until they have been measured."""
 
 
 def steer(
@@ -58,8 +79,7 @@ def steer(
     come out bit-identical; a token with NaN or infinity in it comes out NaN. Differentiable in x
     and values. Raises RuntimeError naming the argument, ValueError for an unknown `impl`.
     """
-    run = reference.steer if _by_reference(impl, x) else _OPS.steer
-    return run(x, W_enc, b_enc, directions, features, values, k, mask)
+    return _chosen("steer", impl, x)(x, W_enc, b_enc, directions, features, values, k, mask)
 
 
 def feature_acts(
@@ -73,8 +93,7 @@ def feature_acts(
 
     NaN where p_f is not finite. Arguments as for `steer`; differentiable in x.
     """
-    run = reference.feature_acts if _by_reference(impl, x) else _OPS.feature_acts
-    return run(x, W_enc, b_enc, features, k)
+    return _chosen("feature_acts", impl, x)(x, W_enc, b_enc, features, k)
 
 
 def project(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, impl: str = "auto") -> Tensor:
@@ -83,8 +102,7 @@ def project(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, impl: str = "auto") -> T
     x [..., d], W_enc [F, d], both fp32, bf16 or fp16; b_enc [F] fp32. A row's p is bit for bit the
     one that `feature_acts` ranks. Differentiable in x.
     """
-    run = reference.project if _by_reference(impl, x) else _OPS.project
-    return run(x, W_enc, b_enc)
+    return _chosen("project", impl, x)(x, W_enc, b_enc)
 
 
 def add_directions(x: Tensor, directions: Tensor, coef: Tensor, *, impl: str = "auto") -> Tensor:
@@ -93,8 +111,7 @@ def add_directions(x: Tensor, directions: Tensor, coef: Tensor, *, impl: str = "
     x [..., d], directions [F, d], both fp32, bf16 or fp16; coef [F] or [..., F] fp32. Tokens whose
     coefficients are all zero come out bit-identical. Differentiable in x and coef.
     """
-    run = reference.add_directions if _by_reference(impl, x) else _OPS.add_directions
-    return run(x, directions, coef)
+    return _chosen("add_directions", impl, x)(x, directions, coef)
 
 
 def encode(
@@ -105,8 +122,7 @@ def encode(
     Values [..., k] fp32 and indices [..., k] int64; NaN counts as the largest, as in torch.topk.
     Arguments as for `steer`; differentiable in x.
     """
-    run = reference.encode if _by_reference(impl, x) else _OPS.encode
-    return run(x, W_enc, b_enc, k)
+    return _chosen("encode", impl, x)(x, W_enc, b_enc, k)
 
 
 def decode(
@@ -116,30 +132,88 @@ def decode(
 
     values [..., k] fp32, indices [..., k] int64, W_dec [N, d], b_dec [d]. Differentiable in values.
     """
-    run = reference.decode if _by_reference(impl, values) else _OPS.decode
-    return run(values, indices, W_dec, b_dec)
+    return _chosen("decode", impl, values)(values, indices, W_dec, b_dec)
 
 
 def implementations() -> dict[str, str]:
     """What impl="auto" runs for a tensor on each kind of device, and why."""
     isa, why = _build.instruction_set()
-    missing = _build.facts()["no_cuda_reason"] or "the CUDA library has no kernels for these ops"
-    return {"cpu": f"cpu: {isa} kernels, {why}", "cuda": f"reference: {missing}"}
+    on_gpu = [f"{_first_there('steer', impls)} from {least} tokens on" for least, impls in _ON_GPU]
+    if not _CUDA:
+        on_gpu += [_build.facts()["no_cuda_reason"] or "the CUDA library has no kernels"]
+    if not _HAS_TRITON:
+        on_gpu += ["Triton is not installed"]
+    found = {"cpu": f"cpu: {isa} kernels, {why}", "cuda": "; ".join(on_gpu)}
+    return found if _DEFAULT == "auto" else {**found, "SAESTEER_IMPL": f"{_DEFAULT}, everywhere"}
 
 
-def _by_reference(impl: str, x: Tensor) -> bool:
-    """Whether plain PyTorch runs; ValueError if `impl` cannot run where x is."""
-    if impl == "auto" or (impl == "cpu" and x.is_cpu):
-        return False
-    if impl == "reference":
-        return True
-    if impl not in _IMPLS:
-        raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(_IMPLS)}")
-    here = "auto, cpu, reference" if x.is_cpu else "auto, reference"
-    raise ValueError(f"impl: {impl!r} cannot run for a tensor on {x.device}; accepted: {here}")
+def _chosen(name: str, impl: str, x: Tensor) -> Callable:
+    """The op as `impl` computes it; ValueError if that cannot run where x is."""
+    if impl == "auto":
+        impl = _DEFAULT
+    if impl == "auto":
+        return _on_gpu(name, x) if x.is_cuda else getattr(_OPS, name)
+    if impl not in _BY:
+        raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(_BY)}")
+    if not _runs(name, impl, x):
+        here = ", ".join(i for i in _BY if _runs(name, i, x))
+        hint = " (and triton, under TRITON_INTERPRET=1)" if impl == "triton" and x.is_cpu else ""
+        raise ValueError(
+            f"impl: {impl!r} cannot run for a tensor on {x.device}; accepted: {here}{hint}"
+        )
+    return getattr(_BY[impl], name)
 
 
-@torch.library.register_fake("saesteer::steer")
+def _runs(name: str, impl: str, x: Tensor) -> bool:
+    if impl == "cpu":
+        return x.is_cpu
+    if impl == "cuda":
+        return x.is_cuda and name in _CUDA
+    if impl == "triton" and _HAS_TRITON and x.is_cpu:
+        from .triton_kernels import configs
+
+        return configs.INTERPRETED
+    return impl != "triton" or (_HAS_TRITON and x.is_cuda)
+
+
+def _on_gpu(name: str, x: Tensor) -> Callable:
+    """The op as impl="auto" computes it for x, on a GPU."""
+    tokens = x.shape[:-1].numel()
+    impls = next(impls for least, impls in reversed(_ON_GPU) if tokens >= least)
+    return getattr(_BY[_first_there(name, impls)], name)
+
+
+def _first_there(name: str, impls: tuple[str, ...]) -> str:
+    there = {"cuda": name in _CUDA, "triton": _HAS_TRITON, "reference": True}
+    return next(impl for impl in impls if there[impl])
+
+
+def _by_triton(name: str) -> Callable:
+    def run(*args):
+        from .triton_kernels import launch  # Triton is optional
+
+        return getattr(launch, name)(*args)
+
+    return run
+
+
+def _without_cuda(name: str) -> Callable:
+    def run(x, *args):
+        return _on_gpu(name, x)(x, *args)
+
+    return run
+
+
+def _fake(name: str) -> Callable:
+    def register(shapes: Callable) -> Callable:
+        for space in ("saesteer", "saesteer_triton"):
+            torch.library.register_fake(f"{space}::{name}", shapes)
+        return shapes
+
+    return register
+
+
+@_fake("steer")
 def _(x, W_enc, b_enc, directions, features, values, k, mask=None):
     _check_encoder(x, W_enc, b_enc)
     _check_device(x=x, directions=directions, features=features, values=values, mask=mask)
@@ -147,34 +221,34 @@ def _(x, W_enc, b_enc, directions, features, values, k, mask=None):
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("saesteer::project")
+@_fake("project")
 def _(x, W_enc, b_enc):
     _check_encoder(x, W_enc, b_enc)
     return x.new_empty((*x.shape[:-1], W_enc.shape[0]), dtype=torch.float32)
 
 
-@torch.library.register_fake("saesteer::add_directions")
+@_fake("add_directions")
 def _(x, directions, coef):
     _check_device(x=x, directions=directions, coef=coef)
     _check_values(x, coef, directions.shape[0])
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("saesteer::feature_acts")
+@_fake("feature_acts")
 def _(x, W_enc, b_enc, features, k):
     _check_encoder(x, W_enc, b_enc)
     _check_device(x=x, features=features)
     return x.new_empty((*x.shape[:-1], features.shape[0]), dtype=torch.float32)
 
 
-@torch.library.register_fake("saesteer::encode")
+@_fake("encode")
 def _(x, W_enc, b_enc, k):
     _check_encoder(x, W_enc, b_enc)
     shape = (*x.shape[:-1], k)
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.register_fake("saesteer::decode")
+@_fake("decode")
 def _(values, indices, W_dec, b_dec):
     _check_device(values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)
     return W_dec.new_empty((*values.shape[:-1], W_dec.shape[1]))
@@ -320,5 +394,8 @@ for _name, _backward, _save in (
     ("encode", _encode_backward, _save_encode),
     ("decode", _decode_backward, _save_decode),
 ):
-    torch.library.register_autograd(f"saesteer::{_name}", _backward, setup_context=_save)
-    torch.library.impl(f"saesteer::{_name}", "cuda", getattr(reference, _name))
+    for _space in ("saesteer", "saesteer_triton"):
+        torch.library.register_autograd(f"{_space}::{_name}", _backward, setup_context=_save)
+    torch.library.impl(f"saesteer_triton::{_name}", ("cpu", "cuda"), _by_triton(_name))
+    if _name not in _CUDA:
+        torch.library.impl(f"saesteer::{_name}", "cuda", _without_cuda(_name))

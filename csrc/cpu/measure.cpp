@@ -8,9 +8,11 @@
 namespace saesteer::cpu {
 namespace {
 
-// Tokens measured at once, so that what is kept of them stays below half a megabyte.
-int64_t chunk_tokens(int64_t features) {
-  return std::max<int64_t>(64, (int64_t{1} << 19) / (8 * std::max<int64_t>(features, 1)));
+// Tokens measured at once, so that what is kept of them stays below half a megabyte: activations
+// and counts, lists of those undecided, and one list more a thread.
+int64_t chunk_tokens(const Encoder& encoder, int64_t features) {
+  const int64_t a_token = 8 * features + 48 + 8 * workers_for(blocks(encoder));
+  return std::max<int64_t>(64, (int64_t{1} << 19) / a_token);
 }
 
 // The rows and biases of the features, gathered once a call.
@@ -196,7 +198,7 @@ class Ladder {
 
 void measure(const Rows& x, int64_t tokens, const Encoder& encoder, const Features& features,
              const bool* mask, const Settled& settled) {
-  const int64_t most = std::min(tokens, chunk_tokens(features.count));
+  const int64_t most = std::min(tokens, chunk_tokens(encoder, features.count));
   Ladder ladder(x, encoder, features, mask, settled, most);
   for (int64_t begin = 0; begin < tokens; begin += most)
     ladder.climb(begin, std::min(tokens, begin + most));

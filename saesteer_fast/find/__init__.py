@@ -17,6 +17,10 @@ from .. import ops
 from ..eval import ENOUGH, Prompt, Share, answers, chat_text, is_refusal, sweep, tally
 from ..sae import SAE
 
+TRIED = 2.5
+"""The strength at which candidates are tried, in units of the latent's own maximum. At 1 single
+latents of the miniature move refusal too little to be told apart."""
+
 
 class Candidate(NamedTuple):
     """A latent, how it was found and what clamping it did."""
@@ -126,7 +130,7 @@ def refusal_latents(
     layer: int,
     archetype: Prompt,
     prompts: Sequence[Prompt],
-    strength: float = 1.0,
+    strength: float = TRIED,
     max_new_tokens: int = ENOUGH,
 ) -> Iterator[Candidate]:
     """Yields a Candidate for each live latent, clamped at strength * its largest activation.

@@ -20,7 +20,7 @@ class SaeConfig(NamedTuple):
     """Sizes and training of the SAE."""
 
     expansion: int = 8
-    k: int = 16
+    k: int = 32
     steps: int = 1_500
     batch: int = 1_024
     learning_rate: float = 1e-3

@@ -1,0 +1,267 @@
+"""Bad arguments to the ops: every error names the argument and what is accepted."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from ops_cases import random_case
+
+from saesteer_fast import ops
+
+T, D, N, K = 5, 6, 9, 3
+CASE = random_case(T, D, N, K, 2, masked=True)
+MATRIX = torch.randn(4, 4)
+DOUBLE = torch.float64
+
+GOOD = {
+    "x": CASE.x,
+    "W_enc": CASE.W_enc,
+    "b_enc": CASE.b_enc,
+    "W_dec": CASE.W_dec,
+    "b_dec": CASE.b_dec,
+    "directions": CASE.directions,
+    "features": CASE.features,
+    "values": CASE.values,
+    "mask": CASE.mask,
+    "k": K,
+}
+ENCODER = ("x", "W_enc", "b_enc")
+TAKES = {
+    "steer": (*ENCODER, "directions", "features", "values", "k", "mask"),
+    "feature_acts": (*ENCODER, "features", "k"),
+    "encode": (*ENCODER, "k"),
+    "project": ENCODER,
+}
+FLOATS = "accepted: float32, bfloat16, float16"
+
+# argument, what comes instead, how the message goes on after the argument's name
+BAD = {
+    "scalar x": ("x", torch.tensor(1.0), r" has shape \[\]; accepted: \[..., d\]"),
+    "double x": ("x", CASE.x.double(), f" is float64; {FLOATS}"),
+    "integer x": ("x", CASE.x.int(), f" is int32; {FLOATS}"),
+    "bool x": ("x", CASE.x > 0, f" is bool; {FLOATS}"),
+    "complex x": ("x", CASE.x + 0j, f" is .*; {FLOATS}"),
+    "narrow x": ("x", CASE.x[:, :1], None),
+    "wide x": ("x", torch.randn(T, D + 1), None),
+    "W_enc of another width": (
+        "W_enc",
+        CASE.W_enc[:, :1].contiguous(),
+        rf" has shape \[{N}, 1\]; accepted: \[N, {D}\]",
+    ),
+    "transposed W_enc": (
+        "W_enc",
+        CASE.W_enc.T.contiguous(),
+        rf" has shape \[{D}, {N}\]; accepted: \[N, {D}\], a latent a row",
+    ),
+    "flat W_enc": ("W_enc", CASE.W_enc.flatten(), rf" has shape .*; accepted: \[N, {D}\]"),
+    "empty W_enc": ("W_enc", CASE.W_enc[:0], rf" has shape \[0, {D}\]; accepted"),
+    "double W_enc": ("W_enc", CASE.W_enc.double(), f" is float64; {FLOATS}"),
+    "int8 W_enc": ("W_enc", CASE.W_enc.char(), f" is .*; {FLOATS}"),
+    "strided W_enc": (
+        "W_enc",
+        torch.randn(N, 2 * D)[:, ::2],
+        r" is not contiguous.*call .contiguous\(\) once",
+    ),
+    "short b_enc": ("b_enc", CASE.b_enc[:-1], rf" has shape \[{N - 1}\]; accepted: \[{N}\]"),
+    "b_enc as a row": ("b_enc", CASE.b_enc[None], rf" has shape \[1, {N}\]; accepted: \[{N}\]"),
+    "strided b_enc": (
+        "b_enc",
+        torch.randn(2 * N)[::2],
+        rf" has shape \[{N}\]; accepted: \[{N}\], contiguous",
+    ),
+    "bfloat16 b_enc": ("b_enc", CASE.b_enc.bfloat16(), " is bfloat16; accepted: float32"),
+    "double b_enc": ("b_enc", CASE.b_enc.double(), " is float64; accepted: float32"),
+    "k of 0": ("k", 0, f" is 0; accepted: 1 to {N}"),
+    "negative k": ("k", -1, f" is -1; accepted: 1 to {N}"),
+    "k above N": ("k", N + 1, f" is {N + 1}; accepted: 1 to {N}, the number of latents"),
+    "huge k": ("k", 2**40, f" is {2**40}; accepted: 1 to {N}"),
+    "feature below 0": ("features", torch.tensor([1, -1]), f" holds -1; accepted: 0 to {N - 1}"),
+    "feature of N": ("features", torch.tensor([N, 1]), f" holds {N}; accepted: 0 to {N - 1}"),
+    "huge feature": ("features", torch.tensor([1, 2**40]), f" holds {2**40}; accepted: 0 to"),
+    "feature twice": ("features", torch.tensor([2, 2]), " holds 2 twice; .* once"),
+    "int32 features": ("features", CASE.features.int(), " is int32; accepted: int64"),
+    "float features": ("features", CASE.features.float(), " is float32; accepted: int64"),
+    "bool features": ("features", CASE.features > 0, " is bool; accepted: int64"),
+    "features in a matrix": (
+        "features",
+        CASE.features[None],
+        r" has shape \[1, 2\]; accepted: \[F\]",
+    ),
+    "scalar feature": ("features", torch.tensor(1), r" has shape \[\]; accepted: \[F\]"),
+    "directions of other features": (
+        "directions",
+        CASE.W_dec,
+        rf" has shape \[{N}, {D}\]; accepted: \[F, d\]",
+    ),
+    "narrow directions": (
+        "directions",
+        CASE.directions[:, :1],
+        r" has shape \[2, 1\]; accepted: \[F, d\]",
+    ),
+    "flat directions": ("directions", CASE.directions[0], rf" has shape \[{D}\]; accepted"),
+    "double directions": ("directions", CASE.directions.double(), f" is float64; {FLOATS}"),
+    "one value": ("values", CASE.values[:1], r" has shape \[1\]; accepted: \[F\], or"),
+    "scalar value": ("values", torch.tensor(1.0), r" has shape \[\]; accepted: \[F\], or"),
+    "values of other tokens": (
+        "values",
+        torch.randn(T + 1, 2),
+        rf" has shape \[{T + 1}, 2\]; accepted: \[F\], or x's leading sizes and F",
+    ),
+    "values to broadcast": ("values", torch.randn(1, 2), r" has shape \[1, 2\]; accepted"),
+    "bfloat16 values": ("values", CASE.values.bfloat16(), " is bfloat16; accepted: float32"),
+    "double values": ("values", CASE.values.double(), " is float64; accepted: float32"),
+    "short mask": ("mask", CASE.mask[1:], rf" has shape \[{T - 1}\]; accepted: x's leading sizes"),
+    "mask as wide as x": ("mask", CASE.x > 0, rf" has shape \[{T}, {D}\]; accepted: x's leading"),
+    "scalar mask": ("mask", torch.tensor(True), r" has shape \[\]; accepted: x's leading sizes"),
+    "float mask": ("mask", CASE.mask.float(), " is float32; accepted: bool"),
+    "int64 mask": ("mask", CASE.mask.long(), " is int64; accepted: bool"),
+}
+
+
+def call(op: str, **changed):
+    arguments = GOOD | changed
+    return getattr(torch.ops.saesteer, op)(*(arguments[name] for name in TAKES[op]))
+
+
+@pytest.mark.parametrize(
+    ("op", "kind"),
+    [
+        pytest.param(op, kind, id=f"{op}: {kind}")
+        for kind, (argument, _, _) in BAD.items()
+        for op, takes in TAKES.items()
+        if argument in takes
+    ],
+)
+def test_the_error_names_the_argument(op, kind):
+    argument, bad, message = BAD[kind]
+    # A wrong x shows in W_enc, which says how wide x may be.
+    expected = "W_enc has shape" if message is None else re.escape(argument) + message
+    with pytest.raises(RuntimeError, match=f"^saesteer::{op}: {expected}"):
+        call(op, **{argument: bad})
+
+
+def test_good_arguments_pass():
+    """What the changes above are changes of."""
+    for op in TAKES:
+        call(op)
+    call("steer", mask=None)
+    ops.decode(*CASE.encode(), CASE.W_dec, CASE.b_dec)
+
+
+VALUES, INDICES = CASE.encode()
+BAD_DECODE = {
+    "scalar values": ("values", torch.tensor(1.0), r" has shape \[\]; accepted: \[..., k\]"),
+    "bfloat16 values": ("values", VALUES.bfloat16(), " is bfloat16; accepted: float32"),
+    "short indices": (
+        "indices",
+        INDICES[:, :1],
+        rf" has shape \[{T}, 1\]; accepted: values' shape",
+    ),
+    "int32 indices": ("indices", INDICES.int(), " is int32; accepted: int64"),
+    "index below 0": ("indices", INDICES - N, f" holds -.*; accepted: 0 to {N - 1}"),
+    "index of N": ("indices", INDICES + N, f" holds .*; accepted: 0 to {N - 1}"),
+    "flat W_dec": ("W_dec", CASE.W_dec.flatten(), r" has shape .*; accepted: \[N, d\]"),
+    "double W_dec": ("W_dec", CASE.W_dec.double(), f" is float64; {FLOATS}"),
+    "strided W_dec": ("W_dec", torch.randn(N, 2 * D)[:, ::2], " is not contiguous"),
+    "short b_dec": ("b_dec", CASE.b_dec[1:], rf" has shape \[{D - 1}\]; accepted: \[d\]"),
+    "b_dec to broadcast": ("b_dec", CASE.b_dec[:1], r" has shape \[1\]; accepted: \[d\]"),
+    "double b_dec": ("b_dec", CASE.b_dec.double(), f" is float64; {FLOATS}"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DECODE)
+def test_the_error_of_decode_names_the_argument(kind):
+    argument, bad, message = BAD_DECODE[kind]
+    good = {"values": VALUES, "indices": INDICES, "W_dec": CASE.W_dec, "b_dec": CASE.b_dec}
+    with pytest.raises(RuntimeError, match=f"^saesteer::decode: {argument}{message}"):
+        torch.ops.saesteer.decode(*(good | {argument: bad}).values())
+
+
+BAD_ADDITION = {
+    "double x": ("x", CASE.x.double(), f" is float64; {FLOATS}"),
+    "scalar x": ("x", torch.tensor(1.0), r" has shape \[\]; accepted: \[..., d\]"),
+    "flat directions": (
+        "directions",
+        CASE.directions[0],
+        rf" has shape \[{D}\]; accepted: \[F, d\]",
+    ),
+    "narrow directions": ("directions", CASE.directions[:, 1:], " has shape .*; accepted: "),
+    "double directions": ("directions", CASE.directions.double(), f" is float64; {FLOATS}"),
+    "one coefficient": ("coef", CASE.values[:1], r" has shape \[1\]; accepted: \[F\], or"),
+    "coefficients to broadcast": ("coef", CASE.values[None], r" has shape \[1, 2\]; accepted: "),
+    "bfloat16 coefficients": ("coef", CASE.values.bfloat16(), " is bfloat16; accepted: float32"),
+    "coefficients elsewhere": ("coef", CASE.values.to("meta"), " is on meta, x on cpu"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ADDITION)
+def test_the_error_of_add_directions_names_the_argument(kind):
+    argument, bad, message = BAD_ADDITION[kind]
+    good = {"x": CASE.x, "directions": CASE.directions, "coef": CASE.values}
+    with pytest.raises(RuntimeError, match=argument + message):
+        torch.ops.saesteer.add_directions(*(good | {argument: bad}).values())
+
+
+@pytest.mark.parametrize("k", [2.0, "3", None])
+def test_k_must_be_an_integer(k):
+    with pytest.raises((RuntimeError, TypeError), match=r"'k'|argument k"):
+        call("steer", k=k)
+
+
+@pytest.mark.parametrize("op", TAKES)
+def test_tensors_on_two_devices_are_refused(op):
+    """A tensor without data, as loading on "meta" leaves it, must not give a result without one."""
+    for name in TAKES[op]:
+        if isinstance(GOOD[name], torch.Tensor):
+            message = "is on cpu, x on meta" if name == "x" else f"{name} is on meta, x on cpu"
+            with pytest.raises(RuntimeError, match=message):
+                call(op, **{name: GOOD[name].to("meta")})
+
+
+def test_decode_on_two_devices_is_refused():
+    good = (VALUES, INDICES, CASE.W_dec, CASE.b_dec)
+    for i in range(4):
+        mixed = [t.to("meta") if i == j else t for j, t in enumerate(good)]
+        with pytest.raises(RuntimeError, match="meta"):
+            torch.ops.saesteer.decode(*mixed)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "mkldnn"])
+def test_other_layouts_are_refused(kind):
+    x = CASE.x.to_sparse() if kind == "sparse" else CASE.x.to_mkldnn()
+    with pytest.raises(NotImplementedError, match="saesteer::steer"):
+        call("steer", x=x)
+
+
+@pytest.mark.parametrize("impl", ["Reference", "numpy", "", None])
+def test_an_unknown_implementation_is_refused(impl):
+    with pytest.raises(ValueError, match=r"^impl: got .*, accepted are auto, cpu, cuda, triton"):
+        CASE.steer(impl)
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_an_implementation_for_another_device_is_refused(impl):
+    for run in (CASE.steer, CASE.acts, CASE.encode):
+        with pytest.raises(ValueError, match=f"{impl!r} cannot run .* cpu; accepted: auto, cpu"):
+            run(impl)
+
+
+@pytest.mark.parametrize("argument", ["W_enc", "b_enc", "directions"])
+def test_no_gradient_means_an_error(argument):
+    wanted = GOOD[argument].clone().requires_grad_()
+    for op, takes in TAKES.items():
+        if argument in takes:
+            with pytest.raises(
+                NotImplementedError, match=f"saesteer::{op}: no gradient for {argument}"
+            ):
+                call(op, **{argument: wanted})
+
+
+@pytest.mark.parametrize("argument", ["W_dec", "b_dec"])
+def test_no_gradient_for_the_decoder(argument):
+    good = {"values": VALUES, "indices": INDICES, "W_dec": CASE.W_dec, "b_dec": CASE.b_dec}
+    good[argument] = good[argument].clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"saesteer::decode: no gradient for {argument}"):
+        torch.ops.saesteer.decode(*good.values())

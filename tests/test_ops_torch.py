@@ -1,0 +1,267 @@
+"""The ops as parts of PyTorch: opcheck, shapes without data, torch.compile, gradients, modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from ops_cases import DTYPES, Case, random_case, same_bits
+from torch.library import opcheck
+
+from saesteer_fast import ops
+
+OPS = torch.ops.saesteer
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+
+
+def calls(case: Case) -> dict[str, tuple]:
+    """The arguments of every op on one case."""
+    values, indices = case.encode()
+    return {
+        "steer": (*case.edit, case.mask),
+        "feature_acts": (*case.encoder, case.features, case.k),
+        "project": case.encoder,
+        "add_directions": (case.x, case.directions, case.values),
+        "encode": (*case.encoder, case.k),
+        "decode": (values.detach(), indices, case.W_dec, case.b_dec),
+    }
+
+
+OP_NAMES = tuple(calls(random_case(1)))
+
+
+def op_names() -> set[str]:
+    return {
+        schema.name.removeprefix("saesteer::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("saesteer::")
+    }
+
+
+def test_every_op_is_tested_here():
+    assert op_names() == set(OP_NAMES)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_opcheck(op, dtype):
+    weights = torch.float32 if dtype == torch.float16 else dtype
+    case = random_case((2, 5), 33, 65, 4, 2, dtype, weights, per_token=True, masked=True)
+    arguments = calls(case)[op]
+    opcheck(getattr(OPS, op), arguments)
+    first = arguments[0].clone().requires_grad_()
+    opcheck(getattr(OPS, op), (first, *arguments[1:]))
+
+
+def test_opcheck_of_the_corners():
+    shared = random_case(5)
+    opcheck(OPS.steer, (*shared.edit, None))
+    opcheck(OPS.steer, (*shared.edit[:-2], shared.values.clone().requires_grad_(), 8, None))
+    opcheck(OPS.steer, (*random_case((), masked=True).edit, None))
+    none = random_case(5, F=0)
+    opcheck(OPS.steer, (*none.edit, None))
+    opcheck(OPS.add_directions, (none.x, none.directions, none.values))
+    empty = random_case(0)
+    opcheck(OPS.steer, (*empty.edit, None))
+    opcheck(OPS.encode, (*empty.encoder, 4))
+
+
+@pytest.mark.parametrize("op", OP_NAMES)
+@pytest.mark.parametrize("lead", [(), (3,), (2, 0, 4)], ids=str)
+def test_meta_tensors_have_the_shapes_of_real_ones(op, lead):
+    case = random_case(lead, 33, 65, 4, 2, torch.bfloat16, torch.float16, per_token=True)
+    arguments = calls(case)[op]
+    bare = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments]
+    real, meta = (getattr(OPS, op)(*a) for a in (arguments, bare))
+    for r, m in zip(*(t if isinstance(t, tuple) else (t,) for t in (real, meta)), strict=True):
+        assert m.is_meta and (m.shape, m.dtype, m.stride()) == (r.shape, r.dtype, r.stride())
+
+
+def compiled(function: Callable, **options) -> Callable:
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, **options)
+
+
+def all_ops(case: Case, x: torch.Tensor, values: torch.Tensor, mask: torch.Tensor):
+    """Every op between ordinary PyTorch."""
+    rest = case.edit[1:5]
+    y = ops.steer(2 * x, *rest, values, case.k, mask=mask) + 1
+    acts = ops.feature_acts(y, *case.encoder[1:], case.features, case.k)
+    top, indices = ops.encode(y, *case.encoder[1:], case.k)
+    recon = ops.decode(top, indices, case.W_dec, case.b_dec)
+    p = ops.project(y, case.W_enc[:3], case.b_enc[:3])
+    return y, acts, top, indices, p, ops.add_directions(recon.to(x.dtype), case.directions, acts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_compiles_in_one_graph(dtype):
+    case = random_case((3, 5), 33, 65, 4, 2, dtype, dtype, masked=True)
+
+    def run(x, values, mask):
+        return all_ops(case, x, values, mask)
+
+    arguments = (case.x, case.values, case.mask)
+    for eager, other in zip(
+        run(*arguments), compiled(run, backend="aot_eager")(*arguments), strict=True
+    ):
+        assert same_bits(eager, other)
+
+
+def test_other_values_masks_and_lengths_do_not_recompile():
+    case = random_case(5, masked=True)
+
+    def run(x, values, mask):
+        return ops.steer(x, *case.edit[1:5], values, case.k, mask=mask)
+
+    graph = compiled(run, backend="aot_eager", dynamic=True)
+    graph(case.x, case.values, case.mask)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed, T in enumerate((5, 5, 7, 64)):
+            other = random_case(T, seed=seed, masked=True)
+            arguments = (other.x, other.values, other.mask)
+            assert same_bits(graph(*arguments), run(*arguments))
+
+
+def test_trains_through_a_compiled_graph():
+    case = random_case((3, 5), masked=True)
+
+    def loss(x, values):
+        return ops.steer(x.sin(), *case.edit[1:5], values, case.k, mask=case.mask).pow(2).sum()
+
+    gradients = []
+    for run in (loss, compiled(loss, backend="aot_eager")):
+        x, values = (t.clone().requires_grad_() for t in (case.x, case.values))
+        run(x, values).backward()
+        gradients.append((x.grad, values.grad))
+    for eager, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, other)
+
+
+def textbook(case: Case, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """decode(a') + (x - decode(a)), dense, in whatever precision x has."""
+    W_enc, b_enc, W_dec = (t.to(x.dtype) for t in (case.W_enc, case.b_enc, case.W_dec))
+    top = (x @ W_enc.mT + b_enc).topk(case.k)
+    acts = x.new_zeros(*x.shape[:-1], len(W_enc)).scatter(-1, top.indices, top.values.relu())
+    chosen = torch.zeros(len(W_enc), dtype=torch.bool).index_fill(0, case.features, True)
+    wide = x.new_zeros(*x.shape[:-1], len(W_enc))
+    wide = wide.index_copy(-1, case.features, values.expand(*x.shape[:-1], -1))
+    changed = torch.where(chosen, wide, acts) @ W_dec + (x - acts @ W_dec)
+    return changed if case.mask is None else torch.where(case.mask[..., None], changed, x)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("lead", [(), (63,), (3, 7)], ids=str)
+@pytest.mark.parametrize("per_token", [False, True], ids=["shared", "per_token"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_gradients_of_steer(dtype, lead, per_token, masked):
+    case = random_case(lead, 33, 65, 8, 5, dtype, dtype, per_token=per_token, masked=masked)
+    sure = ~case.undecided().any(-1, keepdim=True)
+    weight = sure * torch.randn(case.x.shape, generator=torch.Generator().manual_seed(9))
+    weight = weight.to(dtype)
+
+    x, values = case.x.clone().requires_grad_(), case.values.clone().requires_grad_()
+    y = ops.steer(x, *case.edit[1:5], values, case.k, mask=case.mask)
+    grads = torch.autograd.grad((y * weight).sum(), (x, values))
+
+    exact_x, exact_values = (t.detach().double().requires_grad_() for t in (x, values))
+    changed = textbook(case, exact_x, exact_values)
+    truth = torch.autograd.grad((changed * weight.double()).sum(), (exact_x, exact_values))
+    assert truth[0].abs().sum() > 0
+    assert [g.dtype for g in grads] == [dtype, torch.float32]
+    rounding = {"rtol": torch.finfo(dtype).eps, "atol": 1e-4}
+    torch.testing.assert_close(grads[0].double(), truth[0], **rounding)
+    torch.testing.assert_close(grads[1].double(), truth[1], rtol=1e-5, atol=1e-4)
+    assert case.acts().gt(0).any() or lead == ()
+
+
+def test_gradients_of_the_others():
+    """Against autograd through dense fp64 forms."""
+    case = random_case((3, 7), 33, 65, 8, 5)
+    assert not case.undecided().any()
+    x64 = case.x.double().requires_grad_()
+    W, b = case.W_enc.double(), case.b_enc.double()
+    p = x64 @ W.mT + b
+    top = p.topk(case.k)
+    acts = torch.zeros_like(p).scatter(-1, top.indices, top.values.relu())
+    directions, coef = case.directions.double(), case.values.double().requires_grad_()
+    dense = {
+        "feature_acts": (acts[..., case.features], x64),
+        "project": (p, x64),
+        "encode": (top.values.relu(), x64),
+        "add_directions": (x64 + coef @ directions, x64),
+    }
+    for op, (truth, wanted) in dense.items():
+        x, *rest = calls(case)[op]
+        x = x.clone().requires_grad_()
+        out = getattr(OPS, op)(x, *rest)
+        out = out[0] if isinstance(out, tuple) else out
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+        (ours,) = torch.autograd.grad((out * weight).sum(), x)
+        (exact,) = torch.autograd.grad((truth * weight).sum(), wanted, retain_graph=True)
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+    values, indices, W_dec, b_dec = calls(case)["decode"]
+    values.requires_grad_()
+    weight = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(9))
+    (ours,) = torch.autograd.grad(
+        (OPS.decode(values, indices, W_dec, b_dec) * weight).sum(), values
+    )
+    exact = torch.einsum("...d,...kd->...k", weight.double(), W_dec[indices].double())
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+    terms = case.values.clone().requires_grad_()
+    y = OPS.add_directions(case.x, case.directions, terms)
+    (ours,) = torch.autograd.grad((y * weight).sum(), terms)
+    (exact,) = torch.autograd.grad(((x64 + coef @ directions) * weight).sum(), coef)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [random_case(0), random_case(5, F=0), random_case((), F=0)])
+def test_gradients_of_nothing(case):
+    x, values = case.x.clone().requires_grad_(), case.values.clone().requires_grad_()
+    for y in (
+        ops.steer(x, *case.edit[1:5], values, case.k),
+        ops.add_directions(x, case.directions, values),
+    ):
+        grad_x, grad_values = torch.autograd.grad(y.sum(), (x, values))
+        assert torch.equal(grad_x, torch.ones_like(x))
+        assert torch.equal(grad_values, torch.zeros_like(values))
+
+
+def test_reference_has_the_same_gradients():
+    case = random_case((3, 7), masked=True)
+    gradients = []
+    for impl in ("cpu", "reference"):
+        x, values = case.x.clone().requires_grad_(), case.values.clone().requires_grad_()
+        y = ops.steer(x, *case.edit[1:5], values, case.k, mask=case.mask, impl=impl)
+        gradients.append(torch.autograd.grad(y.square().sum(), (x, values)))
+    for ours, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    case = random_case()
+    x = case.x.clone().requires_grad_()
+    with mode():
+        y = case.but(x=x).steer()
+        assert not y.requires_grad and same_bits(y, case.steer())
+        assert same_bits(case.but(x=case.x.clone()).steer(), y)
+    assert case.but(x=x).steer().requires_grad
+
+
+def test_vmap_is_a_loop():
+    case = random_case(7)
+    rows = torch.vmap(lambda row: OPS.steer(row, *case.edit[1:]))(case.x)
+    assert same_bits(rows, case.steer())
+
+
+def test_python_threads_do_not_disturb_each_other():
+    cases = [random_case(200, 67, 300, 8, 3, seed=seed, per_token=True) for seed in range(8)]
+    alone = [case.steer() for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(Case.steer, cases * 5))
+    for i, y in enumerate(together):
+        assert same_bits(y, alone[i % 8])

@@ -1,0 +1,101 @@
+"""Triton: when it is chosen, and its kernels in the interpreter, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from saesteer_fast import ops
+
+KERNELS = Path(__file__).with_name("test_triton_kernels.py")
+ON_CPU = """
+import sys, torch, saesteer_fast as sf
+from saesteer_fast import ops
+print("triton" in sys.modules)
+x, W, b = torch.ones(3, 16), torch.ones(5, 16), torch.zeros(5)
+print(ops.feature_acts(x, W, b, torch.tensor([1]), 2)[0].item())
+print(any("triton_kernels.launch" in name for name in sys.modules))
+print(ops.implementations().get("SAESTEER_IMPL"))
+"""
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k not in ("SAESTEER_IMPL", "TRITON_INTERPRET")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True)
+
+
+def test_kernels_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    here = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    here["SAESTEER_TILES"] = str(tmp_path / "none.json")
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNELS), **here)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+# ---- choice ----
+
+
+def test_the_package_does_not_import_triton():
+    assert python("-c", ON_CPU).stdout.split() == ["False", "16.0", "False", "None"]
+
+
+def test_the_environment_chooses():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = python("-c", ON_CPU, SAESTEER_IMPL="triton", TRITON_INTERPRET="1")
+    assert done.stdout.splitlines() == ["False", "16.0", "True", "triton, everywhere"], done.stderr
+    refused = python("-c", ON_CPU, SAESTEER_IMPL="triton")
+    assert "impl: 'triton' cannot run for a tensor on cpu" in refused.stderr
+    assert "TRITON_INTERPRET=1" in refused.stderr
+    unknown = python("-c", ON_CPU, SAESTEER_IMPL="tritn")
+    assert "SAESTEER_IMPL: got 'tritn', accepted are auto, cpu, cuda, triton" in unknown.stderr
+
+
+def on_gpu(tokens: int, name: str = "steer"):
+    """What impl="auto" runs there, found out from the shape alone."""
+    return ops._on_gpu(name, torch.empty(tokens, 4, device="meta"))
+
+
+def test_the_table_is_followed_at_its_edges(monkeypatch):
+    monkeypatch.setattr(ops, "_HAS_TRITON", True)
+    table = (0, ("reference",)), (17, ("cuda", "triton")), (64, ("triton",))
+    monkeypatch.setattr(ops, "_ON_GPU", table)
+    reference, cuda, triton = ops.reference.steer, ops._OPS.steer, ops._TRITON.steer
+    for has_cuda, middle in ((ops._NAMES, cuda), ((), triton)):
+        monkeypatch.setattr(ops, "_CUDA", frozenset(has_cuda))
+        for tokens, expected in (
+            (0, reference),
+            (16, reference),
+            (17, middle),
+            (63, middle),
+            (64, triton),
+            (1 << 20, triton),
+        ):
+            assert on_gpu(tokens) is expected
+    assert ops.implementations()["cuda"].startswith(
+        "reference from 0 tokens on; triton from 17 tokens on; triton from 64 tokens on"
+    )
+
+
+@pytest.mark.parametrize("name", ops._NAMES)
+def test_a_gpu_always_has_an_implementation(name, monkeypatch):
+    monkeypatch.setattr(ops, "_CUDA", frozenset())
+    for has_triton, space in ((True, ops._TRITON), (False, ops.reference)):
+        monkeypatch.setattr(ops, "_HAS_TRITON", has_triton)
+        for tokens in (0, 1, 8192):
+            assert on_gpu(tokens, name) is getattr(space, name)
+
+
+def test_without_triton_the_report_says_so(monkeypatch):
+    monkeypatch.setattr(ops, "_CUDA", frozenset())
+    monkeypatch.setattr(ops, "_HAS_TRITON", False)
+    report = ops.implementations()["cuda"]
+    assert report.startswith("reference from 0 tokens on; ") and "Triton is not installed" in report
+    with pytest.raises(ValueError, match=r"'triton' cannot run .* accepted: auto, cpu, reference"):
+        ops.project(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1), impl="triton")

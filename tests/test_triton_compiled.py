@@ -1,0 +1,208 @@
+"""The Triton kernels compiled ahead of time, with the tiles that each architecture is given: they
+compile, use its matrix instructions, and keep the product's loop free of spills."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from saesteer_fast.triton_kernels import configs, launch  # noqa: E402
+from saesteer_fast.triton_kernels.add import add  # noqa: E402
+from saesteer_fast.triton_kernels.configs import ANY, Tile  # noqa: E402
+from saesteer_fast.triton_kernels.count import count  # noqa: E402
+from saesteer_fast.triton_kernels.decode import decode  # noqa: E402
+from saesteer_fast.triton_kernels.merge import merge  # noqa: E402
+from saesteer_fast.triton_kernels.project import project  # noqa: E402
+from saesteer_fast.triton_kernels.topk import topk  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_MEMORY = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx942": 64 << 10}
+REGISTERS = 1 << 16
+"""Of one multiprocessor, NVIDIA's."""
+SPILLED = 32
+"""Bytes a thread may spill, outside of the product's loop: 255 registers hold 128 sums and little
+else."""
+
+INTEGERS = ("T", "N", "d", "F", "k", "low", "high", "shares", "stride", "count", "value_stride")
+POINTERS = {
+    "b": "*fp32",
+    "features": "*i64",
+    "values": "*fp32",
+    "acts": "*fp32",
+    "beaten": "*i32",
+    "waiting": "*i32",
+    "length": "*i32",
+    "keys": "*i64",
+    "indices": "*i64",
+    "last": "*i64",
+}
+DIVISIBLE = ("N", "d")
+
+
+def compiled(kernel, architecture: str, numbers: str, absent=(), described=None, **options):
+    """A kernel for x and W of `numbers`, and what its launch passes as `options`."""
+    try:
+        target = TARGETS[architecture]
+        triton.compiler.make_backend(target).hash()
+    except Exception as error:  # Triton 3.4 has no linker for AMD of its own
+        pytest.skip(str(error))
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in absent or kernel.params[place].is_constexpr:
+            signature[name] = "constexpr"
+        elif name in INTEGERS:
+            signature[name] = "i32"
+        else:
+            signature[name] = POINTERS.get(name, f"*{numbers}")
+        if signature[name].startswith("*") or name in DIVISIBLE:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    if described:
+        signature["W"] = f"tensordesc<{numbers}[{described.BLOCK_N},{described.BLOCK_K}]>"
+        del attributes[(kernel.arg_names.index("W"),)]
+    constants = {
+        (place,): options.pop(name, None)
+        for place, name in enumerate(kernel.arg_names)
+        if signature[name] == "constexpr"
+    }
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def compiled_product(kernel, architecture: str, numbers: str, tile: Tile, **options):
+    """A kernel on `preacts`, as `launch` calls it where BLOCK_K divides d."""
+    dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[numbers]
+    options |= dict(DOT=dtype, DESCRIBED=tile.described, WHOLE=True)
+    options |= {name: getattr(tile, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    options |= dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    absent = ("last",) if kernel is topk else () if tile.most == ANY else ("waiting", "length")
+    return compiled(kernel, architecture, numbers, absent, tile.described and tile, **options)
+
+
+def nvidia_tool(name: str, option: str, binary, tmp_path: Path) -> str:
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    command = [TOOLS / name, option, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def assert_fits(binary, architecture: str, tmp_path: Path, per_sm=1, warps=4, spilled=0) -> None:
+    assert per_sm * binary.metadata.shared <= SHARED_MEMORY[architecture]
+    if architecture.startswith("gfx"):
+        assembly = binary.asm["amdgcn"]
+        for count_of in ("vgpr_spill_count", "private_segment_fixed_size"):
+            assert set(re.findall(rf"\.{count_of}:\s+(\d+)", assembly)) == {"0"}
+        return
+    usage = nvidia_tool("cuobjdump", "-res-usage", binary, tmp_path)
+    registers, stack, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage).groups()
+    )
+    assert stack <= spilled and local == 0, usage
+    assert registers * 32 * warps * per_sm <= REGISTERS, usage
+
+
+def assert_loop_is_free(binary, instruction: str, tmp_path: Path) -> None:
+    """Nothing is spilled between the first and the last matrix instruction."""
+    lines = nvidia_tool("cuobjdump", "-sass", binary, tmp_path).splitlines()
+    at = [i for i, line in enumerate(lines) if instruction in line]
+    assert len(at) > 1
+    inside = "\n".join(lines[at[0] : at[-1]])
+    assert not re.search(r"\b(STL|LDL)\b", inside)
+
+
+def halves(kind: str):
+    for architecture in TARGETS:
+        for tile in getattr(configs.HALF[architecture], kind):
+            yield pytest.param(
+                architecture, tile, id=f"{architecture}-{tile.BLOCK_M}x{tile.BLOCK_N}"
+            )
+
+
+MATRIX = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "gfx942": "v_mfma"}
+
+
+def assert_uses_matrix_instructions(binary, architecture: str, tile: Tile) -> None:
+    assembly = binary.asm["amdgcn" if architecture == "gfx942" else "ptx"]
+    wanted = (
+        MATRIX["sm80"] if tile.BLOCK_M < 64 and architecture[:2] == "sm" else MATRIX[architecture]
+    )
+    assert wanted in assembly
+    if tile.described:
+        assert "cp.async.bulk.tensor" in assembly
+
+
+@pytest.mark.parametrize(("architecture", "tile"), halves("count"))
+def test_count(architecture, tile, tmp_path):
+    binary = compiled_product(count, architecture, "bf16", tile, GROUP=tile.GROUP)
+    assert_uses_matrix_instructions(binary, architecture, tile)
+    wide = tile.BLOCK_M * tile.BLOCK_N > 128 * 128
+    spilled = SPILLED if wide else 0
+    assert_fits(binary, architecture, tmp_path, tile.per_sm, tile.num_warps, spilled)
+    if wide:
+        assert_loop_is_free(binary, "HGMMA", tmp_path)
+
+
+@pytest.mark.parametrize(("architecture", "tile"), halves("topk"))
+def test_topk(architecture, tile, tmp_path):
+    best = 32 if tile.most == ANY else launch.MOST_K
+    binary = compiled_product(topk, architecture, "bf16", tile, BLOCK_BEST=best)
+    assert_uses_matrix_instructions(binary, architecture, tile)
+    assert_fits(binary, architecture, tmp_path, tile.per_sm, tile.num_warps)
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "gfx942"])
+@pytest.mark.parametrize("place", range(2))
+def test_fp32_is_multiplied_as_fp32(architecture, place, tmp_path):
+    for kernel, tile, options in (
+        (count, configs.FP32.count[place], {"GROUP": configs.FP32.count[place].GROUP}),
+        (topk, configs.FP32.topk[place], {"BLOCK_BEST": 32}),
+    ):
+        binary = compiled_product(kernel, architecture, "fp32", tile, **options)
+        assert_fits(binary, architecture, tmp_path, tile.per_sm, tile.num_warps, SPILLED)
+        assembly = binary.asm["amdgcn" if architecture == "gfx942" else "ptx"]
+        assert "tf32" not in assembly and "xf32" not in assembly
+
+
+@pytest.mark.parametrize("architecture", ["sm90", "gfx942"])
+@pytest.mark.parametrize("kernel", [project, add, merge, decode], ids=lambda k: k.__name__)
+def test_the_others(architecture, kernel, tmp_path):
+    block = 8192 if kernel is merge else 1024 if kernel is decode else 4096
+    warps = launch._warps(block)
+    absent = ("mask",) if kernel is project else ()
+    sizes = {"ROWS": configs.ROWS, "BLOCK_D": block, "BLOCK": block}
+    options = {name: size for name, size in sizes.items() if name in kernel.arg_names}
+    binary = compiled(kernel, architecture, "bf16", absent, num_warps=warps, **options)
+    assert_fits(binary, architecture, tmp_path, warps=warps)
+
+
+def test_tables_are_in_order():
+    for tiles in (*configs.HALF.values(), configs.FP32, configs.INTERPRETER):
+        for launches in tiles:
+            sizes = [tile.most for tile in launches]
+            assert sizes == sorted(set(sizes)) and sizes[-1] == ANY and len(sizes) > 1
+        assert tiles.topk[0].BLOCK_M == 16
+
+
+def test_mixed_types_meet_in_fp32():
+    half, single = torch.empty(1, dtype=torch.float16), torch.empty(1)
+    assert configs.meets_in(half, half) == torch.float16
+    assert (
+        configs.meets_in(half, single) == configs.meets_in(half, half.bfloat16()) == torch.float32
+    )

@@ -1,0 +1,375 @@
+"""What the Triton kernels compute, against the fp64 truth: on a GPU, or in Triton's interpreter,
+where test_triton.py runs this file."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from ops_cases import DTYPES, Case, assert_steered, bits, integer_case, random_case, same_bits
+from torch import Tensor
+
+from saesteer_fast import ops, reference
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+INTERPRETED = triton.knobs.runtime.interpret
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from saesteer_fast.triton_kernels import configs, launch, tune  # noqa: E402  (they import Triton)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+SAME = [(t, t) for t in DTYPES]
+MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), DTYPES[1:]]
+NAMES = [f"{x}-{w}".replace("torch.", "") for x, w in SAME + MIXED]
+EVERY_PAIR = pytest.mark.parametrize(("dtype", "weights"), SAME + MIXED, ids=NAMES)
+
+# T, d, N, k, F: for each size of tiles, with and without whole blocks of d
+SHAPES = [
+    (1, 33, 65, 4, 2),
+    (2, 1, 1, 1, 1),
+    (3, 64, 129, 8, 1),
+    (5, 3, 63, 1, 2),
+    (5, 67, 9, 1, 0),
+    (7, 31, 64, 64, 5),
+    (16, 48, 130, 16, 3),
+    (40, 96, 200, 8, 2),
+    (37, 33, 65, 65, 5),
+]
+
+
+def here(case: Case) -> Case:
+    tensors = {f.name: getattr(case, f.name) for f in fields(case)}
+    return replace(case, **{k: t.to(DEVICE) for k, t in tensors.items() if isinstance(t, Tensor)})
+
+
+def exact_acts(case: Case) -> Tensor:
+    return reference.feature_acts(*case.encoder, case.features, case.k, dtype=torch.float64)
+
+
+def assert_right(case: Case) -> Tensor:
+    """Decisions and x' are right; which features were found live."""
+    live = case.acts("triton") > 0
+    undecided = case.undecided()
+    assert torch.equal(live[~undecided], (exact_acts(case) > 0)[~undecided])
+    y = case.steer("triton")
+    if INTERPRETED and case.x.dtype == torch.bfloat16:
+        # The interpreter cuts the end off where a GPU rounds.
+        case = case.but(x=case.x.float())
+        whole = case.steer("triton")
+        assert torch.equal(bits(y), (bits(whole) >> 16).short())
+        y = whole
+    assert_steered(case, y, live)
+    return live
+
+
+# ---- values and decisions ----
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-d{}-N{}-k{}-F{}".format(*s))
+def test_any_shape(shape):
+    case = here(random_case(*shape))
+    assert_right(case)
+    assert_right(case.but(x=case.x.half(), W_enc=case.W_enc.half(), W_dec=case.W_dec.half()))
+
+
+@EVERY_PAIR
+def test_any_dtypes(dtype, weights):
+    case = here(random_case(40, 48, 129, 24, 4, dtype, weights, per_token=True, masked=True))
+    live = assert_right(case)
+    positive = reference.preacts(case.x, case.W_enc, case.b_enc)[:, case.features] > 0
+    assert live.any() and (positive & ~live).any() and (~positive).any()
+
+
+@EVERY_PAIR
+def test_integers_are_exact(dtype, weights):
+    for case in (
+        integer_case(18, 31, 130, 8, 3, dtype, weights),
+        integer_case(6, 64, 200, 5, 5, dtype, weights, seed=1, per_token=True),
+        integer_case(3, 7, 65, 65, 2, dtype, weights, seed=2),
+    ):
+        case = here(case)
+        assert torch.equal(case.acts("triton").double(), exact_acts(case))
+        assert same_bits(case.steer("triton") + 0.0, case.truth().to(dtype) + 0.0)
+        values, indices = reference.encode(*case.encoder, case.k, dtype=torch.float64)
+        ours = case.encode("triton")
+        assert torch.equal(ours[0].double(), values) and torch.equal(ours[1], indices)
+        recon = reference.decode(values, indices, case.W_dec, case.b_dec)
+        assert torch.equal(ops.decode(*ours, case.W_dec, case.b_dec, impl="triton"), recon)
+        few = case.x, case.W_enc[:3], case.b_enc[:3]
+        assert torch.equal(ops.project(*few, impl="triton").double(), reference.preacts(*few))
+
+
+@pytest.mark.parametrize("T", [1, 9, 20])
+def test_ties_go_to_the_lower_latent(T):
+    """All latents alike: exactly the k first are live, wherever in its tile a feature lies."""
+    N, k = 130, 70
+    case = integer_case(T, 32, N, k, 0)
+    W_enc, b_enc = case.W_enc[:1].expand(N, -1).contiguous(), torch.full((N,), 40.0)
+    features = torch.tensor([0, 31, 32, 63, 64, k - 1, k, 96, N - 1])
+    alike = here(case.but(W_enc=W_enc, b_enc=b_enc, features=features))
+    assert torch.equal(alike.acts("triton") > 0, (alike.features < k).expand(T, -1))
+    indices = alike.encode("triton")[1]
+    assert torch.equal(indices, torch.arange(k, device=DEVICE).expand(T, k))
+
+
+def test_counting_stops_at_k():
+    T, N, k = 2, 1000, 3
+    case = here(random_case(T, 16, N, k, 1)).but(features=torch.tensor([5], device=DEVICE))
+    p = reference.preacts(case.x, case.W_enc, case.b_enc)
+    case.b_enc[5] += (0.01 - p[:, 5]).max()
+    args = case.x, case.W_enc, case.b_enc, case.features
+    measured = launch._measure(*args, k, launch._Edit())
+    counted = measured.beaten[measured.acts > 0]
+    assert len(counted) and (counted >= k).all()
+    if INTERPRETED:  # one program after the other, so all but the first find everything decided
+        assert (counted < 100).all()
+    whole = launch._measure(*args, N, launch._Edit())
+    rank = reference.rank(reference.preacts(*args[:3]), case.features)
+    assert torch.equal(whole.beaten[whole.acts > 0], rank[whole.acts > 0].int())
+
+
+def test_project_is_what_is_ranked():
+    case = here(random_case(33, 70, 130, 130, 5))
+    W_enc, b_enc = case.W_enc[case.features], case.b_enc[case.features]
+    p = ops.project(case.x, W_enc, b_enc, impl="triton")
+    acts = case.acts("triton")
+    assert (p > 0).any() and torch.equal(acts, p.clamp(min=0))
+
+
+def test_a_batch_is_its_tokens():
+    case = here(random_case(40, 48, 129, 24, 4, per_token=True))
+    assert not case.undecided().any()
+    acts, y = case.acts("triton"), case.steer("triton")
+    for some in (slice(0, 1), slice(7, 20), slice(20, 40)):
+        assert same_bits(case.rows(some).acts("triton"), acts[some])
+        assert same_bits(case.rows(some).steer("triton"), y[some])
+
+
+def test_parts_are_the_whole(monkeypatch):
+    case = here(random_case(40, 48, 129, 24, 4, per_token=True, masked=True))
+    acts, y = case.acts("triton"), case.steer("triton")
+    starts = range(0, 40, 17)
+    monkeypatch.setattr(launch, "_parts", lambda T, F: [slice(s, min(T, s + 17)) for s in starts])
+    assert same_bits(case.acts("triton"), acts)
+    assert same_bits(case.steer("triton"), y)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3), (0,), (2, 0, 3)])
+def test_any_leading_sizes(shape):
+    case = here(random_case(shape or 1, 33, 65, 8, 2))
+    if not shape:
+        case = case.but(x=case.x[0])
+    assert case.encode("triton")[0].shape == (*shape, 8)
+    if case.x.numel():
+        assert_right(case)
+    else:
+        assert case.steer("triton").shape == case.x.shape
+        assert case.acts("triton").shape == (*shape, 2)
+
+
+def test_any_strides():
+    case = here(random_case(20, 33, 65, 8, 2))
+    y = case.steer("triton")
+    x = torch.zeros(20, 66, device=DEVICE)
+    x[:, ::2] = case.x
+    for strided in (x[:, ::2], case.x.T.contiguous().T):
+        assert same_bits(case.but(x=strided).steer("triton"), y)
+    before = case.x.clone()
+    repeated = case.but(x=case.x[:1].expand(20, -1)).steer("triton")
+    assert same_bits(repeated, y[:1].expand(20, -1).contiguous())
+    assert torch.equal(case.x, before)
+
+
+# ---- bad numbers, and tokens that nothing changes ----
+
+
+@pytest.mark.parametrize("T", [4, 20])
+def test_a_bad_token_is_its_own(T):
+    case = here(random_case(T, 48, 129, 8, 3))
+    good_acts, good = case.acts("triton"), case.steer("triton")
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = case.x.clone()
+        x[1, 5], x[3] = bad, bad
+        spoilt = case.but(x=x)
+        acts, y = spoilt.acts("triton"), spoilt.steer("triton")
+        assert acts[[1, 3]].isnan().all() and y[[1, 3]].isnan().all()
+        others = [t for t in range(T) if t not in (1, 3)]
+        assert same_bits(acts[others], good_acts[others])
+        assert same_bits(y[others], good[others])
+
+
+def test_a_latent_that_is_nan_beats_every_number():
+    case = here(random_case(20, 32, 129, 3, 4))
+    case.b_enc[7] = float("nan")
+    case.b_enc.view(torch.int32)[100] = -1  # NaN with its sign bit set
+    case = case.but(features=torch.tensor([3, 50, 120], device=DEVICE), values=case.values[:3])
+    assert torch.equal(case.acts("triton") > 0, exact_acts(case) > 0)
+    values, indices = case.encode("triton")
+    assert values[:, :2].isnan().all() and not values[:, 2:].isnan().any()
+    assert torch.equal(indices[:, :2], torch.tensor([[7, 100]], device=DEVICE).expand(20, 2))
+
+
+def test_what_nothing_changes_is_bit_identical():
+    case = here(random_case(20, 33, 65, 8, 1, masked=True))
+    case.x[:, :8], case.x[2] = -0.0, float("nan")
+    untouched = ~case.mask
+    untouched[2] = True
+    case = case.but(mask=~untouched)
+    assert same_bits(case.steer("triton")[untouched], case.x[untouched])
+    none = case.but(features=case.features[:0], values=case.values[:0])
+    assert same_bits(none.steer("triton"), case.x)
+    held = case.but(x=case.x.nan_to_num(), mask=None)
+    assert same_bits(held.but(values=held.acts("triton")).steer("triton"), held.x)
+
+
+def test_a_feature_that_is_no_latent_shows():
+    case = here(random_case(20, 33, 65, 8, 3))
+    for wrong in (-1, 65, 1 << 40):
+        features = torch.tensor([0, wrong, 1], device=DEVICE)
+        acts = case.but(features=features).acts("triton")
+        assert acts[:, 1].isnan().all() and not acts[:, [0, 2]].isnan().any()
+        args = *case.encoder, case.directions, features, case.values, case.k
+        assert ops.steer(*args, impl="triton").isnan().all()
+
+
+# ---- the other ops ----
+
+
+@pytest.mark.parametrize(("T", "k"), [(1, 1), (3, 5), (20, 16), (2, 129)])
+@pytest.mark.parametrize("most", [256, 16])
+def test_encode(T, k, most, monkeypatch):
+    """`most` latents a pass: k above it takes several."""
+    monkeypatch.setattr(launch, "MOST_K", most)
+    case = here(random_case(T, 48, 129, k, 1))
+    values, indices = case.encode("triton")
+    p = reference.preacts(case.x, case.W_enc, case.b_enc)
+    best = p.sort(descending=True).values[:, :k]
+    torch.testing.assert_close(values.double(), best.clamp(min=0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(p.gather(-1, indices), best, atol=1e-5, rtol=1e-5)
+    assert (indices.sort().values.diff() > 0).all()
+
+
+def test_encode_in_passes_keeps_the_order_of_ties(monkeypatch):
+    monkeypatch.setattr(launch, "MOST_K", 16)
+    case = here(integer_case(17, 7, 100, 40, 1))
+    values, indices = reference.encode(*case.encoder, case.k, dtype=torch.float64)
+    ours = case.encode("triton")
+    assert torch.equal(ours[0].double(), values) and torch.equal(ours[1], indices)
+
+
+def test_encode_puts_nan_first():
+    case = here(random_case(20, 48, 129, 5, 1))
+    case.x[3] = float("nan")
+    values, indices = case.encode("triton")
+    assert values[3].isnan().all() and indices[3].tolist() == [0, 1, 2, 3, 4]
+    assert not values[:3].isnan().any() and not values[4:].isnan().any()
+
+
+def test_decode_reads_what_is_live():
+    case = here(random_case(3, 48, 129, 5, 1))
+    values, indices = case.encode("triton")
+    values[0, 4], indices[0, 4] = 0.0, 7
+    W_dec = case.W_dec.clone()
+    W_dec[7] = float("nan")
+    values = values.masked_fill(indices == 7, 0.0)
+    recon = ops.decode(values, indices, W_dec, case.b_dec, impl="triton")
+    truth = reference.decode(values.double(), indices, case.W_dec.double(), case.b_dec.double())
+    torch.testing.assert_close(recon.double(), truth, atol=1e-4, rtol=1e-5)
+    for wrong in (-1, 129):
+        indices[1, 0] = wrong
+        recon = ops.decode(values, indices, case.W_dec, case.b_dec, impl="triton")
+        assert recon[1].isnan().all() and not recon[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_add_directions(shared):
+    case = here(random_case(20, 33, 65, 8, 3))
+    coef = torch.randn(3, device=DEVICE) if shared else torch.randn(20, 3, device=DEVICE)
+    y = ops.add_directions(case.x, case.directions, coef, impl="triton")
+    truth = case.x.double() + coef.double().expand(20, 3) @ case.directions.double()
+    torch.testing.assert_close(y.double(), truth, atol=1e-5, rtol=1e-5)
+    unchanged = ops.add_directions(case.x, case.directions, 0 * coef, impl="triton")
+    assert same_bits(unchanged, case.x)
+
+
+# ---- as a torch op ----
+
+
+def test_gradients_are_the_references():
+    case = here(random_case(6, 33, 65, 8, 3))
+    grads = {}
+    for impl in ("triton", "reference"):
+        x, values = case.x.clone().requires_grad_(), case.values.clone().requires_grad_()
+        y = ops.steer(x, *case.edit[1:5], values, case.k, impl=impl)
+        grads[impl] = torch.autograd.grad(y.square().sum(), (x, values))
+    torch.testing.assert_close(grads["triton"], grads["reference"], atol=1e-4, rtol=1e-4)
+    assert (grads["triton"][0] != 0).any()
+
+
+def test_opcheck():
+    case = here(random_case(5, 33, 65, 8, 3, masked=True))
+    torch.library.opcheck(torch.ops.saesteer_triton.steer, (*case.edit, case.mask))
+    torch.library.opcheck(torch.ops.saesteer_triton.encode, (*case.encoder, case.k))
+
+
+BAD = {
+    "x is float64": {"x": torch.zeros(5, 6).double()},
+    r"W_enc has shape \[9, 7\]; accepted: \[N, 6\]": {"W_enc": torch.zeros(9, 7)},
+    "W_enc is not contiguous": {"W_enc": torch.zeros(6, 9).T},
+    "b_enc is bfloat16; accepted: float32": {"b_enc": torch.zeros(9).bfloat16()},
+    r"features is int32; accepted: int64": {"features": torch.zeros(2, dtype=torch.int32)},
+    r"directions has shape \[3, 6\]": {"directions": torch.zeros(3, 6), "values": torch.zeros(3)},
+    r"values has shape \[3\]; accepted: \[2\]": {"values": torch.zeros(3)},
+    "k is 10; accepted: 1 to 9": {"k": 10},
+    "k is 0; accepted: 1 to 9": {"k": 0},
+    r"mask has shape \[4\]": {"mask": torch.zeros(4, dtype=torch.bool)},
+    "mask is float32; accepted: bool": {"mask": torch.zeros(5)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(message):
+    case = here(random_case(5, 6, 9, 3, 2, masked=True))
+    names = ("x", "W_enc", "b_enc", "directions", "features", "values", "k")
+    good = dict(zip(names, case.edit, strict=True), mask=case.mask)
+    bad = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in BAD[message].items()}
+    with pytest.raises(RuntimeError, match=f"^saesteer::steer: {message}"):
+        ops.steer(**good | bad, impl="triton")
+
+
+# ---- tiles ----
+
+
+def test_tuned_tiles_are_stored_and_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAESTEER_TILES", str(tmp_path / "deep" / "tiles.json"))
+    monkeypatch.setattr(tune, "SHAPES", ((16, 16), (16, 64)))
+    monkeypatch.setattr(tune, "MANY", 20)
+    monkeypatch.setattr(
+        tune.itertools, "product", lambda shapes, *_: [(s, 32, 4, 2, 1) for s in shapes]
+    )
+    tried = []
+
+    def later_is_faster(run) -> float:
+        run()
+        tried.append(run)
+        return -len(tried)
+
+    monkeypatch.setattr(tune, "milliseconds", later_is_faster)
+    meets = torch.float32
+    table = configs.tiles(DEVICE, meets)
+    configs.tiles.cache_clear()
+    try:
+        found = tune.tune(48, 65, torch.float32, DEVICE)
+        assert found != table and configs.tiles(DEVICE, meets) == found
+        assert {(t.BLOCK_M, t.BLOCK_N) for t in found.count + found.topk} == {(16, 64)}
+        assert [t.most for t in found.count] == [t.most for t in table.count]
+        assert_right(here(random_case(20, 48, 129, 24, 4)))
+        configs.store().write_text("{")
+        with pytest.raises(ValueError, match=r"tiles.json holds no tiles"):
+            configs.stored()
+    finally:
+        configs.tiles.cache_clear()

@@ -1,0 +1,87 @@
+"""L1 and L2: counts the latents that beat each open feature, until k do."""
+
+import triton
+import triton.language as tl
+
+from .preacts import preacts
+from .project import SETTLED
+
+
+@triton.jit(do_not_specialize=["T", "F", "k", "low", "high"])
+def count(
+    x,  # [T, d]
+    W,  # [N, d], or a tensor descriptor of it
+    b,  # [N] fp32
+    features,  # [F] int64
+    acts,  # [T, F] fp32: p_f where it is positive
+    beaten,  # [T, F] int32
+    waiting,  # [T] int32: the tokens to count for; None: every token
+    length,  # [1] int32: how many those are
+    T,
+    N,
+    d,
+    F,
+    k,
+    low,
+    high,
+    DOT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """beaten_f += #{j : p_j > p_f, or p_j = p_f and j < f}; f itself is left out by its index.
+
+    Does nothing unless low < (tokens to count for) <= high: each size has its own tiles. A tile
+    whose tokens are all decided is skipped. Counts are integers, so their order is no matter.
+    """
+    tokens = T
+    if waiting is not None:
+        tokens = tl.load(length)
+    across = tl.cdiv(N, BLOCK_N)
+    down = tl.cdiv(tokens, BLOCK_M)
+    tiles = tl.where((tokens > low) & (tokens <= high), across * down, 0)
+    n = tl.arange(0, BLOCK_N)
+
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # GROUP tiles of tokens pass over W together: their x stays in the cache, W is shared.
+        group = tile // (GROUP * across)
+        depth = tl.minimum(down - group * GROUP, GROUP)
+        within = tile - group * GROUP * across
+        first = (within // depth) * BLOCK_N
+        i = (group * GROUP + within % depth) * BLOCK_M + tl.arange(0, BLOCK_M)
+        there = i < tokens
+        t = i.to(tl.int64)
+        if waiting is not None:
+            t = tl.load(waiting + i, mask=there, other=0).to(tl.int64)
+
+        # Who is undecided
+        opened = i < 0
+        for e in range(F):
+            so_far = tl.load(beaten + t * F + e, mask=there, other=SETTLED, volatile=True)
+            opened |= so_far < k
+
+        if tl.max(opened.to(tl.int32), 0) > 0:
+            p = preacts(
+                x, t, opened, W, b, first, N, d, DOT, DESCRIBED, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K
+            )
+            # Count; a column past N is 0 and beats no p_f > 0
+            for e in range(F):
+                f = tl.load(features + e) - first
+                p_f = tl.load(acts + t * F + e, mask=opened, other=0)
+                if (f >= 0) & (f < BLOCK_N):
+                    beats = tl.where((n < f)[None, :], ~(p < p_f[:, None]), ~(p <= p_f[:, None]))
+                    number = tl.sum((beats & (n != f)[None, :]).to(tl.int32), 1)
+                else:
+                    # Where ties beat, p >= p_f is p > the number before p_f, as p_f > 0.
+                    before = (p_f.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+                    bar = tl.where(f >= BLOCK_N, before, p_f)
+                    number = tl.sum((~(p <= bar[:, None])).to(tl.int32), 1)
+                tl.atomic_add(
+                    beaten + t * F + e,
+                    number,
+                    mask=opened & (p_f > 0) & (number > 0),
+                    sem="relaxed",
+                )

@@ -1,0 +1,341 @@
+"""The ops by the Triton kernels: memory and launches. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs
+from .add import add
+from .check import check_add, check_decode, check_encoder, check_features, check_rows, check_steer
+from .configs import Tile
+from .count import count
+from .decode import decode as decode_kernel
+from .merge import merge
+from .project import project as project_kernel
+from .topk import topk
+
+MOST_K = 256
+"""Latents that a pass of `encode` finds: so many for each of 16 tokens are held in registers."""
+
+DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class _Edit(NamedTuple):
+    """What is written, beside what is measured."""
+
+    directions: Tensor | None = None
+    values: Tensor | None = None
+    value_stride: int = 0
+    mask: Tensor | None = None
+    y: Tensor | None = None
+
+
+class Measured(NamedTuple):
+    """What `project` leaves for `count`, and `count` for `finish`."""
+
+    acts: Tensor | None = None
+    beaten: Tensor | None = None
+    waiting: Tensor | None = None
+    length: Tensor | None = None
+
+
+def steer(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    directions: Tensor,
+    features: Tensor,
+    values: Tensor,
+    k: int,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """x' = x + sum_f (value_f - a_f) directions_f; see `ops.steer`.
+
+    What only the device knows is not raised: a feature that is no latent makes x' NaN, and of one
+    named twice both edits are added.
+    """
+    check_steer(x, W_enc, b_enc, directions, features, values, k, mask)
+    (F, d), shared = directions.shape, values.shape == features.shape
+    rows = x.reshape(-1, d).contiguous()
+    directions, features = directions.contiguous(), features.contiguous()
+    values = values.contiguous() if shared else values.reshape(len(rows), F).contiguous()
+    mask = mask if mask is None else mask.reshape(-1).contiguous()
+    y = torch.empty_like(rows)
+    with torch.cuda.device_of(x):
+        for part in _parts(len(rows), F):
+            edit = _Edit(
+                directions,
+                values if shared else values[part],
+                0 if shared else F,
+                mask if mask is None else mask[part],
+                y[part],
+            )
+            _add(rows[part], F, k, edit, _measure(rows[part], W_enc, b_enc, features, k, edit))
+    return y.reshape(x.shape)
+
+
+def feature_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int) -> Tensor:
+    """a_f = p_f if p_f > 0 and fewer than k latents beat f, else 0; see `ops.feature_acts`.
+
+    NaN for a feature that is no latent.
+    """
+    check_encoder("feature_acts", x, W_enc, b_enc, k)
+    check_features("feature_acts", x, features)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    features = features.contiguous()
+    acts = x.new_empty((len(rows), len(features)), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        for part in _parts(len(rows), len(features)):
+            measured = _measure(rows[part], W_enc, b_enc, features, k, _Edit())
+            # NaN * 0 is NaN, as it should be.
+            torch.mul(measured.acts, measured.beaten < k, out=acts[part])
+    return acts.reshape(*x.shape[:-1], len(features))
+
+
+def project(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """p = W_enc x + b_enc for a few rows; see `ops.project`."""
+    check_rows("project", x, W_enc, b_enc)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    p = x.new_empty((len(rows), len(W_enc)), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _project(rows, W_enc, b_enc, None, _Edit(), Measured(p))
+    return p.reshape(*x.shape[:-1], len(W_enc))
+
+
+def add_directions(x: Tensor, directions: Tensor, coef: Tensor) -> Tensor:
+    """x' = x + sum_f coef_f directions_f; see `ops.add_directions`."""
+    check_add("add_directions", x, directions, "coef", coef)
+    (F, d), shared = directions.shape, coef.dim() == 1
+    rows = x.reshape(-1, d).contiguous()
+    y = torch.empty_like(rows)
+    edit = _Edit(directions.contiguous(), coef.contiguous(), 0 if shared else F, None, y)
+    with torch.cuda.device_of(x):
+        _add(rows, F, 0, edit, Measured())
+    return y.reshape(x.shape)
+
+
+def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest p, descending, ties to the lower index; see `ops.encode`."""
+    check_encoder("encode", x, W_enc, b_enc, k)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    T, shape = len(rows), (*x.shape[:-1], k)
+    values = x.new_empty((T, k), dtype=torch.float32)
+    indices = x.new_empty((T, k), dtype=torch.int64)
+    last = None
+    tile = _topk_tile(rows, W_enc, min(k, MOST_K))
+    with torch.cuda.device_of(x):
+        # Each pass looks below what the one before has found, with the same tiles for the same p.
+        for found in range(0, k if T else 0, MOST_K):
+            size = min(MOST_K, k - found)
+            keys = best_of_shares(rows, W_enc, b_enc, size, last, tile)
+            last = x.new_empty(T, dtype=torch.int64)
+            candidates = keys[0].numel()
+            block = triton.next_power_of_2(candidates)
+            merge[T,](
+                keys,
+                values[:, found:],
+                indices[:, found:],
+                last,
+                k,
+                size,
+                candidates,
+                BLOCK=block,
+                num_warps=_warps(block),
+            )
+    return values.reshape(shape), indices.reshape(shape)
+
+
+def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """recon = b_dec + sum_i values_i W_dec[indices_i]; see `ops.decode`.
+
+    NaN where an index is no latent's.
+    """
+    check_decode(values, indices, W_dec, b_dec)
+    *leading, k = values.shape
+    N, d = W_dec.shape
+    y = W_dec.new_empty((*leading, d))
+    T, block = math.prod(leading), min(1024, triton.next_power_of_2(d))
+    with torch.cuda.device_of(values):
+        decode_kernel[T, triton.cdiv(d, block)](
+            values.contiguous(),
+            indices.contiguous(),
+            W_dec,
+            b_dec.contiguous(),
+            y,
+            N,
+            d,
+            k,
+            BLOCK_D=block,
+            num_warps=_warps(block),
+        )
+    return y
+
+
+def _measure(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int, edit: _Edit
+) -> Measured:
+    """Counts all that has to be counted; writes the tokens for which nothing has."""
+    T, F = len(x), len(features)
+    acts = x.new_empty((T, F), dtype=torch.float32)
+    beaten = x.new_empty((T, F), dtype=torch.int32)
+    launches = _launches(T, configs.tiles(x.device, configs.meets_in(x, W_enc)).count)
+    waiting = length = None
+    if len(launches) > 1:
+        waiting = x.new_empty(T, dtype=torch.int32)
+        length = x.new_zeros(1, dtype=torch.int32)
+    measured = Measured(acts, beaten, waiting, length)
+    _project(x, W_enc, b_enc, features, edit, measured)
+    for low, tile in launches:
+        count_beaten(x, W_enc, b_enc, features, k, measured, low, tile)
+    return measured
+
+
+def _project(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    features: Tensor | None,
+    edit: _Edit,
+    measured: Measured,
+) -> None:
+    (T, d), N, F = x.shape, len(W_enc), measured.acts.shape[1]
+    width = triton.next_power_of_2(d)
+    project_kernel[triton.cdiv(T, configs.ROWS),](
+        x,
+        W_enc,
+        b_enc,
+        features,
+        *edit,
+        *measured,
+        T,
+        N,
+        d,
+        F,
+        ROWS=configs.ROWS,
+        BLOCK_D=width,
+        num_warps=_warps(width),
+    )
+
+
+def count_beaten(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    features: Tensor,
+    k: int,
+    measured: Measured,
+    low: int,
+    tile: Tile,
+) -> None:
+    """One launch of `count`, for more than `low` tokens."""
+    (T, d), N, F = x.shape, len(W_enc), len(features)
+    tiles = triton.cdiv(min(T, tile.most), tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    programs = min(tiles, configs.processors(x.device) * tile.per_sm)
+    W, product = _product(x, W_enc, tile)
+    count[programs,](
+        x,
+        W,
+        b_enc,
+        features,
+        *measured,
+        T,
+        N,
+        d,
+        F,
+        k,
+        low,
+        tile.most,
+        GROUP=tile.GROUP,
+        **product,
+    )
+
+
+def _topk_tile(x: Tensor, W_enc: Tensor, k: int) -> Tile:
+    tiles = configs.tiles(x.device, configs.meets_in(x, W_enc)).topk
+    tile = next(tile for tile in tiles if len(x) <= tile.most)
+    return tile if tile.BLOCK_M * k <= tiles[0].BLOCK_M * MOST_K else tiles[0]
+
+
+def best_of_shares(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, last: Tensor | None, tile: Tile
+) -> Tensor:
+    """One launch of `topk`, for k <= MOST_K: keys [T, shares, k] int64.
+
+    As many shares of the latents as occupy the device, but no more than one program can merge.
+    """
+    (T, d), N = x.shape, len(W_enc)
+    best, down = triton.next_power_of_2(k), triton.cdiv(T, tile.BLOCK_M)
+    programs = configs.processors(x.device) * tile.per_sm
+    shares = max(1, min(programs // down, triton.cdiv(N, tile.BLOCK_N), 8192 // best))
+    keys = x.new_empty((T, shares, k), dtype=torch.int64)
+    W, product = _product(x, W_enc, tile)
+    topk[down, shares](x, W, b_enc, keys, last, T, N, d, k, shares, BLOCK_BEST=best, **product)
+    return keys
+
+
+def _add(x: Tensor, F: int, k: int, edit: _Edit, measured: Measured) -> None:
+    T, d = x.shape
+    width = triton.next_power_of_2(d)
+    directions, values, value_stride, _, y = edit
+    add[min(T, 4 * configs.processors(x.device)),](
+        x,
+        directions,
+        values,
+        value_stride,
+        y,
+        *measured,
+        T,
+        d,
+        F,
+        k,
+        BLOCK_D=width,
+        num_warps=_warps(width),
+    )
+
+
+def _launches(T: int, tiles: tuple[Tile, ...]) -> list[tuple[int, Tile]]:
+    """`count`'s launches, each with the number of tokens that is just too small for it.
+
+    Few tokens need one, for all of them. For many, how many are undecided is known only to the
+    device: each size of tiles is launched, and those that it is not for return at once.
+    """
+    for tile in tiles[:-1]:
+        if T <= tile.most:
+            return [(0, tile)]
+    return list(zip((0, *(tile.most for tile in tiles)), tiles, strict=False))
+
+
+def _product(x: Tensor, W_enc: Tensor, tile: Tile) -> tuple[Tensor | TensorDescriptor, dict]:
+    """W_enc as `preacts` takes it, and the options of a kernel that calls it."""
+    d = W_enc.shape[1]
+    # Descriptors need rows of whole 16 bytes, and Triton 3.4's interpreter of 16 elements.
+    described = tile.described and d % 16 == 0 and W_enc.data_ptr() % 16 == 0
+    W = TensorDescriptor.from_tensor(W_enc, [tile.BLOCK_N, tile.BLOCK_K]) if described else W_enc
+    return W, dict(
+        DOT=DOT[configs.meets_in(x, W_enc)],
+        DESCRIBED=described,
+        WHOLE=d % tile.BLOCK_K == 0,
+        BLOCK_M=tile.BLOCK_M,
+        BLOCK_N=tile.BLOCK_N,
+        BLOCK_K=tile.BLOCK_K,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _parts(T: int, F: int) -> Iterator[slice]:
+    """Tokens taken at once: what is kept of them stays below a megabyte and 64 bytes a token."""
+    step = max(1, ((1 << 20) + 64 * T) // (8 * F + 4))
+    return (slice(start, min(T, start + step)) for start in range(0, T, step))
+
+
+def _warps(width: int) -> int:
+    return min(16, max(1, width // 256))
