@@ -49,9 +49,12 @@ void launch(void (*kernel)(Parameters...), const Shape& shape, Stream stream,
     checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shape.shared)),
             "shared memory");
-  kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared, stream> > >(
-      arguments...);
-  checked(cudaGetLastError(), "launch");
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(shape.blocks);
+  config.blockDim = shape.threads;
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = stream;
+  checked(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
 inline void zero(void* at, int64_t bytes, Stream stream) {

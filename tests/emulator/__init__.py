@@ -1,4 +1,4 @@
-"""csrc/cuda on a CPU: compiles the kernels against emulator.h and offers them like saesteer_fast.ops.
+"""csrc/cuda on a CPU: the kernels, compiled against emulator.h, with the signatures of the ops.
 
 Every tensor that a kernel gets ends at a page that nobody may touch, so that reading or writing
 past its end kills the process; outputs start out as NaN.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +18,6 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-KERNELS = sorted(
-    path for path in (CSRC / "cuda").glob("*.cu") if path.stem not in ("probe", "library")
-)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -30,37 +28,46 @@ class _Matrix(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("width", ctypes.c_int64))
 
 
-def compile_library(folder: Path, compiler: str) -> Path:
-    """Builds the kernels into `folder`; the compiler's words on failure."""
+def compile_kernels(
+    folder: Path, compiler: str, changed: dict[str, str] | None = None
+) -> dict[str, Path]:
+    """Object files by source; with `changed`, only of these kernels, from the texts given."""
+    sources = folder / "cuda"
+    shutil.copytree(CSRC / "cuda", sources)
+    shutil.copy(CSRC / "views.h", folder)
+    for name, text in (changed or {}).items():
+        (sources / name).write_text(text)
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-mfma", "-fPIC", "-DSAESTEER_SM90A"]
-    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-I", HERE, "-I", CSRC]
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-I", HERE, "-I", folder]
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.name}.o"
-        command = [compiler, "-x", "c++", *flags, "-c", source, "-o", target]
-        subprocess.run(command, check=True)
+        subprocess.run([compiler, "-x", "c++", *flags, "-c", source, "-o", target], check=True)
         return target
 
+    kernels = [p for p in sorted(sources.glob("*.cu")) if p.stem != "probe"]
+    wanted = [sources / name for name in changed] if changed else [*kernels, HERE / "library.cpp"]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, [*KERNELS, HERE / "library.cpp"]))
+        return dict(zip((p.name for p in wanted), pool.map(compiled, wanted), strict=True))
+
+
+def link(objects: dict[str, Path], folder: Path, compiler: str) -> Path:
     library = folder / "libemulated.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
+    subprocess.run([compiler, "-shared", *objects.values(), "-o", library], check=True)
     return library
 
 
-def fenced(t: Tensor, offset: int = 0) -> Tensor:
-    """A copy of t, 16-byte aligned but for `offset` elements, right before a page without access."""
+def fenced(t: Tensor) -> Tensor:
+    """A copy of t, packed, as far from 16-byte alignment as t, right before a forbidden page."""
     size, page = t.numel() * t.element_size(), mmap.PAGESIZE
-    pages = -(-(size + 64) // page) * page
+    pages = -(-(size + 32) // page) * page
     memory = mmap.mmap(-1, pages + page)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     assert _libc.mprotect(address + pages, page, 0) == 0
-    start = (pages - size) // 16 * 16
-    if offset:
-        start += offset * t.element_size() - 16
+    off = t.data_ptr() % 16
+    start = (pages - size - off) // 16 * 16 + off
     whole = torch.frombuffer(memory, dtype=torch.uint8, count=pages)
-    copy = whole[start : start + size].view(t.dtype).view(t.shape)
-    return copy.copy_(t)
+    return whole[start : start + size].view(t.dtype).view(t.shape).copy_(t)
 
 
 def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -109,19 +116,18 @@ class Machine:
         size = getattr(self._library, name)(*(ctypes.c_int64(s) for s in sizes))
         return _poisoned((size,), torch.uint8)
 
-    def steer(self, x, W_enc, b_enc, directions, features, values, k, mask=None, out=None):
+    def steer(self, x, W_enc, b_enc, directions, features, values, k, mask=None, in_place=False):
         F, lead = features.numel(), x.shape[:-1]
-        shared = values.shape == (F,) and (x.dim() > 1 or True) and values.dim() == 1
         given = [fenced(t.contiguous()) for t in (W_enc, b_enc, directions, features, values)]
         W, b, D, f, v = given
-        x = x if out is x else fenced(x.contiguous())
-        y = _poisoned(x.shape, x.dtype) if out is None else out
+        x = fenced(x.contiguous())
+        y = x if in_place else _poisoned(x.shape, x.dtype)
         m = None if mask is None else fenced(mask.contiguous())
         tokens = lead.numel()
         self._run(
             "steer",
             *(_matrix(x), tokens, _matrix(W), b, W.shape[0], k, _matrix(D), f, F),
-            *(v, 0 if shared else F, m, _matrix(y)),
+            *(v, F if values.dim() > 1 else 0, m, _matrix(y)),
             self._workspace("ladder_workspace", tokens, F),
         )
         return y
@@ -161,9 +167,7 @@ class Machine:
 
     def decode(self, values, indices, W_dec, b_dec):
         lead, k = values.shape[:-1], values.shape[-1]
-        W, b, v, i = (
-            fenced(t.contiguous()) for t in (W_dec, b_dec.float(), values, indices)
-        )
+        W, b, v, i = (fenced(t.contiguous()) for t in (W_dec, b_dec.float(), values, indices))
         y = _poisoned((*lead, W.shape[1]), W.dtype)
         self._run("decode", v, i, lead.numel(), k, _matrix(W), len(W), b, _matrix(y))
         return y

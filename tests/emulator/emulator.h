@@ -268,6 +268,11 @@ float from_16(uint16_t bits) {
   return kBf16 ? from_bf16(bits) : from_f16(bits);
 }
 
+inline void take(std::vector<std::function<void()>>& products) {
+  for (const auto& product : products) product();
+  products.clear();
+}
+
 inline void check_aligned(const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) machine().fail("a misaligned access");
 }
@@ -481,8 +486,7 @@ inline void products_commit() {
 template <int kBehind>
 void products_wait() {
   auto& groups = emulated::machine().now->product_groups;
-  for (; groups.size() > kBehind; groups.pop_front())
-    for (const auto& product : groups.front()) product();
+  for (; groups.size() > kBehind; groups.pop_front()) emulated::take(groups.front());
 }
 
 template <bool kBf16>
@@ -505,6 +509,9 @@ void multiply_group(float (&c)[128], uint64_t a, uint64_t b, bool add) {
       c[i] = static_cast<float>(sum);
     }
   });
+  if (m.coin()) return;
+  for (auto& group : m.now->product_groups) emulated::take(group);
+  emulated::take(m.now->products);
 }
 
 // ---- launch.h ----
