@@ -20,7 +20,7 @@ test: $(BUILT)
 	$(RUN) pytest
 
 bench: $(BUILT)
-	$(RUN) pytest bench
+	$(RUN) pytest bench -q --benchmark-columns=min,median,iqr
 
 # Everything from the Python at hand, as it is: nothing is installed.
 gpu:

@@ -8,8 +8,24 @@ with sf.steering(model, sae, {22373: 12.0}):
 """
 
 from .attach import steering
+from .conditions import active, gate
+from .edits import add, at_least, at_most, scale, set_if_active
 from .sae import SAE
+from .scopes import not_tokens, positions
 from .steering import steer
 
 __version__ = "0.1.0"
-__all__ = ["SAE", "steer", "steering"]
+__all__ = [
+    "SAE",
+    "active",
+    "add",
+    "at_least",
+    "at_most",
+    "gate",
+    "not_tokens",
+    "positions",
+    "scale",
+    "set_if_active",
+    "steer",
+    "steering",
+]

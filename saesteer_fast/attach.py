@@ -1,6 +1,6 @@
-"""Steering a whole model: hooks that hold latents at constants while it runs.
+"""Steering a whole model: hooks that edit latents while it runs.
 
-Three hooks make one steering. One, before the decoder runs, notes which tokens are padding; one
+Three hooks make one steering. One, before the decoder runs, notes what its tokens are; one
 replaces the steered module's output; one, after the decoder ran, forgets them, and raises if the
 module was passed by.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from numbers import Integral
 from typing import NamedTuple
@@ -19,9 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .conditions import Condition, Decision, Seen, decided, decisions
+from .edits import Edits
 from .errors import nearest
+from .generation import Told, listen
 from .sae import SAE
-from .steering import Clamp, require_sae
+from .scopes import Scope, Scoped, both, spread
+from .steering import Plan, Rows, require_sae
+from .tokens import Tokens, padding, past_length
 
 _LAYER_LISTS = ("layers", "h", "model.layers", "transformer.h", "gpt_neox.layers")
 
@@ -29,58 +34,128 @@ _LAYER_LISTS = ("layers", "h", "model.layers", "transformer.h", "gpt_neox.layers
 def steering(
     model: nn.Module,
     sae: SAE,
-    edits: Mapping[int, float],
+    edits: Edits | Sequence[Edits] | Mapping[str, Edits],
     *,
     layer: int | str | None = None,
+    scope: Scope = "all",
+    rows: Rows | None = None,
+    when: Condition | Sequence[Condition] | None = None,
+    error: str = "keep",
+    measure: str | None = None,
     impl: str = "auto",
 ) -> Handle:
-    """Hold latents of `sae` at constants in `model`, from now until the handle is removed.
+    """Edit latents of `sae` in `model`, from now until the handle is removed.
 
         with sf.steering(model, sae, {22373: 12.0}, layer=6) as handle:
             model.generate(...)
             handle.set({22373: 8.0})
 
     What is steered is the output of decoder layer `layer` (0 is the first), or of the module it
-    names ("layers.6", "layers.6.mlp", "model.layers.6"); by default, of sae.hookpoint. Formula,
-    dtypes and errors are those of `steer`. Steerings of one module act in the order in which they
+    names ("layers.6", "layers.6.mlp", "model.layers.6"); by default, of sae.hookpoint. `edits`,
+    `rows`, `error` and `measure`, the formula, dtypes and errors are those of `steer`; a list of
+    edits has one for each row of the batch. Steerings of one module act in the order in which they
     were attached, each on what the one before it made, and before anyone else's hooks.
 
-    Padding is left alone where the decoder is given a 2-D attention_mask, [B, past + T]. Without
-    one, or with a 4-D one (generate makes one for a static cache), nothing says what is padding,
-    and every position is steered; what real tokens get is the same.
+    scope says which tokens: "all", "prompt", "generated", sf.positions, sf.not_tokens, a bool
+    tensor [B, S], or a list, all of which must hold; padding never. when, one sf.active and one
+    sf.gate or either, asks the SAE's own activations. The prompt is what generate is given;
+    outside of generate, a call without a cache or with an empty one is a prompt, what is called
+    onto a cache is generated, and `handle.prompt` says otherwise. Rows of the batch that generate
+    repeats, for beams or several answers, share what was given for their prompt.
 
-    W_enc, b_enc and one row of W_dec a latent are kept on the module's device, in the SAE's dtype;
-    the model's dtype may change later, its device may not. Steering belongs to the model, whichever
-    thread calls it; a deep copy or a pickle of the model is steered too, and save_pretrained writes
-    the weights as they are, unsteered. A model may be compiled before or after; attaching makes
-    torch.compile forget all it compiled, for it looks for no new hooks by itself. A CUDA graph that
-    was captured replays what it captured.
+    Padding is left alone where the decoder is given an attention_mask of [B, past + T], or the
+    4-D one that generate makes for a static cache and that shows padding on the left. Without
+    one nothing says what is padding, and every position is steered; what real tokens get is the
+    same.
+
+    Kept on the module's device, in the SAE's dtype: W_enc and b_enc (a row a latent, where the
+    measure needs no more), one row of W_dec a latent; the whole SAE for error="drop". The model's
+    dtype may change later, its device may not. Steering belongs to the model, whichever thread
+    calls it; a deep copy or a pickle of the model is steered too, and save_pretrained writes the
+    weights as they are, unsteered. A model may be compiled before or after; attaching makes
+    torch.compile forget all it compiled, for it looks for no new hooks by itself, whereas
+    strengths, masks and choices change in place. A CUDA graph that was captured replays what it
+    captured.
     """
     require_sae(sae)
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps a model in another one
     site = _locate(model, sae.hookpoint if layer is None else layer)
     _check_width(model, sae, site)
-    clamp = Clamp(sae, edits, _device(site))
+    device = _device(site)
+    plan = Plan(sae, edits, device, when=when, error=error, measure=measure, impl=impl)
+    plan.choose(rows)
+    if plan.table.values.requires_grad:
+        raise ValueError("edits: a strength requires a gradient; learn handle.strengths instead")
     # Steering no tokens finds now what the model's first call would find.
-    clamp(clamp.W_enc.new_empty(0, clamp.d), impl=impl)
-    return Handle(site, clamp, impl)
+    plan(sae.W_enc.new_empty(0, 0, sae.d, device=device), chosen=plan.nobody)
+    return Handle(site, _Hooks(site, plan, Scoped(scope, device)))
 
 
 class Handle:
     """One steering of one model; `steering` makes it. Leaving its `with` block removes it."""
 
-    def __init__(self, site: _Site, clamp: Clamp, impl: str):
-        self._name, self._clamp = site.path, clamp
-        self._undo = _install(site, _Hooks(site, clamp, impl))
+    def __init__(self, site: _Site, hooks: _Hooks):
+        self._name, self._plan, self._hooks = site.path, hooks.plan, hooks
+        self._undo = _install(site, hooks)
         self._attached = True
 
-    def set(self, edits: Mapping[int, float]) -> None:
-        """Change constants of latents that are steered already, from the model's next call on.
+    @property
+    def latents(self) -> list[int]:
+        """What is edited, in the order of `strengths`."""
+        return list(self._plan.table.latents)
 
-        Raises ValueError for a latent that is not, and for NaN or infinity; RuntimeError once the
-        steering is removed.
+    @property
+    def strengths(self) -> Tensor:
+        """[F] fp32, or [C, F], a row a configuration: read at every call, so that it may change in
+        place.
+
+        `handle.strengths.requires_grad_()` makes it a leaf to be learned.
+        """
+        return self._plan.table.values
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, S] bool: the mask in the scope, read at every call, so it may change in place."""
+        return self._hooks.scope.mask
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """What `when` said last, and why: of each row, the sf.active of the model's latest call,
+        and the sf.gate of its latest prompt. Reading waits for the device."""
+        return self._hooks.decisions()
+
+    def set(self, edits: Edits | Sequence[Edits] | Mapping[str, Edits]) -> None:
+        """Change strengths of edits that are there already, from the model's next call on.
+
+        Given as `edits` was, less what stays as it is. Raises ValueError for a latent that is not
+        edited or is so in another way, and for NaN or infinity; RuntimeError once the steering is
+        removed.
         """
         self._require_attached()
-        self._clamp.set(edits)
+        self._plan.table.set(edits)
+
+    def choose(self, rows: Rows) -> None:
+        """Take other configurations of the table for the rows: their names, or numbers [B].
+
+        In place where as many rows were there before. Raises ValueError for one that is not there.
+        """
+        self._require_attached()
+        self._plan.choose(rows)
+
+    @contextmanager
+    def prompt(self, columns: int | Tensor) -> Iterator[None]:
+        """While inside, this thread's calls are of sequences whose first `columns` columns,
+        padding included, are the prompt: a number, or int64 [B] where rows differ.
+
+        For loops written by hand, and for texts that are not generated but scored; generate says
+        it itself. A call without a cache or with an empty one begins the next sequences.
+        """
+        self._require_attached()
+        end = int(columns.max()) if isinstance(columns, Tensor) else columns
+        if isinstance(columns, Tensor):
+            columns = columns.to(self._plan.device)[:, None]
+        with self._hooks.told(Told(columns, end)):
+            yield
 
     def remove(self) -> None:
         """Stop steering. Removing twice does no harm."""
@@ -100,7 +175,7 @@ class Handle:
 
     def __repr__(self) -> str:
         state = "" if self._attached else ", removed"
-        return f"Handle({self._name}: {self._clamp.edits}{state})"
+        return f"Handle({self._name}: {self._plan.table.described()}{state})"
 
 
 class _Site(NamedTuple):
@@ -109,13 +184,24 @@ class _Site(NamedTuple):
     """Its output is steered."""
     decoder: nn.Module
     """It calls the module, and is given the attention mask."""
+    model: nn.Module
+    """It generates."""
 
 
 class _Call:
-    """What a running call of the decoder must remember."""
+    """What a thread must remember: of the running call of the decoder, and of its sequences."""
 
-    mask: Tensor | None = None
-    awaited: bool = False
+    def __init__(self):
+        self.tokens: Tokens | None = None
+        self.awaited = False
+        self.told: Told | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """The next call is the first of its sequences."""
+        self.read = 0 if self.told is None else self.told.start
+        self.seen: tuple[Seen, ...] = ()
+        self.on: Tensor | None = None
 
 
 class _Calls(threading.local):
@@ -134,16 +220,19 @@ class _Calls(threading.local):
 class _Hooks:
     """The hooks of one steering."""
 
-    def __init__(self, site: _Site, clamp: Clamp, impl: str):
-        self.path, self.clamp, self.impl = site.path, clamp, impl
+    def __init__(self, site: _Site, plan: Plan, scope: Scoped):
+        self.path, self.plan, self.scope = site.path, plan, scope
         self.calls = _Calls()
-        self.parameters = list(inspect.signature(site.decoder.forward).parameters)
+        parameters = inspect.signature(site.decoder.forward).parameters
+        self.places = {name: place for place, name in enumerate(parameters)}
+        self.follows = not scope.everything or plan.gate is not None or plan.table.rowwise
+        self.active: tuple[Seen, Tensor] | None = None
+        self.gated: tuple[tuple[Seen, ...], Tensor] | None = None
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        mask = self._argument("attention_mask", args, kwargs)
-        cache = self._argument("past_key_values", args, kwargs)
         call = self.calls.running
-        call.mask, call.awaited = _real_tokens(mask, cache), True
+        call.awaited = True
+        call.tokens = self._tokens(call, args, kwargs)
 
     def steer(self, module: nn.Module, args: tuple, output):
         hidden = output[0] if isinstance(output, tuple) else output
@@ -151,38 +240,153 @@ class _Hooks:
             raise TypeError(f"{self.path} gives a {type(hidden).__name__}, no tensor to steer")
         call = self.calls.running
         call.awaited = False
-        mask = call.mask
-        if mask is not None:
-            fits = mask.shape == hidden.shape[:-1]
-            mask = mask.to(hidden.device, torch.bool) if fits else None
-        steered = self.clamp(hidden, mask, self.impl)
+        tokens = call.tokens
+        if tokens is not None and (tokens.batch, tokens.count) != hidden.shape[:-1]:
+            tokens = None
+        if tokens is None and self.follows:
+            raise ValueError(
+                f"scope: {self.path} gives {tuple(hidden.shape)}, which are not the tokens that "
+                "its decoder was called with; only scope 'all' of one configuration can do that"
+            )
+        mask = self._mask(call, tokens, hidden)
+        if mask is False:
+            return None
+        mask = None if mask is True else mask.expand(hidden.shape[:-1])
+        chosen = self.plan.chosen
+        if chosen is not None:
+            chosen = spread(chosen, tokens, "rows")
+        steered = self.plan(hidden, mask, chosen)
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     def after(self, decoder: nn.Module, args: tuple, output) -> None:
         call = self.calls.running
         passed_by = call.awaited and output is not None
-        call.mask, call.awaited = None, False
+        call.tokens, call.awaited = None, False
         if passed_by:
             raise RuntimeError(f"{self.path} was not called as a module: nothing was steered")
 
+    @contextmanager
+    def told(self, told: Told) -> Iterator[None]:
+        call = self.calls.running
+        before, call.told = call.told, told
+        call.begin()
+        try:
+            yield
+        finally:
+            call.told = before
+            call.begin()
+
+    def decisions(self) -> list[Decision]:
+        plan, found = self.plan, []
+        if plan.active is None and plan.gate is None:
+            raise ValueError("when: this steering has no condition, so nothing is decided")
+        if self.active is not None:
+            seen, on = self.active
+            found += decisions(plan.active, (seen,), (on & seen.counted).any(-1))
+        if self.gated is not None:
+            found += decisions(plan.gate, *self.gated)
+        return found
+
+    def _tokens(self, call: _Call, args: tuple, kwargs: dict) -> Tokens | None:
+        ids, embeds = (
+            self._argument(name, args, kwargs) for name in ("input_ids", "inputs_embeds")
+        )
+        if ids is None and embeds is None:
+            ids = args[0] if args else None
+        given = ids if ids is not None else embeds
+        if not isinstance(given, Tensor) or given.ndim < 2:
+            return None
+        batch, count = given.shape[:2]
+        start = past_length(self._argument("past_key_values", args, kwargs))
+        mask, real = padding(self._argument("attention_mask", args, kwargs), start, count)
+        if not self.follows:
+            return Tokens(batch, None, count, start, 0, mask, real, ids, None, given.device)
+        if "cu_seq_lens_q" in kwargs:
+            raise ValueError("scope: several sequences are packed in a row; give each its own")
+        told = call.told
+        if told is None:
+            prompt, prompts = self._guessed(start, count), None
+        else:
+            prompt, prompts = told.columns, told.prompts
+        start = self._follow(call, start, count)
+        places = self._argument("position_ids", args, kwargs)
+        places = places if isinstance(places, Tensor) and places.ndim == 2 else None
+        return Tokens(batch, prompts, count, start, prompt, mask, real, ids, places, given.device)
+
+    def _guessed(self, start: int | Tensor, count: int) -> int | Tensor:
+        """Columns of the prompt where nobody says."""
+        if isinstance(start, int):
+            return start or count
+        if count == 1:
+            return start
+        raise ValueError(
+            "scope: the cache keeps its length on the device, so nothing says whether these "
+            f"{count} tokens are a prompt; call the model inside `with handle.prompt(columns)`"
+        )
+
+    def _follow(self, call: _Call, start: int | Tensor, count: int) -> int | Tensor:
+        """Notice that sequences begin, and how much of their prompts has been read; the start."""
+        told = call.told
+        if isinstance(start, int):
+            if start == 0 and not (told is not None and told.once and call.on is not None):
+                call.begin()
+            call.read = start
+        elif told is not None and call.read < told.end:
+            # Prompts are read in order, so that a length on the device is known here too.
+            start = call.read
+        if told is not None and call.read < told.end:
+            call.read += count
+        return start
+
+    def _mask(self, call: _Call, tokens: Tokens | None, hidden: Tensor) -> bool | Tensor:
+        """Which tokens are steered: [B or 1, T] bool, or True or False for all or none."""
+        mask = True if self.scope.everything else self.scope(tokens)
+        if self.plan.gate is not None:
+            mask = both(mask, self._gate(call, tokens, hidden, mask))
+        if self.plan.active is not None and mask is not False:
+            acts, on = self.plan.holds(hidden)
+            mask = both(mask, on)
+            if tokens is not None:
+                self.active = Seen(acts.detach(), tokens, tokens.counted(generated=True)), on
+        if mask is not False and tokens is not None and tokens.real is not None:
+            mask = both(mask, tokens.real)
+        return mask if isinstance(mask, bool) else mask.to(hidden.device)
+
+    def _gate(self, call: _Call, tokens: Tokens, hidden: Tensor, mask: bool | Tensor):
+        """Which rows the gate lets through, [B, 1] bool; False while it is not decided yet."""
+        if call.on is None:
+            self._decide(call, tokens, hidden, mask)
+        if call.on is None:
+            return False
+        if len(call.on) != tokens.batch:
+            raise RuntimeError(
+                f"when: the gate was decided for {len(call.on)} rows, now there are {tokens.batch}"
+            )
+        return call.on[:, None]
+
+    def _decide(self, call: _Call, tokens: Tokens, hidden: Tensor, mask: bool | Tensor) -> None:
+        plan = self.plan
+        if not call.seen and tokens.generated() is True:
+            raise RuntimeError(
+                "when: the gate has seen no prompt, only what comes after one; call the model with "
+                "the prompt first"
+            )
+        acts = plan.on_gate.acts(hidden.detach(), plan.impl).detach()
+        call.seen = (*call.seen, Seen(acts, tokens, tokens.counted(generated=False)))
+        if call.told is None or call.read >= call.told.end:
+            call.on = decided(plan.gate, call.seen)
+            self.gated, call.seen = (call.seen, call.on), ()
+        elif mask is not False:
+            raise RuntimeError(
+                "when: the prompt comes in chunks, and the gate is decided by its last one; only "
+                "scope 'generated' can wait for that"
+            )
+
     def _argument(self, name: str, args: tuple, kwargs: dict):
-        if name in kwargs or name not in self.parameters:
+        if name in kwargs or not args:
             return kwargs.get(name)
-        place = self.parameters.index(name)
+        place = self.places.get(name, len(args))
         return args[place] if place < len(args) else None
-
-
-def _real_tokens(mask, cache) -> Tensor | None:
-    """[B, T], nonzero where a token of this call is no padding; None if the call does not tell.
-
-    Only a mask with a column a key tells: [B, past + T]. Whoever is given None steers everything,
-    which no real token can notice, whereas columns read wrongly would leave real ones unsteered.
-    """
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
-    past = 0 if cache is None else getattr(cache, "get_seq_length", lambda: None)()
-    # A static cache counts in a tensor, which only a device synchronisation could read.
-    return mask[:, past:] if isinstance(past, int) else None
 
 
 def _install(site: _Site, hooks: _Hooks) -> ExitStack:
@@ -197,6 +401,8 @@ def _install(site: _Site, hooks: _Hooks) -> ExitStack:
         register(site.decoder.register_forward_hook(hooks.after, always_call=True))
         # Last, and so removed first: no other thread's call awaits a hook that is not there.
         register(site.decoder.register_forward_pre_hook(hooks.before, with_kwargs=True))
+        if hooks.follows:
+            undo.callback(listen(site.model, hooks))
         _recompile()
         return undo.pop_all()
 
@@ -223,13 +429,12 @@ def _locate(model: nn.Module, layer: int | str | None) -> _Site:
         raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed")
     if layer is None:
         raise ValueError("layer: none is given, and the SAE names no hookpoint")
-    model = getattr(model, "_orig_mod", model)  # torch.compile wraps a model in another one
     base = getattr(model, "base_model", model)
     path = layer if isinstance(layer, str) else _layer_path(base, layer)
     for root in (base, model):
         module = _submodule(root, path)
         if module is not None:
-            return _Site(path, module, _owner_of_layers(root, path))
+            return _Site(path, module, _owner_of_layers(root, path), model)
     names = [name for name, _ in base.named_modules()]
     raise ValueError(f"layer: {type(model).__name__} has no module {path!r}{nearest(path, names)}")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a subcommand: demo, mini build, env."""
+    """Runs a subcommand: demo, mini build, convert, env."""
     arguments = vars(_parser().parse_args(argv))
     arguments.pop("run")(**arguments)
 
@@ -35,6 +35,17 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     build.set_defaults(run=_mini_build)
 
+    convert = commands.add_parser("convert", help="writes an SAE in another format")
+    convert.add_argument("source", help="folder, file, or repository on the Hugging Face Hub")
+    convert.add_argument("target", help="folder to write")
+    convert.add_argument("--to", required=True, choices=("sparsify", "saelens"))
+    convert.add_argument(
+        "--fold",
+        action="store_true",
+        help="multiply scale and decoder norms into the weights, where the format lacks a place",
+    )
+    convert.set_defaults(run=_convert)
+
     env = commands.add_parser("env", help="what is installed, and which implementation runs here")
     env.set_defaults(run=_env)
     return parser
@@ -51,6 +62,18 @@ def _mini_build(out: str, seed: int, threads: int) -> None:
 
     metrics = build(out, seed, threads)
     print(f"Written: {out} (latent {metrics['latent']} of layer {metrics['layer']} refuses best)")
+
+
+def _convert(source: str, target: str, to: str, fold: bool) -> None:
+    from .sae import SAE
+
+    try:
+        sae = SAE.load(source)
+        sae = sae.fold() if fold else sae
+        sae.save(target, to)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"saesteer convert: {error}") from None
+    print(f"Written: {target} ({sae})")
 
 
 def _env() -> None:

@@ -18,7 +18,7 @@ from .mini import Miniature, corpus
 STRENGTHS = (0, 1, 1.5, 2, 2.5, 3, 3.5)
 """Clamps of the table, in units of the latent's own maximum; 0 is the unsteered model."""
 
-EVERY = 5
+EVERY = 15
 """Which validation prompts choose the latent: each so manieth, of all kinds."""
 
 SHOWN = 5

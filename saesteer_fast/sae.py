@@ -1,59 +1,105 @@
-"""One sparse autoencoder in memory: its weights, its k, and the hookpoint it reads."""
+"""One sparse autoencoder in memory: its weights, its measure, and the hookpoint it reads."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Integral
-from pathlib import Path
+from math import isfinite
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from .errors import nearest
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What hidden states and weights may be stored in; sums are always fp32."""
 
 
+TINY = torch.finfo(torch.float32).tiny
+
+MEASURES = ("topk", "groupmax", "threshold", "relu", "gated")
+"""Ways in which an SAE makes activations of pre-activations."""
+
+NORMALIZE = ("none", "layer_norm", "constant_norm")
+"""What is done to a token before it is encoded, and undone after decoding."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class SAE:
-    """A top-k sparse autoencoder with N latents on a stream of width d.
+    """A sparse autoencoder with N latents on a stream of width d.
 
-        p_j   = W_enc[j]·(x - b_dec) + bias_j
-        a_j   = p_j where p_j > 0 and j is among the k largest p, else 0
-        recon = b_dec + sum_j a_j W_dec[j]
+        z     = scale n(x)                              n as `normalize` says
+        p_j   = s_j (W_enc[j]·(z - b_dec) + bias_j)     b_dec only if subtract_b_dec
+        a_j   = f_j(p)                                  f as `measure` says
+        recon = n⁻¹((b_dec + sum_j a_j W_dec[j] / s_j) / scale)
 
-    Weights are fp32, bf16 or fp16, in any mix, and on one device. They are shared with the caller,
-    made contiguous where they are not. Raises TypeError or ValueError, naming the argument, for a
-    wrong type, dtype, shape, device or k, and for NaN or infinity.
+    s_j is the norm of W_dec[j] if decoder_norm, else 1. Normalisations, mean, std and norm over
+    the d numbers of one token, std unbiased:
+
+        none            n(x) = x
+        layer_norm      n(x) = (x - mean) / (std + 1e-5)    n⁻¹(y) = y std + mean
+        constant_norm   n(x) = x sqrt(d) / norm             n⁻¹(y) = y norm / sqrt(d)
+
+    Measures:
+
+        topk        p_j where p_j > 0 and j is among the k largest p, else 0
+        groupmax    p_j where p_j > 0 and j is the largest of its group, else 0;
+                    group g holds latents g N/k to (g + 1) N/k - 1
+        threshold   p_j where p_j > max(threshold_j, 0), else 0 (JumpReLU, BatchTopK)
+        relu        max(p_j, 0)
+        gated       max(exp(r_mag_j) (p_j - bias_j) + b_mag_j, 0) where p_j > 0, else 0
+
+    Of equal p the lower index is the larger. Weights are fp32, bf16 or fp16, in any mix, and on one
+    device. They are shared with the caller, made contiguous where they are not. Raises TypeError or
+    ValueError, naming the argument, for a wrong type, dtype, shape, device or k, for an argument
+    that the measure lacks or has no use for, and for NaN or infinity.
     """
 
     W_enc: Tensor
     """[N, d], a row a latent."""
     bias: Tensor
-    """[N], the encoder's own bias; the ops take `b_enc`."""
+    """[N], the encoder's own bias, the gate's where there is one; the ops take `b_enc`."""
     W_dec: Tensor
     """[N, d], a row a latent."""
     b_dec: Tensor
-    """[d], taken off x before encoding, added back by decoding."""
-    k: int
-    """Largest number of live latents a token."""
+    """[d], taken off z before encoding if subtract_b_dec, added back by decoding."""
+    k: int | None = None
+    """Largest number of live latents a token, for topk and groupmax."""
+    measure: str = "topk"
+    """One of MEASURES."""
+    threshold: Tensor | None = None
+    """[N], for threshold."""
+    r_mag: Tensor | None = None
+    """[N], for gated: logarithm of the magnitude's gain."""
+    b_mag: Tensor | None = None
+    """[N], for gated: bias of the magnitude."""
+    subtract_b_dec: bool = True
+    """Whether b_dec is taken off z before encoding."""
+    decoder_norm: bool = False
+    """Whether pre-activations are multiplied by the norms of W_dec's rows, and these have none."""
+    normalize: str = "none"
+    """One of NORMALIZE."""
+    scale: float = 1.0
+    """What every token is multiplied by before it is encoded, positive."""
     hookpoint: str | None = None
     """Where in a model x comes from, e.g. "layers.6": the output of decoder layer 6."""
     config: Mapping[str, object] = field(default_factory=dict)
-    """Settings of the file that change no activation; saving writes them back."""
+    """Settings of the file that change no activation; saving in its format writes them back."""
 
     def __post_init__(self):
+        _one_of("measure", self.measure, MEASURES)
         shapes = self._shapes()
+        self._check_kind()
         for name, shape in shapes.items():
             tensor = getattr(self, name)
             _check(name, tensor, shape, self.W_enc.device)
             object.__setattr__(self, name, tensor.detach().contiguous())
-        if isinstance(self.k, bool) or not isinstance(self.k, Integral):
-            raise TypeError(f"k: got {self.k!r}, an integer is needed")
-        if not 1 <= self.k <= self.num_latents:
-            raise ValueError(f"k: got {self.k}, accepted are 1 to {self.num_latents} (the latents)")
+        if self.k is not None:
+            self._check_k()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         if not isinstance(self.W_enc, Tensor):
@@ -61,7 +107,37 @@ class SAE:
         if self.W_enc.ndim != 2 or self.W_enc.numel() == 0:
             raise ValueError(f"W_enc: got shape {tuple(self.W_enc.shape)}, [N, d] is needed")
         N, d = self.W_enc.shape
-        return {"W_enc": (N, d), "bias": (N,), "W_dec": (N, d), "b_dec": (d,)}
+        own = {name: (N,) for name in _OWN[self.measure] if name != "k"}
+        return {"W_enc": (N, d), "bias": (N,), "W_dec": (N, d), "b_dec": (d,)} | own
+
+    def _check_kind(self) -> None:
+        _one_of("normalize", self.normalize, NORMALIZE)
+        for name in ("k", "threshold", "r_mag", "b_mag"):
+            given, needed = getattr(self, name) is not None, name in _OWN[self.measure]
+            if given != needed:
+                what = "is needed" if needed else "has no use"
+                raise ValueError(f"{name}: {what} for measure {self.measure!r}")
+        for name in ("subtract_b_dec", "decoder_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, True or False is needed")
+        if self.normalize == "layer_norm" and self.W_enc.shape[-1] == 1:
+            raise ValueError("normalize: 'layer_norm' needs a stream of width 2 at least")
+        if self.decoder_norm and self.measure == "gated":
+            raise ValueError("decoder_norm: has no use for measure 'gated'")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, Real):
+            raise TypeError(f"scale: got {self.scale!r}, a number is needed")
+        if not (isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale: got {self.scale}, a positive number is needed")
+
+    def _check_k(self) -> None:
+        if isinstance(self.k, bool) or not isinstance(self.k, Integral):
+            raise TypeError(f"k: got {self.k!r}, an integer is needed")
+        if not 1 <= self.k <= self.num_latents:
+            raise ValueError(f"k: got {self.k}, accepted are 1 to {self.num_latents} (the latents)")
+        if self.measure == "groupmax" and self.num_latents % self.k:
+            raise ValueError(
+                f"k: got {self.k} groups, which do not divide {self.num_latents} latents"
+            )
 
     @property
     def num_latents(self) -> int:
@@ -79,47 +155,141 @@ class SAE:
 
     @cached_property
     def b_enc(self) -> Tensor:
-        """[N] fp32: bias - W_enc b_dec, so that p = W_enc x + b_enc."""
-        with torch.inference_mode(False), torch.no_grad():
+        """[N] fp32: bias, less W_enc b_dec if subtract_b_dec: p_j = s_j (W_enc[j]·z + b_enc_j)."""
+        with constants(self.device):
+            if not self.subtract_b_dec:
+                return self.bias.float()
             b_enc, b_dec = self.bias.float().clone(), self.b_dec.float()
             # A few rows at a time: half-precision weights are widened to fp32 on the way.
             for part, rows in zip(b_enc.split(256), self.W_enc.split(256), strict=True):
                 part -= rows.float() @ b_dec
             return b_enc
 
+    @cached_property
+    def decoder_norms(self) -> Tensor:
+        """[N] fp32: the norms of the rows of W_dec."""
+        with constants(self.device):
+            return row_norms(self.W_dec)
+
+    @cached_property
+    def encoder(self) -> tuple[Tensor, Tensor]:
+        """W [N, d] and b [N] fp32 such that p = W z + b; W is fp32 where s_j is part of it."""
+        return self.encoder_rows(slice(None))
+
+    def encoder_rows(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """These rows of `encoder`."""
+        W_enc, b_enc = self.W_enc[rows], self.b_enc[rows]
+        if not self.decoder_norm:
+            return W_enc, b_enc
+        with constants(self.device):
+            norms = self.decoder_norms[rows]
+            return W_enc * norms[:, None], b_enc * norms
+
+    def encode(self, x: Tensor) -> Tensor:
+        """All activations of x [..., d], dense: [..., N] fp32. Differentiable."""
+        from . import measures
+
+        return measures.encode(self, x)
+
+    def decode(self, acts: Tensor, x: Tensor | None = None) -> Tensor:
+        """recon of dense activations [..., N]: [..., d] fp32. Differentiable.
+
+        x [..., d], from which they were encoded, is needed to undo a normalisation.
+        """
+        from . import measures
+
+        return measures.decode(self, acts, x)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
         """This SAE on another device, or rounded to another dtype (which is another SAE)."""
         moved = {name: getattr(self, name).to(device, dtype) for name in self._shapes()}
         return replace(self, **moved)
 
+    def fold(self) -> SAE:
+        """The same SAE with scale and decoder norms multiplied into the weights, rounded once.
+
+        Activations keep their units. For formats that have no place for either.
+        """
+        with constants(self.device):
+            inner = self.decoder_norms if self.decoder_norm else self.bias.new_ones(1).float()
+            outer = (inner.clamp_min(TINY) * self.scale)[:, None]
+            bias = self.bias * inner
+            return replace(
+                self,
+                W_enc=(self.W_enc * (inner * self.scale)[:, None]).to(self.W_enc.dtype),
+                bias=bias.to(self.bias.dtype),
+                W_dec=(self.W_dec / outer).to(self.W_dec.dtype),
+                b_dec=(self.b_dec / self.scale).to(self.b_dec.dtype),
+                decoder_norm=False,
+                scale=1.0,
+            )
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SAE:
-        """Read the SAE in folder `path`; the files tell the format (sparsify's, for now).
+        """Read an SAE; its files tell the format, and the format tells what lies transposed.
 
-        hookpoint is the folder's name if it reads like one (`layers.6`). Weights stay in the
-        file's dtype, on the CPU, and share nothing with the file. Raises FileNotFoundError for
-        what is missing, and ValueError for a file that is broken, that a top-k SAE cannot be made
-        of, or that could run code.
+        `path` is a folder, or a file where a format keeps all in one, or a repository on the
+        Hugging Face Hub: "org/name", or "org/name/folder/in/it". Formats: sparsify, SAELens,
+        dictionary_learning, Gemma Scope 1 and 2, Llama Scope, Qwen Scope, OpenAI's.
+
+        hookpoint is set where the files, or the folder's name (`layers.6`), tell it. Weights stay
+        in the file's dtype, on the CPU, and share nothing with the file. Nothing in a file is
+        executed. Raises FileNotFoundError for what is missing, and ValueError for a file that is
+        broken, or that holds what cannot be measured exactly (transcoders, for one).
         """
         from . import formats
 
-        return formats.load(Path(path))
+        return formats.load(path)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write folder `path` in sparsify's format, which `load` reads back bit for bit.
+    def save(self, path: str | os.PathLike[str], format: str = "sparsify") -> None:
+        """Write folder `path` in `format`, "sparsify" or "saelens", for `load` and for these.
 
-        Both files are complete on disk before either takes its place, so that a save that fails
-        leaves what was there.
+        Every weight is read back bit for bit. All files are complete on disk before any takes its
+        place, so that a save that fails leaves what was there. Raises ValueError, naming the
+        argument, for an SAE that the format cannot express.
         """
         from . import formats
 
-        formats.save(self, Path(path))
+        formats.save(self, path, format)
+
+    @property
+    def _kind(self) -> str:
+        return self.measure if self.k is None else f"{self.measure}, k={self.k}"
 
     def __repr__(self) -> str:
         return (
-            f"SAE({self.num_latents} latents, d={self.d}, k={self.k}, "
+            f"SAE({self.num_latents} latents, d={self.d}, {self._kind}, "
             f"hookpoint={self.hookpoint!r}, {self.W_enc.dtype}, {self.device})"
         )
+
+
+@contextmanager
+def constants(device: torch.device) -> Iterator[None]:
+    """What is made of weights inside is fp32 and fit for autograd, whatever goes on outside."""
+    autocast = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """[N] fp32."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+
+
+_OWN = {
+    "topk": ("k",),
+    "groupmax": ("k",),
+    "threshold": ("threshold",),
+    "relu": (),
+    "gated": ("r_mag", "b_mag"),
+}
+"""What a measure needs of its own."""
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        hint = nearest(str(value), choices)
+        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(choices)}{hint}")
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

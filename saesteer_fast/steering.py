@@ -1,102 +1,246 @@
-"""What to do to the latents of one SAE, checked, as the tensors that the op takes."""
+"""What to do to the latents of one SAE: measure, edit and condition, checked, as tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from numbers import Integral, Real
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
+from .conditions import Active, Condition, split
+from .edits import Edits, Table
+from .errors import nearest
+from .measures import Measured, reconstruct
 from .sae import DTYPES, SAE
+
+ERRORS = ("keep", "drop")
+
+Rows = Sequence[str | int] | Tensor
 
 
 def steer(
     x: Tensor,
     sae: SAE,
-    edits: Mapping[int, float],
+    edits: Edits | Sequence[Edits] | Mapping[str, Edits],
     *,
     mask: Tensor | None = None,
+    rows: Rows | None = None,
+    when: Active | None = None,
+    error: str = "keep",
+    measure: str | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Set latents of `sae` to constants in x, keeping what the SAE cannot express.
+    """Edit latents of `sae` in x, keeping what the SAE cannot express.
 
-        x' = x + sum over {f: c} in edits of (c - a_f(x)) W_dec[f]
+        x' = x + sum over f in edits of (edit_f(a_f(x)) - a_f(x)) W_dec[f]
 
-    x [..., d] fp32, bf16 or fp16, on the SAE's device; mask, if any, bool [...] = x.shape[:-1]:
-    tokens where it is False come out bit-identical, as all do where `edits` is empty. Constants are
-    in units of the activation; 0 ablates, negative ones are allowed. Sums are fp32, and x' is
-    rounded once to x's dtype. Raises TypeError or ValueError, naming the argument.
+    x [..., d] fp32, bf16 or fp16, on the SAE's device. `edits` is {latent: constant}, or with
+    sf.add, sf.scale, sf.set_if_active, sf.at_least, sf.at_most in place of a constant; constants
+    are in units of the activation, 0 ablates, negative ones are allowed. A list of such mappings
+    edits x[0], x[1], ... each in its own way; a mapping {name: mapping} is a table, out of which
+    `rows` names or counts one for each. {} leaves alone.
 
-    Equivalent to `decode(a') + (x - decode(a))`, a' being a with a'_f = c (O'Brien et al. 2024,
-    arXiv 2411.11296).
+    mask, bool [...] = x.shape[:-1], and `when`, sf.active of other latents, say which tokens.
+    Tokens outside, and tokens that no edit changes, come out bit-identical. Sums are fp32, and x'
+    is rounded once to x's dtype. Differentiable in x, and in strengths that are tensors of one
+    number. Raises TypeError or ValueError, naming the argument.
+
+    measure "projection" reads a = (x - b_dec)·W_dec[f] / |W_dec[f]| in place of the SAE's own
+    activation, and writes along the same unit vector. error "drop" gives decode(a'), for tokens
+    that are edited at all.
+
+    Equivalent to `decode(a') + (x - decode(a))` (O'Brien et al. 2024, arXiv 2411.11296). Clamps
+    in use elsewhere are points of these axes:
+
+        set, the error kept            SAELens hooks with the error term, AxBench: {f: c}
+        set where it fires             Farrell et al. 2024: {f: sf.set_if_active(c)}
+        at least c                     AxBench's minimum clamp: {f: sf.at_least(c)}
+        clamp of the projection        lm-eval's `steered`: {f: c}, measure="projection"
+        set, the error dropped         {f: c}, error="drop"
+
+    Overwriting the weakest of the k live latents (sae-refusal-eval) is none, and is not offered:
+    it changes a latent that nobody named.
     """
     require_sae(sae)
-    return Clamp(sae, edits, sae.device)(x, mask, impl)
+    plan = Plan(sae, edits, sae.device, when=when, error=error, measure=measure, impl=impl)
+    if plan.gate is not None:
+        raise ValueError("when: sf.gate is decided by a prompt, which only sf.steering sees")
+    plan.choose(rows)
+    plan.check(x, mask)
+    if forward_ad.unpack_dual(plan.table.values).tangent is not None:
+        raise NotImplementedError("edits: has a forward-mode gradient; use backward ones")
+    if plan.active is not None:
+        mask = _both(mask, plan.holds(x)[1])
+    return plan(x, mask, plan.chosen)
 
 
-class Clamp:
-    """Latents of one SAE held at constants: all that is needed of the SAE, on one device.
+class Plan:
+    """One steering of one SAE, on one device: all that is needed of the SAE.
 
-    Call it with x [..., d], and a mask if any, for x' [..., d]; see `steer`. The latents stay what
-    they are; `set` changes their constants in place.
+    Call it with x [..., d], and a mask and the rows' configurations if any, for x' [..., d]; see
+    `steer`. The latents, and what is done to them, stay what they are; strengths change in place.
     """
 
-    def __init__(self, sae: SAE, edits: Mapping[int, float], device: torch.device):
-        # In order of latent: sums, and so results, do not depend on the order of the mapping.
-        edits = dict(sorted(_checked(edits, sae.num_latents).items()))
-        self.latents = list(edits)
-        self.d, self.k = sae.d, sae.k
+    def __init__(
+        self,
+        sae: SAE,
+        edits: Edits | Sequence[Edits] | Mapping[str, Edits],
+        device: torch.device,
+        *,
+        when: Condition | Sequence[Condition] | None = None,
+        error: str = "keep",
+        measure: str | None = None,
+        impl: str = "auto",
+    ):
+        _check_choices(sae, error, measure)
+        self.d, self.impl, self.device = sae.d, impl, device
+        self.table = Table(edits, sae.num_latents, device)
+        self.active, self.gate = split(when)
+        with torch.autocast(device.type, enabled=False):
+            self._build(sae, error, measure)
         with torch.inference_mode(False):
-            features = torch.tensor(self.latents, dtype=torch.int64, device=sae.device)
-            self.directions = sae.W_dec[features].to(device)
-            self.features = features.to(device)
-            self.W_enc, self.b_enc = sae.W_enc.to(device), sae.b_enc.to(device)
-            self.values = torch.tensor(list(edits.values()), dtype=torch.float32, device=device)
+            limits = () if self.active is None else tuple(self.active.above.values())
+            self.limits = torch.tensor(limits, dtype=torch.float32, device=device)
+        self.chosen: Tensor | None = None
 
-    def __call__(self, x: Tensor, mask: Tensor | None = None, impl: str = "auto") -> Tensor:
-        self._check(x, mask)
-        return ops.steer(
-            x,
-            self.W_enc,
-            self.b_enc,
-            self.directions,
-            self.features,
-            self.values,
-            self.k,
-            mask=mask,
-            impl=impl,
-        )
+    def _build(self, sae: SAE, error: str, measure: str | None) -> None:
+        if not self.table.latents or (not self.table.measures and measure != "projection"):
+            measure = "none"
+        self.measured = Measured(sae, self.table.latents, self.device, measure)
+        self.on_active = self._conditional(sae, self.active)
+        self.on_gate = self._conditional(sae, self.gate)
+        self._share_encoder()
+        self.dropping = sae.to(self.device) if error == "drop" else None
+        self.fused = self.measured.fused and error == "keep" and self.table.sets_whole_rows
+
+    def __call__(
+        self, x: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None
+    ) -> Tensor:
+        """x [..., d]; mask bool [...]; chosen [x.shape[0]] int64, rows of the table."""
+        self.check(x, mask)
+        if torch.is_autocast_enabled(x.device.type):
+            # Sums are fp32 wherever they are made.
+            with torch.autocast(x.device.type, enabled=False):
+                return self._steered(x, mask, chosen)
+        return self._steered(x, mask, chosen)
+
+    def _steered(self, x: Tensor, mask: Tensor | None, chosen: Tensor | None) -> Tensor:
+        values, kinds = self.table.values, self.table.kinds
+        if self.table.rowwise:
+            self._check_rows(x, chosen)
+            values, kinds = self.table.rows(chosen, x.ndim)
+        if self.fused:
+            return self._set(x, mask, values, kinds)
+        acts = self.measured.acts(x, self.impl)
+        amounts = self.table.amounts(acts, values, kinds)
+        if mask is not None:
+            amounts = torch.where(mask[..., None], amounts, 0)
+        if self.dropping is None:
+            return self.measured.apply(x, amounts, self.impl)
+        return self._reconstructed(x, mask, amounts, kinds)
+
+    def holds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations [..., G] fp32 of the per-token condition's latents, and where every one is
+        above its threshold, bool [...]."""
+        acts = self.on_active.acts(x.detach(), self.impl)
+        return acts, (acts > self.limits).all(-1)
+
+    def choose(self, rows: Rows | None) -> None:
+        """Take these rows of the table; in place where as many were taken before."""
+        chosen = self._rows(rows)
+        if self.chosen is not None and chosen is not None and chosen.shape == self.chosen.shape:
+            self.chosen.copy_(chosen)
+        else:
+            self.chosen = chosen
 
     @property
-    def edits(self) -> dict[int, float]:
-        """What is held at what, now."""
-        return dict(zip(self.latents, self.values.tolist(), strict=True))
+    def nobody(self) -> Tensor | None:
+        """`chosen` for a batch of no rows."""
+        return None if self.chosen is None else self.chosen[:0]
 
-    def set(self, edits: Mapping[int, float]) -> None:
-        """Change constants of latents that are held already; the others stay as they are."""
-        edits = _checked(edits)
-        for latent in edits.keys() - set(self.latents):
-            raise ValueError(f"edits: latent {latent} is not held; held are {self.latents}")
-        places = [self.latents.index(latent) for latent in edits]
-        device = self.values.device
-        values = torch.tensor(list(edits.values()), dtype=torch.float32, device=device)
-        self.values.index_copy_(0, torch.tensor(places, dtype=torch.int64, device=device), values)
+    def _set(self, x: Tensor, mask: Tensor | None, values: Tensor, kinds: Tensor) -> Tensor:
+        if self.table.rowwise:
+            values = values.expand(*x.shape[:-1], -1)
+            mask = _both(mask, self.table.edited(kinds).expand(x.shape[:-1]))
+        measured = self.measured
+        return ops.steer(
+            x,
+            measured.W_enc,
+            measured.b_enc,
+            measured.directions,
+            measured.features,
+            values,
+            measured.k,
+            mask=mask,
+            impl=self.impl,
+        )
 
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+    def _reconstructed(self, x: Tensor, mask: Tensor | None, amounts: Tensor, kinds: Tensor):
+        recon = reconstruct(self.dropping, x, self.measured.features, amounts, self.impl)
+        edited = _both(mask, self.table.edited(kinds).expand(x.shape[:-1]))
+        return torch.where(edited[..., None], recon, x)
+
+    def _conditional(self, sae: SAE, condition: Condition | None) -> Measured | None:
+        if condition is None:
+            return None
+        for latent in condition.latents:
+            if not 0 <= latent < sae.num_latents:
+                raise ValueError(f"when: latent {latent} is not among 0 to {sae.num_latents - 1}")
+        return Measured(sae, condition.latents, self.device)
+
+    def _share_encoder(self) -> None:
+        """Keep one copy of it for all that rank latents."""
+        readers = [self.measured, self.on_active, self.on_gate]
+        ranking = [one for one in readers if one and one.measure in ("topk", "groupmax")]
+        for other in ranking[1:]:
+            other.W_enc, other.b_enc = ranking[0].W_enc, ranking[0].b_enc
+
+    def _rows(self, rows: Rows | None) -> Tensor | None:
+        table = self.table
+        if not table.rowwise:
+            if rows is not None:
+                raise ValueError("rows: edits is one configuration, there is nothing to choose")
+            return None
+        if rows is None:
+            if table.names:
+                raise ValueError(f"rows: needed to choose among {list(table.names)}")
+            rows = range(len(table.values))
+        if isinstance(rows, str):
+            raise TypeError(f"rows: got {rows!r}, one configuration a row is needed")
+        if isinstance(rows, Tensor):
+            if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+                raise TypeError(
+                    f"rows: got {rows.dtype} {tuple(rows.shape)}, integers [B] are needed"
+                )
+            rows = rows.tolist()
+        with torch.inference_mode(False):
+            indices = [table.index(row) for row in rows]
+            return torch.tensor(indices, dtype=torch.int64, device=self.device)
+
+    def check(self, x: Tensor, mask: Tensor | None) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}, a tensor is needed")
         if x.dtype not in DTYPES:
             raise TypeError(f"x: got {x.dtype}, accepted are {', '.join(map(str, DTYPES))}")
         if x.ndim == 0 or x.shape[-1] != self.d:
             raise ValueError(f"x: got shape {tuple(x.shape)}, the SAE is for [..., {self.d}]")
-        if x.device != self.values.device:
-            raise ValueError(f"x: is on {x.device}, the SAE's weights on {self.values.device}")
+        if x.device != self.table.values.device:
+            raise ValueError(
+                f"x: is on {x.device}, the SAE's weights on {self.table.values.device}"
+            )
+        # The ops would lose it without a word.
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError("x: has a forward-mode gradient; use backward ones")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
             raise ValueError(
                 f"mask: got {mask.dtype} {tuple(mask.shape)}, bool {tuple(x.shape[:-1])} is needed"
             )
+
+    def _check_rows(self, x: Tensor, chosen: Tensor) -> None:
+        if x.ndim < 2 or len(chosen) != len(x):
+            raise ValueError(f"rows: {len(chosen)} are given for x {tuple(x.shape)}")
 
 
 def require_sae(sae: SAE) -> None:
@@ -104,24 +248,18 @@ def require_sae(sae: SAE) -> None:
         raise TypeError(f"sae: got {type(sae).__name__}, an SAE is needed; SAE.load reads one")
 
 
-def _checked(edits: Mapping[int, float], num_latents: int | None = None) -> dict[int, float]:
-    if not isinstance(edits, Mapping):
-        raise TypeError(
-            f"edits: got {type(edits).__name__}, a mapping {{latent: value}} is needed; it cannot "
-            "name a latent twice"
+def _check_choices(sae: SAE, error: str, measure: str | None) -> None:
+    if error not in ERRORS:
+        raise ValueError(
+            f"error: got {error!r}, accepted are keep, drop{nearest(str(error), ERRORS)}"
         )
-    checked = {}
-    for latent, value in edits.items():
-        if isinstance(latent, bool) or not isinstance(latent, Integral):
-            raise TypeError(f"edits: latent {latent!r} is no integer")
-        if num_latents is not None and not 0 <= latent < num_latents:
-            raise ValueError(f"edits: latent {latent} is not among 0 to {num_latents - 1}")
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"edits: latent {latent} is given {value!r}, a number is needed")
-        # The op keeps constants in fp32.
-        if not abs(value) <= torch.finfo(torch.float32).max:
-            raise ValueError(
-                f"edits: latent {latent} is given {value}, which is not finite in fp32"
-            )
-        checked[int(latent)] = float(value)
-    return checked
+    accepted = (sae.measure, "projection")
+    if measure is not None and measure not in accepted:
+        hint = nearest(str(measure), accepted)
+        raise ValueError(f"measure: got {measure!r}, accepted are {', '.join(accepted)}{hint}")
+    if error == "drop" and measure == "projection":
+        raise ValueError("error: 'drop' decodes the SAE's activations; a projection has none")
+
+
+def _both(mask: Tensor | None, other: Tensor) -> Tensor:
+    return other if mask is None else mask & other

@@ -537,14 +537,13 @@ def test_saved_weights_are_unsteered(model, sae, tmp_path):
 
 def test_only_the_encoder_and_the_edited_rows_are_kept(model, make_sae):
     sae = make_sae(N=4096)
-    copied = []
     with sf.steering(model, sae, EDITS) as handle:
-        held = [t for t in vars(handle._clamp).values() if isinstance(t, torch.Tensor)]
-        copied = [
-            t for t in held if t.data_ptr() not in (sae.W_enc.data_ptr(), sae.b_enc.data_ptr())
-        ]
-    assert sae.W_dec.data_ptr() not in {t.data_ptr() for t in held}
-    assert sum(t.nbytes for t in copied) == len(EDITS) * (32 * 4 + 8 + 4)
+        measured = vars(handle._plan.measured)
+        held = [tensor for tensor in measured.values() if isinstance(tensor, torch.Tensor)]
+    assert measured["W_enc"].data_ptr() == sae.W_enc.data_ptr()
+    kept = {tensor.data_ptr(): tensor.nbytes for tensor in held}
+    del kept[sae.W_enc.data_ptr()]
+    assert sum(kept.values()) == 4096 * 4 + len(EDITS) * (32 * 4 + 8)
 
 
 def compiled(model, how):

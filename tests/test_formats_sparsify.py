@@ -1,4 +1,4 @@
-"""sparsify's two files: the library's own outputs, round trips, and every fault we know of."""
+"""sparsify's two files, and every fault of files that we know of."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import saesteer_fast as sf
-from saesteer_fast import formats, ops
+from saesteer_fast import formats
 
-CASES = ["sparsify-topk", "sparsify-topk-default-width"]
 N, D, K = 24, 10, 4
 
 
@@ -41,36 +40,6 @@ def alter(folder: Path, **changed):
     path = folder / "sae.safetensors"
     tensors = load_file(path) | {key.replace("__", "."): value for key, value in changed.items()}
     save_file({key: value for key, value in tensors.items() if value is not None}, path)
-
-
-# sparsify computes in fp32 in another order: sums of 48 terms of size about 1, and for recon and
-# steered sums over 8 latents, agree to a few units in the last place of the largest term.
-@pytest.mark.parametrize("name", CASES)
-def test_same_as_the_library(golden, name):
-    case = golden(name)
-    sae = sf.SAE.load(case.folder)
-    assert (sae.k, sae.d, sae.num_latents) == (case.k, 48, 384)
-    close = {"atol": 4 * 2.0**-23 * case.steered.abs().max().item(), "rtol": 0}
-
-    values, indices = ops.encode(case.x, sae.W_enc, sae.b_enc, sae.k)
-    acts = torch.zeros_like(case.acts).scatter(-1, indices, values)
-    assert torch.equal(acts > 0, case.acts > 0)
-    torch.testing.assert_close(acts, case.acts, **close)
-    recon = ops.decode(values, indices, sae.W_dec, sae.b_dec)
-    torch.testing.assert_close(recon, case.recon, **close)
-    torch.testing.assert_close(sf.steer(case.x, sae, case.edits), case.steered, **close)
-    assert (case.steered - case.x).abs().max() > 1
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_round_trip_is_bit_identical(golden, tmp_path, name):
-    source = golden(name).folder
-    sf.SAE.load(source).save(tmp_path / "again")
-    again = tmp_path / "again"
-    assert (again / "sae.safetensors").read_bytes() == (source / "sae.safetensors").read_bytes()
-    assert json.loads((again / "cfg.json").read_text()) == json.loads(
-        (source / "cfg.json").read_text()
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -151,9 +120,11 @@ def test_settings_survive_a_round_trip(folder, tmp_path):
         ({"k": 0}, "k is 0, an integer of at least 1"),
         ({"k": N + 1}, "k is 25, more than the 24 latents"),
         ({"d_in": 12}, r"W_dec has shape \(24, 10\)|encoder.weight has shape \(24, 10\)"),
-        ({"num_latents": 25}, r"has shape \(24, 10\), the configuration makes it \(25, 10\)"),
+        ({"num_latents": 25}, r"has shape \(24, 10\), \(25, 10\) is needed"),
         ({"num_latents": "24"}, "num_latents is '24', an integer"),
-        ({"activation": "groupmax"}, "activation is 'groupmax', accepted is 'topk'"),
+        ({"activation": "jumprelu"}, "activation is 'jumprelu', accepted are topk, groupmax"),
+        ({"activation": "groupmx"}, "did you mean 'groupmax'"),
+        ({"activation": "groupmax", "k": 5}, "k: got 5 groups, which do not divide 24 latents"),
         ({"activation": None}, "activation is None"),
         ({"transcode": True}, "transcode is True, accepted is false: a transcoder"),
         ({"skip_connection": True}, "skip_connection is True, accepted is false"),
@@ -274,9 +245,9 @@ def test_pickle_is_refused_and_not_executed(folder, tmp_path):
     torch.save(Bomb(), path)
     with pytest.raises(ValueError, match="it is a pickle, which is never executed"):
         sf.SAE.load(folder)
-    shutil.copy(path, tmp_path / "ae.pt")
-    with pytest.raises(ValueError, match=r"ae\.pt is a file; give a folder with .*Pickles"):
-        sf.SAE.load(tmp_path / "ae.pt")
+    shutil.copy(path, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match=r"old\.pt: holds more than tensors .* could run code"):
+        sf.SAE.load(tmp_path / "old.pt")
     assert not witness.exists()
 
 
@@ -295,7 +266,7 @@ def test_missing_folder(folder):
 
 
 def test_folder_of_folders(folder):
-    with pytest.raises(FileNotFoundError, match=r"there are SAEs in its folders layers\.3"):
+    with pytest.raises(FileNotFoundError, match=r"SAEs are inside: layers\.3"):
         sf.SAE.load(folder.parent)
     (folder.parent / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no SAE; needed are cfg\.json and sae"):
@@ -375,30 +346,3 @@ def test_killed_save_leaves_the_good_files(folder, make_sae):
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(folder)])
     assert result.returncode == -9
     assert tree(folder) == before
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loading_takes_the_memory_of_the_weights(tmp_path, make_sae, dtype):
-    make_sae(1024, 8192, 32, dtype=dtype).save(tmp_path / "layers.0")
-    make_sae(D, N, K).save(tmp_path / "small")
-    script = """
-        import sys
-        import saesteer_fast as sf
-        def status(key):
-            with open("/proc/self/status") as file:
-                lines = dict(line.split(":", 1) for line in file)
-            return 1024 * int(lines[key].split()[0])
-        sf.SAE.load(sys.argv[1] + "/small").b_enc
-        before = status("VmRSS")
-        sae = sf.SAE.load(sys.argv[1] + "/layers.0")
-        sae.b_enc
-        print((status("VmHWM") - before) / (2 * sae.W_enc.nbytes))
-    """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    assert 0.9 < float(result.stdout) <= 1.1

@@ -23,10 +23,18 @@ def weights(N=12, d=5, **changed):
     return made | changed
 
 
+NAN = torch.randn(12, 5)
+NAN[7, 2] = torch.nan
+INFINITE = torch.randn(12)
+INFINITE[4] = -torch.inf
+GATED = {"measure": "gated", "k": None, "r_mag": torch.ones(12), "b_mag": torch.ones(12)}
+NARROW = {"W_enc": torch.ones(12, 1), "W_dec": torch.ones(12, 1), "b_dec": torch.ones(1)}
+
+
 def test_sizes_and_repr():
     sae = sf.SAE(**weights(), hookpoint="layers.6")
     assert (sae.num_latents, sae.d, sae.k, sae.device.type) == (12, 5, 3, "cpu")
-    assert "12 latents, d=5, k=3, hookpoint='layers.6', torch.float32" in repr(sae)
+    assert "12 latents, d=5, topk, k=3, hookpoint='layers.6', torch.float32" in repr(sae)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -64,16 +72,22 @@ def test_to_rounds_and_keeps_the_rest():
         sf.SAE(**weights(W_enc=torch.full((12, 5), 1e6))).to(dtype=torch.float16)
 
 
+def test_to_moves_what_the_measure_needs():
+    sae = sf.SAE(**weights(**GATED), hookpoint="layers.6")
+    half = sae.to(dtype=torch.bfloat16)
+    assert half.r_mag.dtype == half.b_mag.dtype == torch.bfloat16 and half.threshold is None
+    assert (half.measure, half.hookpoint) == ("gated", "layers.6")
+
+
+def test_b_dec_is_folded_only_where_it_is_subtracted():
+    sae = sf.SAE(**weights(subtract_b_dec=False))
+    assert torch.equal(sae.b_enc, sae.bias)
+
+
 def test_copies():
     sae = sf.SAE(**weights())
     for twin in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
         assert torch.equal(twin.b_enc, sae.b_enc) and torch.equal(twin.W_dec, sae.W_dec)
-
-
-NAN = torch.randn(12, 5)
-NAN[7, 2] = torch.nan
-INFINITE = torch.randn(12)
-INFINITE[4] = -torch.inf
 
 
 @pytest.mark.parametrize(
@@ -97,6 +111,22 @@ INFINITE[4] = -torch.inf
         ({"k": 3.0}, TypeError, "k: got 3.0, an integer"),
         ({"k": "3"}, TypeError, "k: got '3', an integer"),
         ({"k": True}, TypeError, "k: got True, an integer"),
+        ({"k": None}, ValueError, "k: is needed for measure 'topk'"),
+        ({"measure": "tokp"}, ValueError, "measure: got 'tokp', accepted are topk.*'topk'"),
+        ({"measure": "relu"}, ValueError, "k: has no use for measure 'relu'"),
+        ({"measure": "groupmax", "k": 5}, ValueError, "5 groups, which do not divide 12 latents"),
+        ({"threshold": torch.ones(12)}, ValueError, "threshold: has no use for measure 'topk'"),
+        (GATED | {"r_mag": None}, ValueError, "r_mag: is needed for measure 'gated'"),
+        (GATED | {"r_mag": torch.ones(3)}, ValueError, r"r_mag: got shape \(3,\)"),
+        (GATED | {"b_mag": INFINITE}, ValueError, "b_mag: NaN or infinity in row 4"),
+        (GATED | {"decoder_norm": True}, ValueError, "decoder_norm: has no use for .*'gated'"),
+        ({"decoder_norm": 1}, TypeError, "decoder_norm: got 1, True or False"),
+        ({"subtract_b_dec": None}, TypeError, "subtract_b_dec: got None, True or False"),
+        ({"normalize": "layernorm"}, ValueError, "got 'layernorm', .*mean 'layer_norm'"),
+        (NARROW | {"normalize": "layer_norm"}, ValueError, "normalize: .* width 2 at least"),
+        ({"scale": "1"}, TypeError, "scale: got '1', a number"),
+        ({"scale": 0.0}, ValueError, "scale: got 0.0, a positive number"),
+        ({"scale": float("nan")}, ValueError, "scale: got nan"),
     ],
 )
 def test_bad_weights_are_named(changed, error, message):

@@ -1,5 +1,8 @@
 """The ops in Triton, for GPUs without the CUDA library and beside it.
 
+Tested in Triton's interpreter and compiled for sm_80, sm_90, sm_100 and gfx942; not yet run on a
+GPU, and its tiles not yet measured.
+
     launch.py      the ops: memory and launches
     check.py       what their arguments must be
     project.py     L0: p_f, and x' of the tokens that this settles

@@ -10,8 +10,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def check_encoder(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> None:
     check_rows(op, x, W_enc, b_enc)
-    N = len(W_enc)
-    _require(1 <= k <= N, op, f"k is {k}; accepted: 1 to {N}, the number of latents")
+    N = W_enc.shape[0]
+    if not 1 <= k <= N:
+        raise _error(op, f"k is {k}; accepted: 1 to {N}, the number of latents")
 
 
 def check_rows(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
@@ -23,7 +24,7 @@ def check_rows(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
     fits = W_enc.dim() == 2 and W_enc.shape[1] == d
     _shape(op, "W_enc", W_enc, fits, f"[N, {d}], a latent a row, as wide as x")
     _contiguous(op, "W_enc", W_enc)
-    N = len(W_enc)
+    N = W_enc.shape[0]
     _dtype(op, "b_enc", b_enc, torch.float32)
     _shape(op, "b_enc", b_enc, b_enc.shape == (N,) and b_enc.is_contiguous(), f"[{N}], contiguous")
 
@@ -49,7 +50,7 @@ def check_steer(
     check_features(op, x, features)
     check_add(op, x, directions, "values", values)
     wanted = "the features' rows of W_dec"
-    _shape(op, "directions", directions, len(directions) == len(features), wanted)
+    _shape(op, "directions", directions, directions.shape[0] == features.shape[0], wanted)
     if mask is not None:
         _device(op, x, mask=mask)
         _dtype(op, "mask", mask, torch.bool)
@@ -64,7 +65,7 @@ def check_add(op: str, x: Tensor, directions: Tensor, name: str, coef: Tensor) -
     fits = directions.dim() == 2 and directions.shape[1] == x.shape[-1]
     _shape(op, "directions", directions, fits, f"[F, {x.shape[-1]}], as wide as x")
     _dtype(op, name, coef, torch.float32)
-    F = len(directions)
+    F = directions.shape[0]
     fits = coef.shape in ((F,), (*x.shape[:-1], F))
     _shape(op, name, coef, fits, f"[{F}], or x's leading sizes and {F}")
 
@@ -83,27 +84,28 @@ def check_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) 
     _shape(op, "b_dec", b_dec, b_dec.shape == W_dec.shape[1:], "[d], as wide as W_dec")
 
 
-def _require(holds: bool, op: str, message: str) -> None:
-    if not holds:
-        raise RuntimeError(f"saesteer::{op}: {message}")
-
-
 def _device(op: str, x: Tensor, **tensors: Tensor) -> None:
     for name, t in tensors.items():
-        message = f"{name} is on {t.device}; accepted: {x.device}, where the tokens are"
-        _require(t.device == x.device, op, message)
+        if t.device != x.device:
+            raise _error(op, f"{name} is on {t.device}; accepted: {x.device}, where the tokens are")
 
 
 def _dtype(op: str, name: str, t: Tensor, *accepted: torch.dtype) -> None:
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
-    got = str(t.dtype).removeprefix("torch.")
-    _require(t.dtype in accepted, op, f"{name} is {got}; accepted: {names}")
+    if t.dtype not in accepted:
+        got, *names = (str(dtype).removeprefix("torch.") for dtype in (t.dtype, *accepted))
+        raise _error(op, f"{name} is {got}; accepted: {', '.join(names)}")
 
 
 def _shape(op: str, name: str, t: Tensor, holds: bool, wanted: str) -> None:
-    _require(holds, op, f"{name} has shape {list(t.shape)}; accepted: {wanted}")
+    if not holds:
+        raise _error(op, f"{name} has shape {list(t.shape)}; accepted: {wanted}")
 
 
 def _contiguous(op: str, name: str, t: Tensor) -> None:
-    message = f"{name} is not contiguous; a copy every call would cost more than the op: call "
-    _require(t.is_contiguous(), op, message + ".contiguous() once")
+    if not t.is_contiguous():
+        hint = "a copy every call would cost more than the op: call .contiguous() once"
+        raise _error(op, f"{name} is not contiguous; {hint}")
+
+
+def _error(op: str, message: str) -> RuntimeError:
+    return RuntimeError(f"saesteer::{op}: {message}")

@@ -15,6 +15,7 @@ def count(
     features,  # [F] int64
     acts,  # [T, F] fp32: p_f where it is positive
     beaten,  # [T, F] int32
+    decided,  # [tiles of tokens] int32: 1 where nothing is left to count
     waiting,  # [T] int32: the tokens to count for; None: every token
     length,  # [1] int32: how many those are
     T,
@@ -35,7 +36,8 @@ def count(
     """beaten_f += #{j : p_j > p_f, or p_j = p_f and j < f}; f itself is left out by its index.
 
     Does nothing unless low < (tokens to count for) <= high: each size has its own tiles. A tile
-    whose tokens are all decided is skipped. Counts are integers, so their order is no matter.
+    whose tokens are all decided is skipped. Counts are integers, so their order is no matter. p_f
+    is summed in another order than p_j: a tie within fp32's rounding may fall either way.
     """
     tokens = T
     if waiting is not None:
@@ -51,26 +53,28 @@ def count(
         depth = tl.minimum(down - group * GROUP, GROUP)
         within = tile - group * GROUP * across
         first = (within // depth) * BLOCK_N
-        i = (group * GROUP + within % depth) * BLOCK_M + tl.arange(0, BLOCK_M)
+        m = group * GROUP + within % depth
+        i = m * BLOCK_M + tl.arange(0, BLOCK_M)
         there = i < tokens
         t = i.to(tl.int64)
         if waiting is not None:
             t = tl.load(waiting + i, mask=there, other=0).to(tl.int64)
 
-        # Who is undecided
-        opened = i < 0
+        # Who is undecided? Counts change while they are read, but threads must not differ in where
+        # they go: an atomic is read by one of them, for all.
+        opened = 0
         for e in range(F):
             so_far = tl.load(beaten + t * F + e, mask=there, other=SETTLED, volatile=True)
-            opened |= so_far < k
-
-        if tl.max(opened.to(tl.int32), 0) > 0:
+            opened |= tl.max((so_far < k).to(tl.int32), 0)
+        tl.atomic_or(decided + m, 1 - opened, sem="relaxed")
+        if tl.atomic_add(decided + m, 0, sem="relaxed") == 0:
             p = preacts(
-                x, t, opened, W, b, first, N, d, DOT, DESCRIBED, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K
+                x, t, there, W, b, first, N, d, DOT, DESCRIBED, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K
             )
             # Count; a column past N is 0 and beats no p_f > 0
             for e in range(F):
                 f = tl.load(features + e) - first
-                p_f = tl.load(acts + t * F + e, mask=opened, other=0)
+                p_f = tl.load(acts + t * F + e, mask=there, other=0)
                 if (f >= 0) & (f < BLOCK_N):
                     beats = tl.where((n < f)[None, :], ~(p < p_f[:, None]), ~(p <= p_f[:, None]))
                     number = tl.sum((beats & (n != f)[None, :]).to(tl.int32), 1)
@@ -79,9 +83,5 @@ def count(
                     before = (p_f.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
                     bar = tl.where(f >= BLOCK_N, before, p_f)
                     number = tl.sum((~(p <= bar[:, None])).to(tl.int32), 1)
-                tl.atomic_add(
-                    beaten + t * F + e,
-                    number,
-                    mask=opened & (p_f > 0) & (number > 0),
-                    sem="relaxed",
-                )
+                found = (p_f > 0) & (number > 0)
+                tl.atomic_add(beaten + t * F + e, number, mask=found, sem="relaxed")

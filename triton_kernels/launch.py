@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -43,6 +42,7 @@ class Measured(NamedTuple):
 
     acts: Tensor | None = None
     beaten: Tensor | None = None
+    decided: Tensor | None = None
     waiting: Tensor | None = None
     length: Tensor | None = None
 
@@ -66,11 +66,11 @@ def steer(
     (F, d), shared = directions.shape, values.shape == features.shape
     rows = x.reshape(-1, d).contiguous()
     directions, features = directions.contiguous(), features.contiguous()
-    values = values.contiguous() if shared else values.reshape(len(rows), F).contiguous()
+    values = values.contiguous() if shared else values.reshape(rows.shape[0], F).contiguous()
     mask = mask if mask is None else mask.reshape(-1).contiguous()
     y = torch.empty_like(rows)
     with torch.cuda.device_of(x):
-        for part in _parts(len(rows), F):
+        for part in _parts(rows.shape[0], F):
             edit = _Edit(
                 directions,
                 values if shared else values[part],
@@ -91,23 +91,23 @@ def feature_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: i
     check_features("feature_acts", x, features)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     features = features.contiguous()
-    acts = x.new_empty((len(rows), len(features)), dtype=torch.float32)
+    acts = x.new_empty((rows.shape[0], features.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(x):
-        for part in _parts(len(rows), len(features)):
+        for part in _parts(rows.shape[0], features.shape[0]):
             measured = _measure(rows[part], W_enc, b_enc, features, k, _Edit())
             # NaN * 0 is NaN, as it should be.
             torch.mul(measured.acts, measured.beaten < k, out=acts[part])
-    return acts.reshape(*x.shape[:-1], len(features))
+    return acts.reshape(*x.shape[:-1], features.shape[0])
 
 
 def project(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     """p = W_enc x + b_enc for a few rows; see `ops.project`."""
     check_rows("project", x, W_enc, b_enc)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    p = x.new_empty((len(rows), len(W_enc)), dtype=torch.float32)
+    p = x.new_empty((rows.shape[0], W_enc.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _project(rows, W_enc, b_enc, None, _Edit(), Measured(p))
-    return p.reshape(*x.shape[:-1], len(W_enc))
+    return p.reshape(*x.shape[:-1], W_enc.shape[0])
 
 
 def add_directions(x: Tensor, directions: Tensor, coef: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Ten
     """The k largest p, descending, ties to the lower index; see `ops.encode`."""
     check_encoder("encode", x, W_enc, b_enc, k)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    T, shape = len(rows), (*x.shape[:-1], k)
+    T, shape = rows.shape[0], (*x.shape[:-1], k)
     values = x.new_empty((T, k), dtype=torch.float32)
     indices = x.new_empty((T, k), dtype=torch.int64)
     last = None
@@ -138,7 +138,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Ten
             keys = best_of_shares(rows, W_enc, b_enc, size, last, tile)
             last = x.new_empty(T, dtype=torch.int64)
             candidates = keys[0].numel()
-            block = triton.next_power_of_2(candidates)
+            block = _power_of_2(candidates)
             merge[T,](
                 keys,
                 values[:, found:],
@@ -162,9 +162,9 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
     *leading, k = values.shape
     N, d = W_dec.shape
     y = W_dec.new_empty((*leading, d))
-    T, block = math.prod(leading), min(1024, triton.next_power_of_2(d))
+    T, block = math.prod(leading), min(1024, _power_of_2(d))
     with torch.cuda.device_of(values):
-        decode_kernel[T, triton.cdiv(d, block)](
+        decode_kernel[T, _cdiv(d, block)](
             values.contiguous(),
             indices.contiguous(),
             W_dec,
@@ -183,7 +183,7 @@ def _measure(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int, edit: _Edit
 ) -> Measured:
     """Counts all that has to be counted; writes the tokens for which nothing has."""
-    T, F = len(x), len(features)
+    T, F = x.shape[0], features.shape[0]
     acts = x.new_empty((T, F), dtype=torch.float32)
     beaten = x.new_empty((T, F), dtype=torch.int32)
     launches = _launches(T, configs.tiles(x.device, configs.meets_in(x, W_enc)).count)
@@ -191,7 +191,8 @@ def _measure(
     if len(launches) > 1:
         waiting = x.new_empty(T, dtype=torch.int32)
         length = x.new_zeros(1, dtype=torch.int32)
-    measured = Measured(acts, beaten, waiting, length)
+    decided = x.new_empty(_cdiv(T, configs.ROWS), dtype=torch.int32)
+    measured = Measured(acts, beaten, decided, waiting, length)
     _project(x, W_enc, b_enc, features, edit, measured)
     for low, tile in launches:
         count_beaten(x, W_enc, b_enc, features, k, measured, low, tile)
@@ -206,9 +207,9 @@ def _project(
     edit: _Edit,
     measured: Measured,
 ) -> None:
-    (T, d), N, F = x.shape, len(W_enc), measured.acts.shape[1]
-    width = triton.next_power_of_2(d)
-    project_kernel[triton.cdiv(T, configs.ROWS),](
+    (T, d), N, F = x.shape, W_enc.shape[0], measured.acts.shape[1]
+    width = _power_of_2(d)
+    project_kernel[_cdiv(T, configs.ROWS),](
         x,
         W_enc,
         b_enc,
@@ -236,8 +237,8 @@ def count_beaten(
     tile: Tile,
 ) -> None:
     """One launch of `count`, for more than `low` tokens."""
-    (T, d), N, F = x.shape, len(W_enc), len(features)
-    tiles = triton.cdiv(min(T, tile.most), tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    (T, d), N, F = x.shape, W_enc.shape[0], features.shape[0]
+    tiles = _cdiv(min(T, tile.most), tile.BLOCK_M) * _cdiv(N, tile.BLOCK_N)
     programs = min(tiles, configs.processors(x.device) * tile.per_sm)
     W, product = _product(x, W_enc, tile)
     count[programs,](
@@ -260,7 +261,7 @@ def count_beaten(
 
 def _topk_tile(x: Tensor, W_enc: Tensor, k: int) -> Tile:
     tiles = configs.tiles(x.device, configs.meets_in(x, W_enc)).topk
-    tile = next(tile for tile in tiles if len(x) <= tile.most)
+    tile = next(tile for tile in tiles if x.shape[0] <= tile.most)
     return tile if tile.BLOCK_M * k <= tiles[0].BLOCK_M * MOST_K else tiles[0]
 
 
@@ -271,10 +272,10 @@ def best_of_shares(
 
     As many shares of the latents as occupy the device, but no more than one program can merge.
     """
-    (T, d), N = x.shape, len(W_enc)
-    best, down = triton.next_power_of_2(k), triton.cdiv(T, tile.BLOCK_M)
+    (T, d), N = x.shape, W_enc.shape[0]
+    best, down = _power_of_2(k), _cdiv(T, tile.BLOCK_M)
     programs = configs.processors(x.device) * tile.per_sm
-    shares = max(1, min(programs // down, triton.cdiv(N, tile.BLOCK_N), 8192 // best))
+    shares = max(1, min(programs // down, _cdiv(N, tile.BLOCK_N), 8192 // best))
     keys = x.new_empty((T, shares, k), dtype=torch.int64)
     W, product = _product(x, W_enc, tile)
     topk[down, shares](x, W, b_enc, keys, last, T, N, d, k, shares, BLOCK_BEST=best, **product)
@@ -283,7 +284,7 @@ def best_of_shares(
 
 def _add(x: Tensor, F: int, k: int, edit: _Edit, measured: Measured) -> None:
     T, d = x.shape
-    width = triton.next_power_of_2(d)
+    width = _power_of_2(d)
     directions, values, value_stride, _, y = edit
     add[min(T, 4 * configs.processors(x.device)),](
         x,
@@ -291,7 +292,10 @@ def _add(x: Tensor, F: int, k: int, edit: _Edit, measured: Measured) -> None:
         values,
         value_stride,
         y,
-        *measured,
+        measured.acts,
+        measured.beaten,
+        measured.waiting,
+        measured.length,
         T,
         d,
         F,
@@ -333,8 +337,17 @@ def _product(x: Tensor, W_enc: Tensor, tile: Tile) -> tuple[Tensor | TensorDescr
 
 def _parts(T: int, F: int) -> Iterator[slice]:
     """Tokens taken at once: what is kept of them stays below a megabyte and 64 bytes a token."""
-    step = max(1, ((1 << 20) + 64 * T) // (8 * F + 4))
+    step = max(1, ((1 << 20) + 64 * T) // (8 * F + 6))
     return (slice(start, min(T, start + step)) for start in range(0, T, step))
+
+
+# Triton's own two cost 5 us a call on the host.
+def _cdiv(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _power_of_2(width: int) -> int:
+    return 1 << (width - 1).bit_length()
 
 
 def _warps(width: int) -> int:

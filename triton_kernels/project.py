@@ -20,6 +20,7 @@ def project(
     y,  # [T, d]
     acts,  # [T, F] fp32
     beaten,  # [T, F] int32; None: p_f is all that is wanted, in `acts`
+    decided,  # [T / ROWS] int32: set to 0
     waiting,  # [T] int32: the tokens to count for; None: found out from `beaten`
     length,  # [1] int32: how many those are
     T,
@@ -75,6 +76,8 @@ def project(
     if directions is not None:
         written = tl.where((moved & taken)[:, None], out.to(y.dtype.element_ty), raw)
         tl.store(y + t[:, None] * d + c[None, :], written, mask=inside & ~opened[:, None])
+    if decided is not None:
+        tl.store(decided + tl.program_id(0), 0)
     if waiting is not None:
         one = opened.to(tl.int32)
         number = tl.sum(one, 0)

@@ -54,9 +54,9 @@ def topk(
     worst = tl.min(best, 1)  # [BLOCK_M]
 
     if last is not None:
-        key = tl.load(last + t, mask=there, other=0)[:, None]
-        limit = (key >> 32).to(tl.int32)
-        taken = 0xFFFFFFFF - (key & 0xFFFFFFFF)
+        ceiling = tl.load(last + t, mask=there, other=0)[:, None]
+        limit = (ceiling >> 32).to(tl.int32)
+        taken = 0xFFFFFFFF - (ceiling & 0xFFFFFFFF)
 
     tiles = tl.cdiv(N, BLOCK_N)
     for tile in range(tiles * share // shares, tiles * (share + 1) // shares):

@@ -1,4 +1,4 @@
-"""Finds out in which format a folder holds an SAE, and reads or writes it."""
+"""Finds out in which format a folder or file holds an SAE, and reads or writes it."""
 
 from __future__ import annotations
 
@@ -9,39 +9,88 @@ import torch
 
 from ..errors import nearest
 from ..sae import SAE
-from . import sparsify
+from . import (
+    dictionary_learning,
+    gemma_scope,
+    hub,
+    llama_scope,
+    openai,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
 
-FORMATS = (sparsify,)
+FORMATS = (
+    sparsify,
+    saelens,
+    dictionary_learning,
+    gemma_scope,
+    llama_scope,
+    qwen_scope,
+    openai,
+)
+WRITABLE = {"sparsify": sparsify, "saelens": saelens}
+
+_FILES = sorted(
+    {file for format in FORMATS for file in format.FILES}
+    | {
+        "activation_scaler.json",
+        "params.safetensors",
+    }
+)
+
+_PARTS = {Path(file).name for file in _FILES} - {*qwen_scope.FILES, *openai.FILES}
 
 
 @torch.inference_mode(False)
-def load(path: Path) -> SAE:
-    """The SAE in folder `path`; see SAE.load."""
+def load(path: str | os.PathLike[str]) -> SAE:
+    """The SAE at `path`; see SAE.load."""
     # Not resolve(): the name may be a link's, and names the hookpoint.
-    path = Path(os.path.abspath(path))
-    if not path.exists():
-        raise FileNotFoundError(f"path: no folder {path}{nearest(path.name, _names(path.parent))}")
-    if not path.is_dir():
-        raise ValueError(
-            f"path: {path} is a file; give a folder with {_wanted()}. Pickles (.pt, .bin) are "
-            "never opened: loading one can run code"
-        )
-    for format in FORMATS:
-        if format.recognises(path):
-            return format.load(path)
-    inside = [name for name in _names(path) if any(f.recognises(path / name) for f in FORMATS)]
-    hint = f"; there are SAEs in its folders {', '.join(inside)}" if inside else ""
-    raise FileNotFoundError(f"path: {path} holds no SAE; needed are {_wanted()}{hint}")
+    place = Path(os.path.abspath(path))
+    if not place.exists():
+        if not (isinstance(path, str) and hub.is_id(path)):
+            hint = nearest(place.name, _names(place.parent))
+            raise FileNotFoundError(f"path: no folder {place}{hint}")
+        place = hub.fetch(path, _FILES)
+    format = _format(place)
+    try:
+        return format.load(place)
+    except ValueError as error:
+        named = str(error).startswith(str(place))
+        raise error if named else ValueError(f"{place}: {error}") from None
 
 
-def save(sae: SAE, path: Path) -> None:
+def save(sae: SAE, path: str | os.PathLike[str], format: str) -> None:
     """Write folder `path`; see SAE.save."""
-    sparsify.save(sae, Path(os.path.abspath(path)))
+    if format not in WRITABLE:
+        hint = nearest(str(format), WRITABLE)
+        raise ValueError(f"format: got {format!r}, accepted are {', '.join(WRITABLE)}{hint}")
+    WRITABLE[format].save(sae, Path(os.path.abspath(path)))
+
+
+def _format(place: Path):
+    """The module for what is at `place`, by the names of the files."""
+    if place.is_file() and place.name in _PARTS:
+        raise ValueError(f"path: {place} is one file of an SAE's folder; give {place.parent}")
+    found = [format for format in FORMATS if format.recognises(place)]
+    if openai in found and len(found) > 1:
+        found.remove(openai)  # any .pt file could be one
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = " and ".join(format.__name__.rpartition(".")[2] for format in found)
+        raise ValueError(f"path: {place} holds SAEs in two formats, {names}; keep one in a folder")
+    wanted = "; or ".join(" and ".join(format.FILES) for format in FORMATS)
+    if not place.is_dir():
+        raise ValueError(f"path: {place} is a file of no known format; give a folder with {wanted}")
+    inside = [name for name in _names(place) if _holds(place / name)]
+    hint = f"; SAEs are inside: {', '.join(inside)}" if inside else ""
+    raise FileNotFoundError(f"path: {place} holds no SAE; needed are {wanted}{hint}")
+
+
+def _holds(place: Path) -> bool:
+    return any(format.recognises(place) for format in FORMATS)
 
 
 def _names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-
-
-def _wanted() -> str:
-    return ", or ".join(" and ".join(format.FILES) for format in FORMATS)

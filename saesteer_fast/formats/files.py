@@ -1,20 +1,35 @@
-"""What every format does with files: JSON and safetensors in, a folder out, nothing executed."""
+"""What every format does with files: JSON, tensors in, a folder out, nothing executed.
+
+Weights are read in blocks, each straight to its place, so that a matrix that lies transposed in
+its file takes no more memory than one that does not.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import struct
 import tempfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import nearest
 
-FLOATS = ("F32", "BF16", "F16")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+BLOCK = 1 << 21
+"""Bytes read at once."""
+
+_CHECKSUM = "crc32."
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -28,26 +43,123 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
-def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Exactly the tensors `shapes` names, in the file's dtypes, in memory of their own.
+class Tensors:
+    """The tensors of one file, by key: shapes and dtypes at once, numbers when asked for."""
 
-    ValueError, naming the key, if one is missing, unknown, of another shape, or not of FLOATS.
+    def __init__(self, path: Path):
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self.columns: set[str] = set()
+        """Matrices whose columns follow each other in the file, not their rows."""
+
+    def open(self, key: str) -> AbstractContextManager[BinaryIO]:
+        """A stream that begins with the numbers of one tensor."""
+        raise NotImplementedError
+
+    def read(self, key: str, turned: bool = False) -> Tensor:
+        """One tensor in memory of its own, contiguous; a matrix transposed if `turned`."""
+        shape = self.shapes[key]
+        out = torch.empty(shape[::-1] if turned else shape, dtype=DTYPES[self.dtypes[key]])
+        if turned == (key in self.columns):
+            for _ in self.blocks(key, out):
+                pass
+        else:
+            for begin, block in self.blocks(key):
+                out.T[begin : begin + len(block)] = block
+        return out
+
+    def blocks(self, key: str, out: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Rows of one tensor (columns, of self.columns), and the number of the first of them.
+
+        They are parts of `out`, or else each is gone when the next one comes.
+        """
+        dtype, shape = DTYPES[self.dtypes[key]], self.shapes[key]
+        total, *rest = shape[::-1] if key in self.columns else shape
+        width = dtype.itemsize * prod(rest)
+        step = min(total, max(1, BLOCK // width))
+        memory = memoryview(bytearray(step * width) if out is None else _bytes(out))
+        with self.open(key) as stream:
+            for begin in range(0, total, step):
+                start = 0 if out is None else begin * width
+                part = memory[start : start + min(step, total - begin) * width]
+                if stream.readinto(part) != len(part):
+                    raise ValueError(f"{self.path}: {key} is cut short")
+                yield begin, torch.frombuffer(part, dtype=dtype).reshape(-1, *rest)
+
+
+class Safetensors(Tensors):
+    """A safetensors file; where it carries checksums, as those saved here do, they are checked."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        try:
+            # pread and not mmap: a file that is cut short or replaced later would kill the process.
+            with safe_open(path, framework="pt", backend="pread") as file:
+                self.sums = file.metadata() or {}
+                for key in file.keys():
+                    self.shapes[key] = tuple(file.get_slice(key).get_shape())
+                    self.dtypes[key] = file.get_slice(key).get_dtype()
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: not a whole safetensors file ({error}){_pickled(path)}"
+            ) from None
+
+    @contextmanager
+    def open(self, key: str) -> Iterator[BinaryIO]:
+        # Its slices read the whole tensor each time.
+        with self.path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+            stream.seek(8 + length + header[key]["data_offsets"][0])
+            yield stream
+
+    def blocks(self, key: str, out: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        crc, wanted = 0, self.sums.get(_CHECKSUM + key)
+        for begin, block in super().blocks(key, out):
+            crc = checksum(block, crc) if wanted else 0
+            yield begin, block
+        if wanted not in (None, f"{crc:08x}"):
+            raise ValueError(f"{self.path}: {key} is damaged: its checksum differs")
+
+
+def checksum(tensor: Tensor, crc: int = 0) -> int:
+    """CRC-32 of a tensor's bytes, continuing `crc`."""
+    return zlib.crc32(_bytes(tensor), crc)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a contiguous tensor, shared with it."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+Layout = Mapping[str, tuple[str, str]]
+"""Of each key in a file the argument of SAE it is, and its sizes, as in {"W_enc": ("W_enc", "dN")};
+what is "dN" in the file is read transposed."""
+
+
+def read_weights(
+    tensors: Tensors, layout: Layout, sizes: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """Exactly the tensors of `layout`, as arguments of SAE.
+
+    Sizes are {"N": ..., "d": ...} as a configuration has them; without one, the first matrix tells.
+    ValueError, naming the key, if one is missing, unknown, of another shape, or not of DTYPES.
     """
-    try:
-        # pread and not mmap: a file that is cut short or replaced later would kill the process.
-        with safe_open(path, framework="pt", backend="pread") as file:
-            found = {key: file.get_slice(key) for key in file.keys()}
-            _check_keys(path, set(found), set(shapes))
-            for key, shape in shapes.items():
-                _check_tensor(f"{path}: {key}", found[key], shape)
-            return {key: file.get_tensor(key) for key in shapes}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: not a whole safetensors file ({error}){_pickled(path)}"
-        ) from None
+    path = tensors.path
+    require_keys(path, set(tensors.shapes), set(layout))
+    if sizes is None:
+        key, (_, letters) = next(item for item in layout.items() if len(item[1][1]) == 2)
+        sizes = dict(zip(letters, tensors.shapes[key], strict=False))
+    for key, (_, letters) in layout.items():
+        _require_dtype(path, key, tensors.dtypes[key])
+        _require_shape(path, key, tensors.shapes[key], tuple(sizes[letter] for letter in letters))
+    return {
+        name: tensors.read(key, turned=letters == "dN") for key, (name, letters) in layout.items()
+    }
 
 
-def _check_keys(path: Path, found: set[str], wanted: set[str]) -> None:
+def require_keys(path: Path, found: set[str], wanted: set[str]) -> None:
     missing, unknown = sorted(wanted - found), sorted(found - wanted)
     if missing:
         hint = nearest(missing[0], unknown, "is it called")
@@ -56,19 +168,29 @@ def _check_keys(path: Path, found: set[str], wanted: set[str]) -> None:
         raise ValueError(f"{path}: holds {', '.join(unknown)} besides {', '.join(sorted(wanted))}")
 
 
-def _check_tensor(name: str, tensor, shape: tuple[int, ...]) -> None:
-    if tensor.get_dtype() not in FLOATS:
-        raise ValueError(f"{name} is {tensor.get_dtype()}, accepted are {', '.join(FLOATS)}")
-    got = tuple(tensor.get_shape())
-    if got != shape:
-        hint = "; it is transposed" if len(shape) == 2 and got == shape[::-1] else ""
-        raise ValueError(f"{name} has shape {got}, the configuration makes it {shape}{hint}")
+def _require_dtype(path: Path, key: str, dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"{path}: {key} is {dtype}, accepted are {', '.join(DTYPES)}")
+
+
+def _require_shape(path: Path, key: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if got != wanted:
+        hint = "; it is transposed" if len(wanted) == 2 and got == wanted[::-1] else ""
+        raise ValueError(f"{path}: {key} has shape {got}, {wanted} is needed{hint}")
 
 
 def _pickled(path: Path) -> str:
     with path.open("rb") as file:
         magic = file.read(2)
     return "; it is a pickle, which is never executed" if magic in (b"PK", b"\x80\x02") else ""
+
+
+def require_files(folder: Path, names: tuple[str, ...]) -> None:
+    """FileNotFoundError for the first of `names` that `folder` lacks."""
+    for name in names:
+        if not (folder / name).is_file():
+            found = [entry.name for entry in folder.iterdir()]
+            raise FileNotFoundError(f"{folder}: lacks {name}{nearest(name, found, 'is it called')}")
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -80,11 +202,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         # safetensors refuses tensors that are one in memory, as tied weights are.
         tied = any(tensor.data_ptr() == other.data_ptr() for other in apart.values())
-        apart[name] = tensor.clone().cpu() if tied else tensor.cpu()
+        apart[name] = (tensor.clone() if tied else tensor).cpu().contiguous()
     # It also makes files that only their owner can read, whatever the umask says.
     path.touch()
     mode = path.stat().st_mode
-    save_file(apart, path)
+    sums = {_CHECKSUM + key: f"{checksum(tensor):08x}" for key, tensor in apart.items()}
+    save_file(apart, path, metadata={"format": "pt"} | sums)
     path.chmod(mode)
 
 

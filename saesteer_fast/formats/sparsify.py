@@ -10,17 +10,31 @@ SparseCoder.load_from_disk.
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 
 from ..errors import nearest
 from ..sae import SAE
-from .files import read_json, read_tensors, write_folder, write_json, write_tensors
+from . import hookpoints
+from .files import (
+    Safetensors,
+    read_json,
+    read_weights,
+    require_files,
+    write_folder,
+    write_json,
+    write_tensors,
+)
 
 FILES = ("cfg.json", "sae.safetensors")
 
-_KEYS = {"encoder.weight": "W_enc", "encoder.bias": "bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+_LAYOUT = {
+    "encoder.weight": ("W_enc", "Nd"),
+    "encoder.bias": ("bias", "N"),
+    "W_dec": ("W_dec", "Nd"),
+    "b_dec": ("b_dec", "d"),
+}
+_MEASURES = ("topk", "groupmax")
 _DEFAULTS = {
     "activation": "topk",
     "expansion_factor": 32,
@@ -37,42 +51,35 @@ _NEED_FALSE = {
     "skip_connection": "a skip connection has weights of its own",
     "signed": "a signed SAE ranks latents by size and keeps negative ones",
 }
-_HOOKPOINT = re.compile(r"(\w+\.)*(layers|h)\.\d+(\.\w+)*")
 
 
 def recognises(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in FILES)
+    return (folder / "sae.safetensors").is_file() or (
+        (folder / "cfg.json").is_file() and not (folder / "sae_weights.safetensors").is_file()
+    )
 
 
 def load(folder: Path) -> SAE:
-    """The SAE in `folder`; see SAE.load."""
-    for name in FILES:
-        if not (folder / name).is_file():
-            found = [entry.name for entry in folder.iterdir()]
-            raise FileNotFoundError(f"{folder}: lacks {name}{nearest(name, found, 'is it called')}")
+    require_files(folder, FILES)
     source = folder / "cfg.json"
     config = read_json(source)
-    N, d = _check_config(source, config)
-    shapes = {"encoder.weight": (N, d), "encoder.bias": (N,), "W_dec": (N, d), "b_dec": (d,)}
-    tensors = read_tensors(folder / "sae.safetensors", shapes)
-    try:
-        return SAE(
-            **{_KEYS[key]: tensor for key, tensor in tensors.items()},
-            k=config["k"],
-            hookpoint=folder.name if _HOOKPOINT.fullmatch(folder.name) else None,
-            config=config,
-        )
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+    sizes = _check_config(source, config)
+    return SAE(
+        **read_weights(Safetensors(folder / "sae.safetensors"), _LAYOUT, sizes),
+        k=config["k"],
+        measure=config.get("activation", "topk"),
+        hookpoint=hookpoints.of_folder(folder),
+        config=config,
+    )
 
 
 def save(sae: SAE, folder: Path) -> None:
-    """Write `sae` into `folder`; see SAE.save."""
+    _check_expressible(sae)
     config = {key: sae.config.get(key, value) for key, value in _DEFAULTS.items()}
-    config |= {"k": int(sae.k), "d_in": sae.d}
+    config |= {"activation": sae.measure, "k": int(sae.k), "d_in": sae.d}
     if _num_latents(config) != sae.num_latents:
         config["num_latents"] = sae.num_latents
-    tensors = {key: getattr(sae, name) for key, name in _KEYS.items()}
+    tensors = {key: getattr(sae, name) for key, (name, _) in _LAYOUT.items()}
     write_folder(
         folder,
         {
@@ -82,15 +89,28 @@ def save(sae: SAE, folder: Path) -> None:
     )
 
 
+def _check_expressible(sae: SAE) -> None:
+    needed = {"subtract_b_dec": True, "normalize": "none", "decoder_norm": False, "scale": 1}
+    if sae.measure not in _MEASURES:
+        raise ValueError(f"sparsify has no measure {sae.measure!r}, only {', '.join(_MEASURES)}")
+    for name, value in needed.items():
+        if getattr(sae, name) != value:
+            hint = "; fold() the SAE first" if name in ("decoder_norm", "scale") else ""
+            raise ValueError(f"sparsify cannot say {name}={getattr(sae, name)!r}{hint}")
+
+
 def _num_latents(config: dict[str, object]) -> int:
     return config["num_latents"] or config["d_in"] * config["expansion_factor"]
 
 
-def _check_config(source: Path, config: dict[str, object]) -> tuple[int, int]:
-    """N and d, of a configuration that describes a plain top-k SAE."""
+def _check_config(source: Path, config: dict[str, object]) -> dict[str, int]:
+    """N and d, of a configuration that describes an SAE."""
     activation = config.get("activation", "topk")
-    if activation != "topk":
-        raise ValueError(f"{source}: activation is {activation!r}, accepted is 'topk'")
+    if activation not in _MEASURES:
+        hint = nearest(str(activation), _MEASURES)
+        raise ValueError(
+            f"{source}: activation is {activation!r}, accepted are {', '.join(_MEASURES)}{hint}"
+        )
     for key, why in _NEED_FALSE.items():
         if config.get(key, False) is not False:
             raise ValueError(f"{source}: {key} is {config[key]!r}, accepted is false: {why}")
@@ -107,7 +127,7 @@ def _check_config(source: Path, config: dict[str, object]) -> tuple[int, int]:
     N = _num_latents(sizes)
     if sizes["k"] > N:
         raise ValueError(f"{source}: k is {sizes['k']}, more than the {N} latents")
-    return N, sizes["d_in"]
+    return {"N": N, "d": sizes["d_in"]}
 
 
 def _integer(

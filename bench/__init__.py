@@ -1,0 +1,5 @@
+"""Benchmarks: what they run on, how they time, what they check, and how results become tables.
+
+python -m pytest bench -q               verify, time, print the tables (--record: and store them)
+python -m bench.report --write          put the newest stored tables into README.md
+"""

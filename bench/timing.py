@@ -1,0 +1,56 @@
+"""Times contestants in shuffled rounds, so that whatever else the machine does hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+ROUND_SECONDS = 0.03
+MOST_CALLS = 1000
+
+
+class Contestant:
+    """A function and the inputs that it is called with, one after the other, over and over.
+
+    A round takes about ROUND_SECONDS, and one call at least; with `whole` it takes every input
+    once, because their costs differ.
+    """
+
+    def __init__(self, call: Callable[[Any], Any], inputs: Sequence[Any], whole: bool = False):
+        self.call = call
+        self.inputs = itertools.cycle(inputs)
+        self.calls = len(inputs)
+        first, again = self.round(1), self.round(1)
+        if not whole:
+            self.calls = min(MOST_CALLS, max(1, math.ceil(ROUND_SECONDS / min(first, again))))
+
+    def round(self, calls: int | None = None) -> float:
+        """Mean seconds a call."""
+        calls = calls or self.calls
+        inputs = list(itertools.islice(self.inputs, calls))
+        start = time.perf_counter()
+        for each in inputs:
+            self.call(each)
+        return (time.perf_counter() - start) / calls
+
+
+def interleaved(
+    contestants: dict[str, Contestant], rounds: int, seed: int = 0
+) -> dict[str, list[float]]:
+    """Mean seconds a call, by contestant and round; one more round warms up."""
+    order, shuffle = list(contestants), random.Random(seed).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    gc.disable()
+    try:
+        for _ in range(rounds + 1):
+            shuffle(order)
+            for name in order:
+                seconds[name].append(contestants[name].round())
+    finally:
+        gc.enable()
+    return {name: of_rounds[1:] for name, of_rounds in seconds.items()}

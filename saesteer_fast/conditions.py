@@ -1,0 +1,310 @@
+"""The conditions: what must be true of the SAE's own activations for steering to happen.
+
+    sf.active({511: 3.0})                 per token: latent 511 is above 3.0 there
+    sf.gate({511: 0.8, 7: -1.1}, -2.0)    per prompt: a sparse logistic gate says so, once
+    sf.gate("gate.json")                  the same, its weights from a file
+    sf.gate(callable, latents=[511])      the same, decided by a callable
+
+A gate is decided when the prompt has been read, and held, row by row, until the next prompt. What
+was decided, and what caused it, can be read back as `Decision`s.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import nearest
+from .tokens import Tokens
+
+POOLS = ("max", "mean", "last")
+
+
+class Cause(NamedTuple):
+    """One latent, and where it was most active."""
+
+    latent: int
+    act: float
+    token: int
+    """Position in its row, padding not counted."""
+
+    def __str__(self) -> str:
+        return f"latent {self.latent} at {self.act:.2g} on token {self.token}"
+
+
+class Decision(NamedTuple):
+    """What a condition said of one row."""
+
+    by: str
+    """"active", of the model's latest call, or "gate", of its latest prompt."""
+    row: int
+    on: bool
+    causes: tuple[Cause, ...]
+    """Latents of the condition that were active, the one that counted most first."""
+    score: float | None = None
+    """A logistic gate's log-odds."""
+
+    def __str__(self) -> str:
+        because = ", ".join(map(str, self.causes)) or "no latent active"
+        return f"row {self.row} {'steered' if self.on else 'not steered'}: {because}"
+
+
+class Prompt(NamedTuple):
+    """What a gate sees: the prompts of a batch of B rows and P columns."""
+
+    acts: Tensor
+    """[B, P, G] fp32, of the gate's latents."""
+    real: Tensor
+    """[B, P] bool, False for padding."""
+    ids: Tensor | None
+    """[B, P]; None where the decoder was given embeddings."""
+
+
+@dataclass(frozen=True)
+class Active:
+    """`active` makes it."""
+
+    above: Mapping[int, float]
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        return tuple(self.above)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`gate` makes it."""
+
+    latents: tuple[int, ...]
+    decide: Callable[[Prompt], Tensor]
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """on = sigmoid(bias + sum_g weights_g pool(a_g)) > threshold, pooled over a row's prompt."""
+
+    weights: tuple[float, ...]
+    bias: float
+    threshold: float
+    pool: str
+    margin: float = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "margin", math.log(self.threshold / (1 - self.threshold)))
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        """Log-odds [B] fp32."""
+        pooled = _pooled(prompt, self.pool)
+        return (pooled * pooled.new_tensor(self.weights)).sum(-1) + self.bias
+
+    def __call__(self, prompt: Prompt) -> Tensor:
+        return self.scores(prompt) > self.margin
+
+
+def active(latents: int | Mapping[int, float], above: float = 0.0) -> Active:
+    """Steer the tokens on which a latent's activation, before steering, is above a threshold.
+
+    `latents` is one latent, or a mapping {latent: threshold}, all of which must be exceeded.
+    """
+    thresholds = latents if isinstance(latents, Mapping) else {latents: above}
+    if not thresholds:
+        raise ValueError("active: no latent is given")
+    return Active(
+        {_latent("active", f): _finite("active", value) for f, value in thresholds.items()}
+    )
+
+
+def gate(
+    by: Mapping[int, float] | str | os.PathLike[str] | Callable[[Prompt], Tensor],
+    bias: float = 0.0,
+    *,
+    threshold: float = 0.5,
+    pool: str = "max",
+    latents: Sequence[int] = (),
+) -> Gate:
+    """Steer the rows whose prompt a gate lets through, decided once and held for what follows.
+
+    by a mapping {latent: weight}: on where sigmoid(bias + sum weight pool(a)) > threshold; `pool`
+    is over the row's prompt, "max", "mean", or "last" for its last token.
+    by a path: the same from a JSON file {"weights": {latent: weight}, "bias", "threshold", "pool"},
+    or from a safetensors file with `latents` [G], `weights` [G], and the rest as its metadata.
+    by a callable: it is given a `Prompt` with the activations of `latents`, and returns bool [B].
+    A gate on the prompt needs no host synchronisation unless its callable makes one.
+    """
+    if callable(by):
+        return Gate(tuple(_latent("gate", f) for f in latents), by)
+    if isinstance(by, (str, os.PathLike)):
+        return gate(**_read(Path(by)))
+    if not isinstance(by, Mapping):
+        raise TypeError(f"gate: got {type(by).__name__}, a mapping, a path or a callable is needed")
+    if not by:
+        raise ValueError("gate: no latent is given")
+    if pool not in POOLS:
+        raise ValueError(
+            f"pool: got {pool!r}, accepted are {', '.join(POOLS)}{nearest(str(pool), POOLS)}"
+        )
+    if not 0 < _finite("threshold", threshold) < 1:
+        raise ValueError(f"threshold: got {threshold}, a probability between 0 and 1 is needed")
+    weights = tuple(_finite("gate", weight) for weight in by.values())
+    decide = Logistic(weights, _finite("bias", bias), float(threshold), pool)
+    return Gate(tuple(_latent("gate", f) for f in by), decide)
+
+
+Condition = Active | Gate
+
+
+def split(when: Condition | Sequence[Condition] | None) -> tuple[Active | None, Gate | None]:
+    """Conditions, all of which must hold, as at most one of each kind."""
+    alone = not isinstance(when, Sequence) or isinstance(when, str)
+    given = [] if when is None else [when] if alone else list(when)
+    for condition in given:
+        if not isinstance(condition, Condition):
+            raise TypeError(
+                f"when: got {type(condition).__name__}, accepted are sf.active and sf.gate"
+            )
+    actives = [condition for condition in given if isinstance(condition, Active)]
+    gates = [condition for condition in given if isinstance(condition, Gate)]
+    if len(gates) > 1 or len(actives) > 1:
+        raise ValueError("when: one sf.active (of several latents) and one sf.gate are accepted")
+    return (actives or [None])[0], (gates or [None])[0]
+
+
+class Seen(NamedTuple):
+    """What was measured of the tokens of one call."""
+
+    acts: Tensor
+    """[B, T, G] fp32."""
+    tokens: Tokens
+    counted: Tensor
+    """[B or 1, T] bool: the tokens that count for the condition."""
+
+
+def decided(gate: Gate, seen: Sequence[Seen]) -> Tensor:
+    """Which rows the gate lets through: bool [B]."""
+    prompt = _prompt(seen)
+    on = gate.decide(prompt)
+    if not isinstance(on, Tensor) or on.dtype != torch.bool or on.shape != prompt.real.shape[:1]:
+        what = f"{on.dtype} {tuple(on.shape)}" if isinstance(on, Tensor) else type(on).__name__
+        raise TypeError(f"gate: its callable gave {what}, bool {(len(prompt.real),)} is needed")
+    return on
+
+
+def decisions(condition: Condition, seen: Sequence[Seen], on: Tensor) -> list[Decision]:
+    """What was decided, and why; reads tensors, so the host waits for the device."""
+    prompt, found = _prompt(seen), []
+    by = "gate" if isinstance(condition, Gate) else "active"
+    places = torch.cat([_rows(chunk, chunk.tokens.positions) for chunk in seen], 1)
+    logistic = isinstance(condition, Gate) and isinstance(condition.decide, Logistic)
+    scores = condition.decide.scores(prompt).tolist() if logistic else [None] * len(on)
+    weights = condition.decide.weights if logistic else [1.0] * len(condition.latents)
+    peaks, columns = torch.where(prompt.real[..., None], prompt.acts, 0).max(1)
+    tokens = places.gather(1, columns).tolist()
+    for row, acts in enumerate(peaks.tolist()):
+        named = zip(condition.latents, acts, tokens[row], weights, strict=True)
+        active = [(Cause(f, a, token), abs(w * a)) for f, a, token, w in named if a > 0]
+        active.sort(key=lambda pair: -pair[1])
+        causes = tuple(cause for cause, _ in active)
+        found.append(Decision(by, row, bool(on[row]), causes, scores[row]))
+    return found
+
+
+def _prompt(seen: Sequence[Seen]) -> Prompt:
+    acts = torch.cat([chunk.acts for chunk in seen], 1)
+    real = torch.cat([_rows(chunk, chunk.counted) for chunk in seen], 1)
+    known = all(chunk.tokens.ids is not None for chunk in seen)
+    return Prompt(acts, real, torch.cat([c.tokens.ids for c in seen], 1) if known else None)
+
+
+def _rows(chunk: Seen, tensor: Tensor) -> Tensor:
+    return tensor.expand(*chunk.acts.shape[:2])
+
+
+def _pooled(prompt: Prompt, pool: str) -> Tensor:
+    """[B, G]; a row without a real token counts as silent."""
+    acts, real = prompt.acts, prompt.real[..., None]
+    if pool == "max":
+        return torch.where(real, acts, 0).amax(1)
+    if pool == "mean":
+        return torch.where(real, acts, 0).sum(1) / real.sum(1).clamp(min=1)
+    column = torch.arange(acts.shape[1], device=acts.device)
+    last = torch.where(prompt.real, column, 0).amax(1)
+    return acts[torch.arange(len(acts), device=acts.device), last]
+
+
+def _read(path: Path) -> dict:
+    """The arguments of `gate` from a file; ValueError says what is wrong with it."""
+    if path.suffix == ".json":
+        given = _object(path, path.read_text(encoding="utf-8"))
+    elif path.suffix == ".safetensors":
+        given = _tensors(path)
+    else:
+        raise ValueError(f"gate: {path.name} is neither .json nor .safetensors")
+    accepted = {"weights", "bias", "threshold", "pool"}
+    for name in given:
+        if name not in accepted:
+            hint = nearest(name, accepted)
+            raise ValueError(f"gate: {path.name} has {name!r}, accepted are {accepted}{hint}")
+    if not isinstance(given.get("weights"), Mapping):
+        raise ValueError(f"gate: {path.name} has no weights, a mapping from latents to numbers")
+    weights = {_number_of(path, latent): weight for latent, weight in given.pop("weights").items()}
+    return {"by": weights} | given
+
+
+def _object(path: Path, text: str) -> dict:
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"gate: {path.name} is no JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"gate: {path.name} holds a {type(given).__name__}, no object")
+    return given
+
+
+def _tensors(path: Path) -> dict:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            latents, weights = file.get_tensor("latents"), file.get_tensor("weights")
+            rest = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"gate: {path.name}: {error}") from None
+    if latents.shape != weights.shape or latents.ndim != 1:
+        raise ValueError(
+            f"gate: {path.name} has latents {tuple(latents.shape)} and weights "
+            f"{tuple(weights.shape)}, both [G] are needed"
+        )
+    numbers = {name: float(rest[name]) for name in ("bias", "threshold") if name in rest}
+    return rest | numbers | {"weights": dict(zip(latents.tolist(), weights.tolist(), strict=True))}
+
+
+def _number_of(path: Path, latent: object) -> int:
+    try:
+        return int(latent)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"gate: {path.name} names latent {latent!r}, an integer is needed"
+        ) from None
+
+
+def _latent(name: str, latent: object) -> int:
+    if isinstance(latent, bool) or not isinstance(latent, Integral):
+        raise TypeError(f"{name}: latent {latent!r} is no integer")
+    return int(latent)
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r}, a number is needed")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, a finite number is needed")
+    return float(value)

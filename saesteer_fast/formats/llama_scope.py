@@ -1,0 +1,88 @@
+"""Llama Scope's format: a folder with hyperparams.json and checkpoints/final.safetensors.
+
+    hyperparams.json    d_model, d_sae, act_fn, jump_relu_threshold, dataset_average_activation_norm
+    final.safetensors   encoder.weight [N, d], encoder.bias [N], decoder.weight [d, N], decoder.bias
+
+Trained on tokens divided by s = dataset_average_activation_norm / sqrt(d), used on tokens as they
+are: both biases are multiplied by s, and activations are in units of the stream. With
+sparsity_include_decoder_norm the threshold holds for pre-activations times decoder norms. Source:
+OpenMOSS/Language-Model-SAEs at the SAEs' release, SparseAutoEncoder.from_config.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..sae import SAE
+from . import hookpoints
+from .files import Safetensors, read_json, read_weights, require_files
+
+FILES = ("hyperparams.json", "checkpoints/final.safetensors")
+
+_LAYOUT = {
+    "encoder.weight": ("W_enc", "Nd"),
+    "encoder.bias": ("bias", "N"),
+    "decoder.weight": ("W_dec", "dN"),
+    "decoder.bias": ("b_dec", "d"),
+}
+_ACCEPTED = {
+    "act_fn": ("jumprelu", "topk"),
+    "norm_activation": ("dataset-wise", "inference"),
+    "use_decoder_bias": (True,),
+    "use_glu_encoder": (False, None),
+}
+
+
+def recognises(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in FILES)
+
+
+def load(folder: Path) -> SAE:
+    require_files(folder, FILES)
+    source = folder / "hyperparams.json"
+    config = read_json(source)
+    _check_config(source, config)
+    d, scale = config["d_model"], 1.0
+    weights = read_weights(
+        Safetensors(folder / "checkpoints/final.safetensors"),
+        _LAYOUT,
+        {"N": config["d_sae"], "d": d},
+    )
+    if config["norm_activation"] == "dataset-wise":
+        scale = config["dataset_average_activation_norm"]["in"] / d**0.5
+    weights |= {name: weights[name].float() * scale for name in ("bias", "b_dec")}
+    return SAE(
+        **weights,
+        measure="threshold",
+        threshold=torch.full((config["d_sae"],), config["jump_relu_threshold"]),
+        subtract_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
+        decoder_norm=bool(config.get("sparsity_include_decoder_norm", True)),
+        hookpoint=hookpoints.of_transformer_lens(config.get("hook_point_in")),
+        config=config,
+    )
+
+
+def _check_config(source: Path, config: dict[str, object]) -> None:
+    for key, accepted in _ACCEPTED.items():
+        if config.get(key, accepted[0]) not in accepted:
+            raise ValueError(
+                f"{source}: {key} is {config[key]!r}, accepted are {', '.join(map(repr, accepted))}"
+            )
+    if config.get("hook_point_out", config.get("hook_point_in")) != config.get("hook_point_in"):
+        raise ValueError(f"{source}: is a transcoder: its output is not its input's stream")
+    for key in ("d_model", "d_sae"):
+        if type(config.get(key)) is not int:
+            raise ValueError(f"{source}: {key} is {config.get(key)!r}, an integer is needed")
+    threshold = config.get("jump_relu_threshold")
+    if not isinstance(threshold, int | float) or not threshold > 0:
+        raise ValueError(f"{source}: jump_relu_threshold is {threshold!r}, which must be positive")
+    norms = config.get("dataset_average_activation_norm")
+    if config.setdefault("norm_activation", "dataset-wise") == "dataset-wise":
+        inside = norms.get("in") if isinstance(norms, dict) else None
+        if not isinstance(inside, int | float) or not inside > 0:
+            raise ValueError(
+                f"{source}: dataset_average_activation_norm is {norms!r}, "
+                '{"in": a positive number, ...} is needed'
+            )

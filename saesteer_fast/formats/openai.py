@@ -1,0 +1,60 @@
+"""OpenAI's format: one file, a state dict that torch.save wrote.
+
+    pre_bias [d], latent_bias [N], encoder.weight [N, d], decoder.weight [d, N]
+    activation   "TopK", with activation_state_dict {"k", "postact_fn"}, or "ReLU"
+
+TopK files normalise every token. Source: openai/sparse_autoencoder, model.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..sae import SAE
+from .files import read_weights
+from .zips import Torch
+
+FILES = ("autoencoder.pt",)
+
+_LAYOUT = {
+    "encoder.weight": ("W_enc", "Nd"),
+    "latent_bias": ("bias", "N"),
+    "decoder.weight": ("W_dec", "dN"),
+    "pre_bias": ("b_dec", "d"),
+}
+_STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+
+
+def recognises(path: Path) -> bool:
+    return _file(path) is not None
+
+
+def load(path: Path) -> SAE:
+    tensors = Torch(_file(path))
+    activation = tensors.settings.get("activation")
+    if activation not in ("TopK", "ReLU"):
+        raise ValueError(
+            f"{tensors.path}: activation is {activation!r}, accepted are 'TopK', 'ReLU'"
+        )
+    for name in _STATISTICS:
+        tensors.shapes.pop(name, None)
+    topk = _topk(tensors) if activation == "TopK" else {"measure": "relu"}
+    return SAE(**read_weights(tensors, _LAYOUT), **topk)
+
+
+def _topk(tensors: Torch) -> dict[str, object]:
+    state = tensors.settings.get("activation_state_dict") or {}
+    if state.get("postact_fn") != "ReLU":
+        raise ValueError(
+            f"{tensors.path}: postact_fn is {state.get('postact_fn')!r}, accepted is 'ReLU': "
+            "another lets negative activations live"
+        )
+    return {"k": state.get("k"), "normalize": "layer_norm"}
+
+
+def _file(path: Path) -> Path | None:
+    """`path`, or the one .pt file in it."""
+    if path.is_file():
+        return path if path.suffix == ".pt" else None
+    inside = sorted(path.glob("*.pt"))
+    return inside[0] if len(inside) == 1 else None

@@ -1,0 +1,229 @@
+"""SAELens's format: a folder with cfg.json and sae_weights.safetensors.
+
+    cfg.json                   architecture, d_in, d_sae, k, ...; before 6.0 flat, hook_point, ...
+    sae_weights.safetensors    W_enc [d, N], b_enc [N], W_dec [N, d], b_dec [d]
+                               jumprelu: and threshold [N]
+                               gated: b_gate, b_mag, r_mag [N], and no b_enc
+    activation_scaler.json     {"scaling_factor": s}, of a checkpoint whose scale is not folded in
+
+Source: SAELens 6.54, sae_lens/saes and loading/pretrained_sae_loaders.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from ..errors import nearest
+from ..sae import SAE
+from . import hookpoints
+from .files import (
+    Safetensors,
+    read_json,
+    read_weights,
+    require_files,
+    write_folder,
+    write_json,
+    write_tensors,
+)
+
+FILES = ("cfg.json", "sae_weights.safetensors")
+
+_MEASURES = {
+    "standard": "relu",
+    "topk": "topk",
+    "jumprelu": "threshold",
+    "gated": "gated",
+}
+_COMMON = {"W_enc": ("W_enc", "dN"), "W_dec": ("W_dec", "Nd"), "b_dec": ("b_dec", "d")}
+_OWN = {
+    "standard": {"b_enc": ("bias", "N")},
+    "topk": {"b_enc": ("bias", "N")},
+    "jumprelu": {"b_enc": ("bias", "N"), "threshold": ("threshold", "N")},
+    "gated": {"b_gate": ("bias", "N"), "r_mag": ("r_mag", "N"), "b_mag": ("b_mag", "N")},
+}
+_NORMALIZE = {
+    "none": "none",
+    "layer_norm": "layer_norm",
+    "constant_norm_rescale": "constant_norm",
+    "expected_average_only_in": "none",
+}
+_KNOWN = {
+    "architecture",
+    "d_in",
+    "d_sae",
+    "dtype",
+    "device",
+    "apply_b_dec_to_input",
+    "normalize_activations",
+    "reshape_activations",
+    "metadata",
+    "k",
+    "rescale_acts_by_decoder_norm",
+}
+_RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
+_METADATA = ("model_name", "hook_name", "prepend_bos", "context_size", "dataset_path")
+VERSION = "6.0.0"
+"""The oldest SAELens that reads what is saved here."""
+
+
+def recognises(folder: Path) -> bool:
+    return (folder / "sae_weights.safetensors").is_file()
+
+
+def load(folder: Path) -> SAE:
+    require_files(folder, FILES)
+    source = folder / "cfg.json"
+    config = _modern(source, read_json(source))
+    architecture = _one_of(source, config, "architecture", _MEASURES)
+    layout = _COMMON | _OWN[architecture]
+    tensors = Safetensors(folder / "sae_weights.safetensors")
+    _drop_scaling(tensors)
+    sizes = {"N": _size(source, config, "d_sae"), "d": _size(source, config, "d_in")}
+    metadata = config.get("metadata") or {}
+    return SAE(
+        **read_weights(tensors, layout, sizes),
+        k=_size(source, config, "k") if architecture == "topk" else None,
+        measure=_MEASURES[architecture],
+        subtract_b_dec=_flag(source, config, "apply_b_dec_to_input", True),
+        decoder_norm=_flag(source, config, "rescale_acts_by_decoder_norm", False),
+        normalize=_NORMALIZE[_one_of(source, config, "normalize_activations", _NORMALIZE)],
+        scale=_scale(source, config),
+        hookpoint=hookpoints.of_transformer_lens(metadata.get("hook_name"))
+        or hookpoints.of_folder(folder),
+        config={"metadata": metadata},
+    )
+
+
+def save(sae: SAE, folder: Path) -> None:
+    architectures = {measure: name for name, measure in _MEASURES.items()}
+    _check_expressible(sae, architectures)
+    architecture = architectures[sae.measure]
+    layout = _COMMON | _OWN[architecture]
+    tensors = {
+        key: getattr(sae, name).T if letters == "dN" else getattr(sae, name)
+        for key, (name, letters) in layout.items()
+    }
+    write_folder(
+        folder,
+        {
+            "cfg.json": lambda path: write_json(path, _config(sae, architecture)),
+            "sae_weights.safetensors": lambda path: write_tensors(path, tensors),
+        },
+    )
+
+
+def _config(sae: SAE, architecture: str) -> dict[str, object]:
+    names = {name: key for key, name in reversed(_NORMALIZE.items())}
+    own = {"k": sae.k, "rescale_acts_by_decoder_norm": sae.decoder_norm}
+    metadata = dict(sae.config.get("metadata") or {})
+    hook_name = hookpoints.to_transformer_lens(sae.hookpoint)
+    if hook_name and hookpoints.of_transformer_lens(metadata.get("hook_name")) != sae.hookpoint:
+        metadata["hook_name"] = hook_name
+    return {
+        "d_in": sae.d,
+        "d_sae": sae.num_latents,
+        "dtype": _dtype(sae),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.subtract_b_dec,
+        "normalize_activations": names[sae.normalize],
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": VERSION} | metadata,
+        **(own if architecture == "topk" else {}),
+        "architecture": architecture,
+    }
+
+
+def _dtype(sae: SAE) -> str:
+    """Wide enough for every weight: SAELens keeps all in one."""
+    dtype = sae.W_enc.dtype
+    for tensor in (sae.bias, sae.W_dec, sae.b_dec, sae.threshold, sae.r_mag, sae.b_mag):
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_expressible(sae: SAE, architectures: dict[str, str]) -> None:
+    if sae.measure not in architectures:
+        raise ValueError(f"SAELens has no measure {sae.measure!r}, only {', '.join(architectures)}")
+    if sae.scale != 1:
+        raise ValueError(f"SAELens cannot say scale={sae.scale}; fold() the SAE first")
+    if sae.decoder_norm and sae.measure != "topk":
+        raise ValueError(
+            f"SAELens cannot say decoder_norm for {sae.measure!r}; fold() the SAE first"
+        )
+
+
+def _modern(source: Path, config: dict[str, object]) -> dict[str, object]:
+    """The configuration as SAELens 6 writes it."""
+    if isinstance(config.get("metadata"), dict):
+        for key in sorted(config.keys() - _KNOWN):
+            warnings.warn(f"{source}: {key} is not known and ignored", stacklevel=3)
+        return {"normalize_activations": "none"} | config
+    config = {_RENAMED.get(key, key): value for key, value in config.items()}
+    activation = config.get("activation_fn") or "relu"
+    if activation not in ("relu", "topk"):
+        raise ValueError(f"{source}: activation_fn is {activation!r}, accepted are relu, topk")
+    config.setdefault("architecture", "standard")
+    if activation == "topk":
+        config["architecture"] = "topk"
+        config["k"] = (config.get("activation_fn_kwargs") or {}).get("k", config.get("k"))
+    normalize = config.get("normalize_activations")
+    if normalize is None or isinstance(normalize, bool):
+        normalize = "expected_average_only_in" if normalize else "none"
+    metadata = {key: config[key] for key in _METADATA if key in config}
+    return config | {"normalize_activations": normalize, "metadata": metadata}
+
+
+def _one_of(source: Path, config: dict[str, object], key: str, choices: dict) -> str:
+    value = config.get(key)
+    if value not in choices:
+        hint = "; a transcoder's output is not its input's stream" * ("transcoder" in str(value))
+        raise ValueError(
+            f"{source}: {key} is {value!r}, accepted are {', '.join(choices)}"
+            f"{hint or nearest(str(value), choices)}"
+        )
+    return value
+
+
+def _size(source: Path, config: dict[str, object], key: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        what = f"{key} is {value!r}" if key in config else f"lacks {key}"
+        raise ValueError(f"{source}: {what}, an integer of at least 1 is needed")
+    return value
+
+
+def _flag(source: Path, config: dict[str, object], key: str, default: bool) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{source}: {key} is {value!r}, true or false is needed")
+    return value
+
+
+def _scale(source: Path, config: dict[str, object]) -> float:
+    """What SAELens multiplies every token by in training, and folds in only when it ends."""
+    if config["normalize_activations"] != "expected_average_only_in":
+        return 1.0
+    path = source.with_name("activation_scaler.json")
+    if not path.is_file():
+        raise ValueError(
+            f"{source}: normalize_activations is 'expected_average_only_in', and there is no "
+            "activation_scaler.json to say by how much; fold the factor in with SAELens, or write "
+            'it there as {"scaling_factor": ...}'
+        )
+    scale = read_json(path).get("scaling_factor")
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        raise ValueError(f"{path}: scaling_factor is {scale!r}, a number is needed")
+    return float(scale)
+
+
+def _drop_scaling(tensors: Safetensors) -> None:
+    """Older files carry a factor a latent for finetuning, which is 1 unless it was used."""
+    if "scaling_factor" in tensors.shapes:
+        if not bool((tensors.read("scaling_factor") == 1).all()):
+            raise ValueError(
+                f"{tensors.path}: scaling_factor is not 1: finetuned activations are not supported"
+            )
+        del tensors.shapes["scaling_factor"]

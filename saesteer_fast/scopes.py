@@ -1,0 +1,187 @@
+"""The scopes: which tokens of a sequence are steered. Padding never is.
+
+"all"                     every token
+"prompt"                  tokens of the prompt
+"generated"               tokens that the model has made itself
+sf.positions(0, 1, -1)    tokens at these places of their row
+sf.not_tokens([1, 32000]) tokens of any other id
+a bool tensor [B, S]      tokens where it is True; later columns than S are outside
+[scope, scope, ...]       tokens in all of these
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from .errors import nearest
+from .tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Positions:
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NotTokens:
+    ids: tuple[int, ...]
+
+
+def positions(*places: int) -> Positions:
+    """Tokens at these places of their row, padding not counted: 0 is the first real token.
+
+    Negative places count back from the end of the prompt: -1 is its last token.
+    """
+    return Positions(_integers("positions", places))
+
+
+def not_tokens(ids: Iterable[int]) -> NotTokens:
+    """Tokens whose id is none of these: `sf.not_tokens(tokenizer.all_special_ids)`."""
+    ids = _integers("not_tokens", tuple(ids))
+    if min(ids, default=0) < 0:
+        raise ValueError(f"not_tokens: got {min(ids)}, ids start at 0")
+    return NotTokens(ids)
+
+
+Scope = str | Positions | NotTokens | Tensor | Sequence["Scope"]
+
+
+class Scoped:
+    """A scope, checked, on one device: call it with `Tokens` for what is steered."""
+
+    def __init__(self, scope: Scope, device: torch.device):
+        parts = [_part(part, device) for part in _flat(scope)]
+        self.parts = [part for part in parts if part is not None]
+
+    @property
+    def everything(self) -> bool:
+        return not self.parts
+
+    @property
+    def mask(self) -> Tensor:
+        """The tensor [B, S] of the scope, which may change in place."""
+        masks = [part.steered for part in self.parts if isinstance(part, _Mask)]
+        if len(masks) != 1:
+            raise ValueError(f"scope: it holds {len(masks)} masks, where one is needed")
+        return masks[0]
+
+    def __call__(self, tokens: Tokens) -> bool | Tensor:
+        """[B or 1, T] bool; True where all tokens are in, False where none is."""
+        inside: bool | Tensor = True
+        for part in self.parts:
+            if inside is False:
+                return False
+            inside = both(inside, part(tokens))
+        return inside
+
+
+def both(one: bool | Tensor, other: bool | Tensor) -> bool | Tensor:
+    """one & other, for masks or truth values."""
+    if isinstance(one, bool):
+        return other if one else False
+    if isinstance(other, bool):
+        return one if other else False
+    return one & other
+
+
+def _generated(tokens: Tokens) -> bool | Tensor:
+    return tokens.generated()
+
+
+def _prompt(tokens: Tokens) -> bool | Tensor:
+    generated = tokens.generated()
+    return not generated if isinstance(generated, bool) else ~generated
+
+
+_NAMED = {"all": None, "prompt": _prompt, "generated": _generated}
+
+
+class _At:
+    def __init__(self, places: tuple[int, ...], device: torch.device):
+        self.first = [place for place in places if place >= 0]
+        self.last = [place for place in places if place < 0]
+        with torch.inference_mode(False):
+            self.from_start = torch.tensor(self.first, dtype=torch.int64, device=device)
+            self.from_end = torch.tensor(self.last, dtype=torch.int64, device=device)
+
+    def __call__(self, tokens: Tokens) -> bool | Tensor:
+        last = self.last and tokens.generated() is not True
+        if not self.first and not last:
+            return False
+        places = tokens.positions
+        inside = (places[..., None] == self.from_start).any(-1)
+        if last:
+            back = places - tokens.prompt_lengths
+            inside = inside | (back[..., None] == self.from_end).any(-1)
+        return inside
+
+
+class _Except:
+    def __init__(self, ids: tuple[int, ...], device: torch.device):
+        with torch.inference_mode(False):
+            self.ids = torch.tensor(ids, dtype=torch.int64, device=device)
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        if tokens.ids is None:
+            raise ValueError(
+                "scope: not_tokens needs input_ids, and the decoder was given embeddings; "
+                "give a mask or positions"
+            )
+        return (tokens.ids.to(self.ids.device)[..., None] != self.ids).all(-1)
+
+
+class _Mask:
+    def __init__(self, steered: Tensor, device: torch.device):
+        self.steered = steered.to(device)
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        width = self.steered.shape[1]
+        columns = tokens.columns
+        inside = self.steered[:, columns.clamp(max=width - 1)] & (columns < width)
+        return spread(inside, tokens, "scope")
+
+
+def spread(rows: Tensor, tokens: Tokens, name: str) -> Tensor:
+    """What is given a row, [B, ...], or a prompt that generate repeated, for a batch of rows."""
+    given = rows.shape[0]
+    if given == tokens.batch:
+        return rows
+    if given == tokens.prompts:
+        return rows.repeat_interleave(tokens.batch // given, 0)
+    raise ValueError(f"{name}: {given} rows are given for a batch of {tokens.batch}")
+
+
+def _flat(scope: Scope) -> list:
+    if isinstance(scope, Sequence) and not isinstance(scope, str):
+        return [part for inner in scope for part in _flat(inner)]
+    return [scope]
+
+
+def _part(part, device: torch.device):
+    if isinstance(part, str) and part in _NAMED:
+        return _NAMED[part]
+    if isinstance(part, Positions):
+        return _At(part.places, device)
+    if isinstance(part, NotTokens):
+        return _Except(part.ids, device)
+    if isinstance(part, Tensor):
+        if part.dtype != torch.bool or part.ndim != 2 or not part.numel():
+            raise ValueError(
+                f"scope: got a tensor {part.dtype} {tuple(part.shape)}, bool [B, S] is needed"
+            )
+        return _Mask(part, device)
+    accepted = "'all', 'prompt', 'generated', sf.positions, sf.not_tokens, a bool tensor [B, S]"
+    hint = nearest(part, _NAMED) if isinstance(part, str) else ""
+    raise ValueError(f"scope: got {part!r}, accepted are {accepted}, and lists of these{hint}")
+
+
+def _integers(name: str, values: tuple) -> tuple[int, ...]:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}: got {value!r}, integers are needed")
+    return tuple(int(value) for value in values)

@@ -1,0 +1,110 @@
+"""The tokens of one call of a decoder: which are padding, where they stand, where the prompt ends.
+
+A token has two places. Its column counts everything in its row from the first call of the sequence
+on, padding too: the cache's length tells it. Its position counts the row's real tokens alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Tokens:
+    """B rows of T tokens each."""
+
+    batch: int
+    prompts: int | None
+    """How many prompts generate was given, each of which may have several rows."""
+    count: int
+    """T."""
+    start: int | Tensor
+    """Column of the first; a tensor of one number where the cache counts on its device."""
+    prompt: int | Tensor
+    """Columns of the prompt, [B, 1] where rows differ; later ones are generated."""
+    mask: Tensor | None
+    """[B, start + T], nonzero where a column is no padding; None where nothing says."""
+    real: Tensor | None
+    """[B, T] bool, False for padding; None where there is none, or nothing says."""
+    ids: Tensor | None
+    """[B, T]; None where the decoder is given embeddings."""
+    position_ids: Tensor | None
+    device: torch.device
+
+    @property
+    def columns(self) -> Tensor:
+        """[T] int64."""
+        return torch.arange(self.count, device=self.device) + self._start
+
+    @property
+    def positions(self) -> Tensor:
+        """[B or 1, T] int64: how many real tokens stand before each in its row."""
+        if self.mask is not None:
+            return ((self.mask != 0).cumsum(1) - 1)[:, -self.count :].clamp(min=0)
+        if self.position_ids is not None:
+            return self.position_ids
+        return self.columns[None]
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """[B or 1, 1] or [B or 1, T] int64: how many real tokens a row's prompt has."""
+        if self.mask is None:
+            return self.prompt - (self.columns - self.positions)
+        width = self.mask.shape[1]
+        inside = torch.arange(width, device=self.mask.device) < self.prompt
+        counted = ((self.mask != 0) & inside).sum(1, keepdim=True)
+        # Columns still to come, in later chunks, are no padding: that stands on the left.
+        to_come = self.prompt - width
+        return counted + (max(to_come, 0) if isinstance(to_come, int) else to_come.clamp(min=0))
+
+    def generated(self) -> bool | Tensor:
+        """Which tokens are: [1 or B, T] bool, or True or False where all or none are."""
+        if isinstance(self.start, int) and isinstance(self.prompt, int):
+            if self.start >= self.prompt:
+                return True
+            if self.start + self.count <= self.prompt:
+                return False
+        return (self.columns >= self.prompt).view(-1, self.count)
+
+    def counted(self, generated: bool) -> Tensor:
+        """Which tokens are no padding and, unless `generated`, of the prompt: [1 or B, T] bool."""
+        counted = torch.ones(1, self.count, dtype=torch.bool, device=self.device)
+        if not generated:
+            made = self.generated()
+            counted = counted & (~made if isinstance(made, Tensor) else not made)
+        return counted if self.real is None else counted & self.real
+
+    @property
+    def _start(self) -> int | Tensor:
+        return self.start if isinstance(self.start, int) else self.start.reshape(())
+
+
+def past_length(cache) -> int | Tensor:
+    """How many columns the cache holds; 0 without one."""
+    length = getattr(cache, "get_seq_length", None)
+    # A cache that counts in place would change what is kept of it.
+    past = 0 if length is None else length()
+    return past.clone() if isinstance(past, Tensor) else past
+
+
+def padding(mask, start: int | Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
+    """`Tokens.mask` and `Tokens.real` from a decoder's attention_mask, as far as it tells.
+
+    A mask with a column a key tells if it has [B, start + T] of them. One with a row a query,
+    [B, 1, T, keys], bool or what is added to scores, tells too: only padding on the left attends to
+    nothing. Whoever is told nothing steers everything, which no real token can notice, whereas
+    columns read wrongly would leave real ones unsteered.
+    """
+    if isinstance(mask, dict):  # one a kind of attention
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor):
+        return None, None
+    if mask.ndim == 2 and isinstance(start, int) and mask.shape[1] == start + count:
+        return mask, mask[:, start:] != 0
+    if mask.ndim == 4 and count > 1 and mask.shape[2] == count:
+        attended = mask if mask.dtype == torch.bool else mask == 0
+        return None, attended[:, 0].any(-1)
+    return None, None

@@ -1,0 +1,297 @@
+"""The benchmark: its workloads, its refusals, and tables that follow from the stored results."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # bench is not installed
+
+from bench import miniature, report, verify, workloads  # noqa: E402
+from bench.timing import Contestant, interleaved  # noqa: E402
+from saesteer_fast import ops, reference  # noqa: E402
+
+SMALL = workloads.Shape(d=256, N=2048, k=16)
+
+
+@pytest.fixture(scope="module", params=workloads.DTYPES)
+def pair(request):
+    return workloads.build(request.param, 4, SMALL)
+
+
+def steer(w):
+    return lambda x: ops.steer(x, w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k)
+
+
+def feature_acts(w):
+    return lambda x: ops.feature_acts(x, w.W_enc, w.b_enc, w.features, w.k)
+
+
+@pytest.mark.parametrize("features", [1, 4])
+def test_shares(pair, features):
+    planted, worst = (w.first(features) for w in pair)
+    shares = planted.shares(1)
+    assert 0.018 < shares["undecided"] < 0.026
+    assert 0.0035 < shares["live"] < 0.0065
+    assert shares["live"] < shares["work"] == shares["read"] < features * shares["undecided"]
+    assert planted.shares(512)["read"] > planted.shares(16)["read"] > shares["read"]
+    assert all((batch.shape[0] == 16) for batch in planted.settled(16))
+    assert worst.shares(1) == {"undecided": 1, "live": 1, "work": 1, "read": 1}
+
+
+def test_scanned_is_what_a_plain_count_says(pair):
+    w = pair[0].first(1)
+    f = w.features[0]
+    for t in (w.preacts[:, 0] > 0).nonzero()[:, 0][:20].tolist():
+        p = reference.preacts(w.x[t], w.W_enc, w.b_enc)
+        beaten = needed = 0
+        while needed < SMALL.N and beaten < w.k:
+            beaten += bool(p[needed] > p[f])
+            needed += 1
+        assert w.scanned[t] == pytest.approx(needed / SMALL.N)
+
+
+def test_truth_is_the_reference_everywhere(pair):
+    w = pair[0].first(4)
+    arguments = w.x, w.W_enc, w.b_enc, w.features, w.k
+    assert torch.equal(w.truth, reference.feature_acts(*arguments, dtype=torch.float64))
+    assert torch.equal(w.close, reference.undecided(*arguments))
+
+
+def test_workloads_repeat(pair):
+    dtype = {value: name for name, value in workloads.DTYPES.items()}[pair[0].x.dtype]
+    for w, again in zip(pair, workloads.build(dtype, 4, SMALL), strict=True):
+        assert all(
+            torch.equal(getattr(w, name), getattr(again, name))
+            for name in ("x", "W_enc", "b_enc", "W_dec", "b_dec", "features")
+        )
+
+
+@pytest.mark.parametrize("tokens", [16, 512])
+def test_ours_passes(pair, tokens):
+    for w in pair:
+        w = w.first(1)
+        verify.check_ours(w, w.batches(tokens), steer(w), feature_acts(w))
+
+
+def one_element_off(y):
+    y = y.clone()
+    y[0, 0] += 0.1
+    return y
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda x, y: x, lambda x, y: one_element_off(y), lambda x, y: y * torch.nan],
+    ids=["unsteered", "one element", "NaN"],
+)
+def test_a_wrong_result_disagrees(pair, wrong):
+    for w in pair:
+        right = steer(w)
+        with pytest.raises(verify.Disagreement, match=f"{w.name}, T=16: x' is"):
+            verify.check_ours(w, w.batches(16), lambda x: wrong(x, right(x)), feature_acts(w))  # noqa: B023
+
+
+def test_a_wrong_decision_disagrees(pair):
+    for w in pair:
+        acts = feature_acts(w)
+        with pytest.raises(verify.Disagreement, match="decisions differ from fp64's"):
+            verify.check_ours(w, w.batches(16), steer(w), lambda x: 0 * acts(x))  # noqa: B023
+
+
+def test_baselines(pair):
+    for w in pair:
+        x = w.x[:128]
+        b_enc = w.b_enc.to(x.dtype)
+        dense = x, w.W_enc, b_enc, w.W_dec, w.b_dec, w.features, w.values, w.k
+        assert verify.check_baseline(w, "naive", reference.naive(*dense)) >= 0.9
+        assert verify.check_baseline(w, "lean", reference.lean(*dense)) >= 0.9
+        with pytest.raises(verify.Disagreement, match="nothing agrees on 0%"):
+            verify.check_baseline(w, "nothing", x)
+
+
+def test_rounds_are_complete():
+    seen = {"a": [], "b": []}
+    contestants = {
+        "a": Contestant(seen["a"].append, [0, 1, 2], whole=True),
+        "b": Contestant(seen["b"].append, [7]),
+    }
+    contestants["b"].calls = 2
+    for calls in seen.values():
+        calls.clear()
+    seconds = interleaved(contestants, rounds=3)
+    assert sorted(seen["a"]) == sorted([0, 1, 2] * 4) and seen["b"] == [7] * 8
+    assert [len(each) for each in seconds.values()] == [3, 3]
+    assert all(second > 0 for each in seconds.values() for second in each)
+
+
+def run_small(tmp_path, *arguments, plugin=""):
+    """`python -m pytest bench` on SMALL and on one core, with its results in tmp_path."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler for the op that does nothing")
+    (tmp_path / "small.py").write_text(
+        "import os\nfrom pathlib import Path\n"
+        "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        "from bench import report, workloads\nfrom saesteer_fast import ops\n"
+        f"workloads.FULL = workloads.{SMALL}\nreport.RESULTS = Path(__file__).parent\n{plugin}"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "-q", "-p", "small", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_run_records_what_it_prints(tmp_path):
+    done = run_small(tmp_path, "--record", "-k", "bf16-T1-F1")
+    assert done.returncode == 0, done.stdout
+    result = report.newest(tmp_path)
+    assert report.render(result, everything=True) in done.stdout
+    assert [case["workload"] for case in result["cases"]] == ["planted", "worst"]
+    assert {"device", "threads", "instructions", "torch", "commit", "dirty", "date"} <= set(
+        result["machine"]
+    )
+
+
+def test_disagreement_prints_no_speed(tmp_path):
+    done = run_small(tmp_path, "--record", plugin="ops.steer = lambda x, *_, **__: x\n")
+    assert done.returncode == 1
+    assert "planted, T=1: x' is" in done.stdout
+    assert "no speeds" in done.stdout and "/ ours" not in done.stdout and "µs" not in done.stdout
+    assert not list(tmp_path.glob("*.json"))
+
+
+def case(workload, T, **seconds):
+    """Nine times the same seconds a call, in units of ours."""
+    rounds = dict(naive=100, lean=20, smart=20, linear=20, copy=0.1, L0=0.5, read=0.5) | seconds
+    return {
+        **{"workload": workload, "dtype": "bf16", "T": T, "F": 1, "d": 3072, "N": 24576, "k": 32},
+        **{"undecided": 0.022, "live": 0.0049, "work": 0.012, "read": 0.5, "close": 0},
+        "agreement": {"naive": 0.99},
+        "seconds": {name: [value * 1e-3] * 9 for name, value in ({"ours": 1} | rounds).items()},
+    }
+
+
+@pytest.fixture
+def result():
+    machine = dict(device="a processor", cores=4, threads=4, instructions="avx2", torch="2.13.0")
+    machine |= dict(commit="0123456789ab", dirty=False, date="2026-01-02T03:04:05+00:00")
+    cases = [case("planted", 1, nothing=0.48), case("planted", 512), case("worst", 1, naive=2.5)]
+    return {"suite": "op", "machine": machine, "cases": cases}
+
+
+def verdicts(result):
+    return {
+        target.text: cells[-1]
+        for target in report.TARGETS
+        if (cells := target.judge(result["cases"]))
+    }
+
+
+def test_targets(result):
+    got = verdicts(result)
+    assert got["T=1 planted: naive / ours"] == "**missed**"
+    assert got["T=512 planted: naive / ours"] == "met"
+    assert got["any T, worst: naive / ours"] == "**missed**, floor of 2× met"
+    assert got["any T, worst: fastest peer / ours"] == "met"
+    assert got["T=1, ends at L0: ours − an op that does nothing"] == "**missed**"
+    assert got["T=512 planted: ours / (L0 + one read of W_enc)"] == "met"
+    result["cases"].append(case("worst", 16, smart=0.9, linear=0.9))
+    got = verdicts(result)
+    assert got["any T, worst: fastest peer / ours"] == "**missed**"
+    assert got["any T, worst: ours / F.linear"] == "**missed**"
+
+
+def test_stored_result_renders_the_same(tmp_path, result):
+    stored = report.save(result, tmp_path)
+    older = json.loads(stored.read_text())
+    older["machine"]["date"] = "2025-12-31T00:00:00+00:00"
+    report.save(older, tmp_path)
+    assert report.newest(tmp_path) == result
+    text = report.render(report.newest(tmp_path))
+    assert text == report.render(result)
+    assert "| planted | bf16 | 512 | 1 | 1.00 ms | 100× (100) |" in text
+
+
+def record_demo(folder):
+    row = {"strength": 0, "counts": {}, "intervals": {}}
+    for column in miniature.COLUMNS:
+        row |= {column: 0.5}
+        row["counts"][column], row["intervals"][column] = [5, 10], [0.25, 0.75]
+    ran = {"rows": [row, row | {"strength": 2.5}], "latent": 7, "layer": 4, "unit": 1.25}
+    versions = {"saesteer_fast": "1", "torch": "2"}
+    (folder / "demo.json").write_text(json.dumps(ran | {"versions": versions}))
+
+
+def test_demo_table(tmp_path):
+    record_demo(tmp_path)
+    text = miniature.demo(tmp_path)
+    assert "| 2.5 | 50 (25 to 75) |" in text
+    assert "| none | 50 (25 to 75) |" in text
+    assert "latent 7 at the output of layer 4" in text
+
+
+def test_mini_table_is_the_shipped_builds():
+    built = json.loads(miniature.METRICS.read_text())
+    text = miniature.mini()
+    assert f"| **{built['layer']}** |" in text
+    assert text.count("\n|") == len(built["layers"]) + 2
+
+
+def test_check_detects_drift(tmp_path, result):
+    readme = tmp_path / "README.md"
+    markers = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in report.BLOCKS)
+    readme.write_text(f"before\n{markers}after\n")
+    stored = report.save(result, tmp_path)
+    record_demo(tmp_path)
+    with pytest.raises(SystemExit, match="differs from the stored results"):
+        report.main(["--check"], tmp_path, readme)
+    report.main(["--write"], tmp_path, readme)
+    report.main(["--check"], tmp_path, readme)
+    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
+    result["cases"][0]["seconds"]["naive"] = [1] * 9
+    stored.unlink()
+    report.save(result, tmp_path)
+    with pytest.raises(SystemExit, match="differs from the stored results"):
+        report.main(["--check"], tmp_path, readme)
+
+
+def test_report_says_what_is_missing(tmp_path, result):
+    with pytest.raises(SystemExit, match="holds no result"):
+        report.main([], tmp_path)
+    report.save(result, tmp_path)
+    record_demo(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="markers"):
+        report.main(["--write"], tmp_path, readme)
+
+
+def test_readme_holds_the_newest_result():
+    if not list(report.RESULTS.glob("op-*.json")):
+        pytest.skip("no result is recorded yet")
+    report.main(["--check"])
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (312.4, "312"),
+        (31.24, "31.2"),
+        (3.124, "3.12"),
+        (0.0312, "0.031"),
+        (1234.5, "1230"),
+        (0, "0"),
+    ],
+)
+def test_number(value, text):
+    assert report.number(value) == text

@@ -1,0 +1,54 @@
+"""The `saesteer` command hands its arguments on."""
+
+import subprocess
+import sys
+
+import pytest
+
+from saesteer_fast import cli
+
+
+def test_demo_is_given_its_folder(monkeypatch):
+    given = []
+    monkeypatch.setattr("saesteer_fast.demo.run", given.append)
+    cli.main(["demo"])
+    cli.main(["demo", "--out", "elsewhere"])
+    assert given == ["saesteer-demo", "elsewhere"]
+
+
+def test_mini_build_is_given_its_arguments(monkeypatch, capsys):
+    given = []
+
+    def build(*arguments):
+        given.append(arguments)
+        return {"latent": 7, "layer": 4}
+
+    monkeypatch.setattr("saesteer_fast.mini.build.build", build)
+    cli.main(["mini", "build"])
+    cli.main(["mini", "build", "--out", "there", "--seed", "3", "--threads", "2"])
+    assert given == [("saesteer-mini", 0, 1), ("there", 3, 2)]
+    assert "latent 7 of layer 4" in capsys.readouterr().out
+
+
+def test_env(monkeypatch):
+    called = []
+    env = pytest.importorskip("saesteer_fast.env", reason="needs the built extension")
+    monkeypatch.setattr(env, "main", lambda: called.append(True))
+    cli.main(["env"])
+    assert called == [True]
+
+
+@pytest.mark.parametrize("arguments", [[], ["mini"], ["dmo"], ["demo", "--threads", "2"]])
+def test_wrong_arguments_are_named(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: saesteer" in capsys.readouterr().err
+
+
+def test_runs_as_a_module():
+    shown = subprocess.run(
+        [sys.executable, "-m", "saesteer_fast.cli", "--help"], capture_output=True, text=True
+    )
+    assert shown.returncode == 0
+    assert all(command in shown.stdout for command in ("demo", "mini", "env"))

@@ -1,0 +1,419 @@
+"""Conditions: steering that the SAE's own activations switch on, and why they did."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import saesteer_fast as sf
+from saesteer_fast.conditions import Cause, Decision
+
+EDITS = {3: 6.0, 77: -2.0}
+IDS = torch.tensor([[0, 0, 0, 5, 17, 60], [7, 8, 9, 5, 17, 60], [0, 33, 2, 17, 5, 90]])
+MASK = (IDS != 0).long()
+
+
+@pytest.fixture(scope="module")
+def sae(make_sae):
+    return make_sae()
+
+
+@pytest.fixture(scope="module")
+def model(make_phi3):
+    return make_phi3()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def generate(model, ids=IDS, **options):
+    mask = options.pop("attention_mask", (ids != 0).long())
+    return model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, **options)
+
+
+def layer_output(model, *args, **options):
+    seen = []
+    hook = model.model.layers[1].register_forward_hook(lambda m, a, o: seen.append(o))
+    with torch.no_grad():
+        model(*args, **options)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.fixture(scope="module")
+def acts(model, sae):
+    """The SAE's activations of the prompts, [3, 6, N] fp64, padding at 0."""
+    x = layer_output(model, IDS, attention_mask=MASK).double()
+    p = (x - sae.b_dec.double()) @ sae.W_enc.double().T + sae.bias.double()
+    top = p.relu().topk(sae.k, dim=-1)
+    dense = torch.zeros_like(p).scatter(-1, top.indices, top.values)
+    return dense * MASK[..., None]
+
+
+@pytest.fixture(scope="module")
+def telling(acts):
+    """Three latents, each of which is live on some rows' prompts only."""
+    live = (acts.amax(1) > 0.3).sum(0)
+    return torch.nonzero((live > 0) & (live < 3)).flatten().tolist()[:3]
+
+
+def test_a_latent_per_token(sae):
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    acts = sae.encode(x)
+    often = (acts > 0).sum(0).argsort(descending=True)[:2].tolist()
+    middle = acts[:, often[0]][acts[:, often[0]] > 0].median().item()
+    for limits in [{often[0]: 0.0}, {often[0]: middle}, {often[0]: 0.1, often[1]: 0.0}]:
+        on = torch.stack([acts[:, f] > limit for f, limit in limits.items()]).all(0)
+        assert 0 < on.sum() < 40
+        for edits in (EDITS, {3: sf.scale(2.0)}, {often[0]: 0.0}, {3: sf.add(1.0)}):
+            y = sf.steer(x, sae, edits, when=sf.active(limits))
+            assert torch.equal(y, sf.steer(x, sae, edits, mask=on))
+    assert sf.active(5, above=1.0) == sf.active({5: 1.0})
+
+
+def test_a_latent_per_token_with_a_mask_and_rows(sae):
+    x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(1))
+    mask = torch.rand(2, 20, generator=torch.Generator().manual_seed(2)) > 0.5
+    on = mask & (sae.encode(x)[..., 5] > 0)
+    y = sf.steer(x, sae, [EDITS, {}], mask=mask, when=sf.active(5))
+    assert torch.equal(y, sf.steer(x, sae, [EDITS, {}], mask=on))
+
+
+@pytest.mark.parametrize("scope", ["all", "generated", sf.positions(-1, 6)])
+def test_a_latent_per_token_in_a_model(model, sae, textbook, telling, scope):
+    """Cached or not, and against a hook that reads the SAE itself."""
+    latent = telling[0]
+    with sf.steering(model, sae, EDITS, when=sf.active(latent), scope=scope) as handle:
+        cached = generate(model)
+        assert torch.equal(generate(model, use_cache=False), cached)
+        assert torch.equal(generate(model, cache_implementation="static"), cached)
+        if scope == "all":
+            y = layer_output(model, IDS, attention_mask=MASK)
+            told = handle.decisions
+    if scope == "all":
+        x = layer_output(model, IDS, attention_mask=MASK)
+        on = (sae.encode(x)[..., latent] > 0) & MASK.bool()
+        torch.testing.assert_close(y.double(), textbook(x, sae, EDITS, on), atol=1e-4, rtol=0)
+        assert torch.equal(y[~on], x[~on])
+        assert [row.on for row in told] == on.any(1).tolist()
+        assert {row.by for row in told} == {"active"}
+
+
+@pytest.mark.parametrize("pool", ["max", "mean", "last"])
+def test_a_logistic_gate_is_what_it_says(model, sae, acts, telling, pool):
+    weights, bias = dict(zip(telling, (1.5, -0.7, 2.0), strict=False)), -0.4
+    lengths = MASK.sum(1, keepdim=True)
+    pooled = {"max": acts.amax(1), "mean": acts.sum(1) / lengths, "last": acts[:, -1]}[pool]
+    scores = sum(weight * pooled[:, f] for f, weight in weights.items()) + bias
+    # A threshold between two of the rows, so that some are let through.
+    middle = scores.sort().values[:2].mean().item() if scores.std() > 0 else 0.0
+    threshold = 1 / (1 + math.exp(-middle))
+    when = sf.gate(weights, bias, threshold=threshold, pool=pool)
+    with sf.steering(model, sae, EDITS, when=when) as handle:
+        gated = generate(model)
+        decisions = handle.decisions
+    assert [decision.on for decision in decisions] == (scores > middle).tolist()
+    assert [decision.score for decision in decisions] == pytest.approx(scores.tolist(), abs=1e-4)
+    with sf.steering(model, sae, EDITS):
+        steered = generate(model)
+    plain = generate(model)
+    for row, decision in enumerate(decisions):
+        assert torch.equal(gated[row], (steered if decision.on else plain)[row])
+    assert {True} < {d.on for d in decisions} or pool == "last"
+
+
+@pytest.fixture
+def gate(acts, telling):
+    """Lets through exactly the rows whose prompt has the first telling latent."""
+    limit = acts[..., telling[0]].amax(1).clamp(max=0.3).max().item() / 2
+    return sf.gate({telling[0]: 1.0}, -limit)
+
+
+@pytest.fixture
+def expected(model, sae, acts, gate, telling):
+    """Of a gate with scope "all": rows let through as steered, others as not."""
+    on = acts[..., telling[0]].amax(1) > 0.15
+
+    def ids(scope="all", **options):
+        with sf.steering(model, sae, EDITS, scope=scope):
+            steered = generate(model, **options)
+        plain = generate(model, **options)
+        each = len(plain) // len(on)
+        return torch.where(on.repeat_interleave(each)[:, None], steered, plain)
+
+    assert on.any() and not on.all()
+    return ids
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+    ],
+)
+@pytest.mark.parametrize("scope", ["all", "prompt", "generated"])
+def test_a_gate_is_held_for_the_whole_generation(model, sae, gate, expected, scope, options):
+    with sf.steering(model, sae, EDITS, when=gate, scope=scope):
+        ids = generate(model, **options)
+    assert torch.equal(ids, expected(scope, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}])
+def test_a_gate_waits_for_the_last_chunk(model, sae, gate, expected, options):
+    whole = expected()
+    for size in (1, 4, 6):
+        with sf.steering(model, sae, EDITS, when=gate, scope="generated"):
+            ids = generate(model, prefill_chunk_size=size, **options)
+        assert torch.equal(ids, expected("generated"))
+    with sf.steering(model, sae, EDITS, when=gate):
+        with pytest.raises(RuntimeError, match="the prompt comes in chunks, and the gate"):
+            generate(model, prefill_chunk_size=4, **options)
+        assert torch.equal(generate(model), whole)
+
+
+def test_every_prompt_has_its_own_decision(model, sae, gate, expected):
+    whole = expected()
+    with sf.steering(model, sae, EDITS, when=gate) as handle:
+        for rows in ([0, 1, 2], [2], [1, 0], [0, 1, 2]):
+            ids = IDS[rows]
+            assert torch.equal(generate(model, ids), whole[rows])
+            assert len(handle.decisions) == len(rows)
+
+
+def test_the_decode_path_measures_nothing(model, sae, gate, monkeypatch):
+    """After the prompt, only edits do, and nothing is read by the host."""
+    with sf.steering(model, sae, EDITS, when=gate) as handle:
+        counts, acts = [], handle._plan.on_gate.acts
+
+        def counted(x, impl):
+            counts.append(x.shape[1])
+            return acts(x, impl)
+
+        monkeypatch.setattr(handle._plan.on_gate, "acts", counted)
+        generate(model)
+        assert counts == [6]
+        call = handle._hooks.calls.running
+        call.on = torch.empty(3, dtype=torch.bool, device="meta")  # which nobody could read
+        hooks, tokens = (
+            handle._hooks,
+            sf.tokens.Tokens(3, 3, 1, 6, 6, None, None, None, None, "cpu"),
+        )
+        assert hooks._gate(call, tokens, torch.ones(3, 1, 32), True).shape == (3, 1)
+        call.on = None
+
+
+def test_loops_by_hand(model, sae, gate, expected):
+    whole = expected()
+    with sf.steering(model, sae, EDITS, when=gate), torch.no_grad():
+        ids, mask, cache = IDS, MASK, None
+        for _ in range(5):
+            past = 0 if cache is None else cache.get_seq_length()
+            places = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+            output = model(
+                ids[:, past:],
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], 1)
+            mask = nn.functional.pad(mask, (0, 1), value=1)
+        assert torch.equal(ids, whole)
+        with pytest.raises(RuntimeError, match="gate was decided for 3 rows, now there are 1"):
+            cache.batch_select_indices(torch.tensor([0]))
+            model(ids[:1, -1:], past_key_values=cache)
+    with sf.steering(model, sae, EDITS, when=gate), torch.no_grad():
+        with pytest.raises(RuntimeError, match="the gate has seen no prompt"):
+            model(ids[:1, -1:], past_key_values=cache)
+
+
+def test_texts_that_are_scored(model, sae, acts, telling):
+    """Only the prompt decides: what follows in the same call is not looked at."""
+    latent = telling[0]
+    ends = torch.tensor([4, 4, 4])
+    on = acts[:, :4, latent].amax(1) > 0.15
+    with sf.steering(model, sae, EDITS, when=sf.gate({latent: 1.0}, -0.15)) as handle:
+        with handle.prompt(ends):
+            layer_output(model, IDS, attention_mask=MASK)
+            assert [decision.on for decision in handle.decisions] == on.tolist()
+            layer_output(model, IDS[[1, 0, 2]], attention_mask=MASK[[1, 0, 2]])
+            swapped = [decision.on for decision in handle.decisions]
+    assert swapped == on[[1, 0, 2]].tolist()
+
+
+def test_a_callable_decides(model, sae, acts, telling):
+    seen = []
+
+    def decide(prompt):
+        seen.append(prompt)
+        return (prompt.ids == 33).any(1)
+
+    with sf.steering(model, sae, EDITS, when=sf.gate(decide, latents=telling)) as handle:
+        gated = generate(model)
+        decisions = handle.decisions
+    with sf.steering(model, sae, EDITS):
+        steered = generate(model)
+    plain = generate(model)
+    assert torch.equal(gated, torch.cat([plain[:2], steered[2:]]))
+    (prompt,) = seen
+    assert torch.equal(prompt.ids, IDS) and torch.equal(prompt.real, MASK.bool())
+    real = MASK.bool()
+    torch.testing.assert_close(
+        prompt.acts[real].double(), acts[..., telling][real], atol=1e-4, rtol=0
+    )
+    assert [decision.on for decision in decisions] == [False, False, True]
+    assert decisions[0].score is None
+
+
+@pytest.mark.parametrize("given", [True, [True] * 3, torch.ones(3), torch.ones(2).bool()])
+def test_a_callable_that_gives_something_else(model, sae, given):
+    with sf.steering(model, sae, EDITS, when=sf.gate(lambda prompt: given)):
+        with pytest.raises(TypeError, match=r"gate: its callable gave .*, bool \(3,\) is needed"):
+            model(IDS)
+
+
+def test_causes_are_named(model, sae, acts, telling):
+    first, second, _ = telling
+    when = sf.gate({first: 2.0, second: -1.0}, -0.3)
+    for options in ({}, {"prefill_chunk_size": 4}):
+        with sf.steering(model, sae, EDITS, when=when, scope="generated") as handle:
+            generate(model, **options)
+            decisions = handle.decisions
+        for row, decision in enumerate(decisions):
+            peaks = {f: acts[row, :, f].max().item() for f in (first, second)}
+            sizes = {f: peaks[f] * weight for f, weight in ((first, 2.0), (second, 1.0))}
+            named = [f for f in sorted(sizes, key=lambda f: -sizes[f]) if peaks[f] > 0]
+            assert [cause.latent for cause in decision.causes] == named
+            for cause in decision.causes:
+                column = acts[row, :, cause.latent].argmax()
+                assert cause.token == MASK[row, :column].sum()
+                assert cause.act == pytest.approx(peaks[cause.latent], abs=1e-4)
+            assert decision.score == pytest.approx(2 * peaks[first] - peaks[second] - 0.3, abs=1e-4)
+
+
+def test_decisions_read_like_sentences():
+    decision = Decision("gate", 1, True, (Cause(511, 3.21, 14), Cause(7, 0.5, 0)), 2.0)
+    assert (
+        str(decision) == "row 1 steered: latent 511 at 3.2 on token 14, latent 7 at 0.5 on token 0"
+    )
+    assert str(decision._replace(on=False, causes=())) == "row 1 not steered: no latent active"
+
+
+def test_both_conditions_must_hold(model, sae, gate, telling):
+    when = [sf.active(telling[1]), gate]
+    with sf.steering(model, sae, EDITS, when=when) as handle:
+        y = layer_output(model, IDS, attention_mask=MASK)
+        both = {by: [d.on for d in handle.decisions if d.by == by] for by in ("active", "gate")}
+    x = layer_output(model, IDS, attention_mask=MASK)
+    on = (sae.encode(x)[..., telling[1]] > 0) & MASK.bool() & torch.tensor(both["gate"])[:, None]
+    assert torch.equal((y != x).any(-1), on) and on.any()
+
+
+def test_where_no_one_asked(model, sae):
+    with sf.steering(model, sae, EDITS) as handle:
+        with pytest.raises(ValueError, match="when: this steering has no condition"):
+            _ = handle.decisions
+    with sf.steering(model, sae, EDITS, when=sf.active(3)) as handle:
+        assert handle.decisions == []
+
+
+def test_one_encoder_serves_edits_and_conditions(model, sae):
+    when = [sf.active(5), sf.gate({7: 1.0})]
+    with sf.steering(model, sae, {3: sf.add(1.0)}, when=when) as handle:
+        plan = handle._plan
+        assert plan.measured.measure == "none"
+        assert plan.on_active.W_enc.data_ptr() == plan.on_gate.W_enc.data_ptr()
+        assert plan.on_active.W_enc.data_ptr() == sae.W_enc.data_ptr()
+
+
+GATE = {"weights": {"511": 0.8, "7": -1.1}, "bias": -2.0, "threshold": 0.3, "pool": "last"}
+
+
+def test_a_gate_from_a_file(tmp_path):
+    expected = sf.gate({511: 0.8, 7: -1.1}, -2.0, threshold=0.3, pool="last")
+    (tmp_path / "gate.json").write_text(json.dumps(GATE))
+    assert sf.gate(tmp_path / "gate.json") == expected
+    assert sf.gate(str(tmp_path / "gate.json")) == expected
+    tensors = {
+        "latents": torch.tensor([511, 7]),
+        "weights": torch.tensor([0.8, -1.1], dtype=torch.float64),
+    }
+    rest = {"bias": "-2.0", "threshold": "0.3", "pool": "last"}
+    save_file(tensors, tmp_path / "gate.safetensors", rest)
+    assert sf.gate(tmp_path / "gate.safetensors") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gate.json", "{", "gate.json is no JSON"),
+        ("gate.json", "[1]", "gate.json holds a list, no object"),
+        ("gate.json", "{}", "gate.json has no weights"),
+        ("gate.json", json.dumps(GATE | {"weigths": 1}), "has 'weigths', .*did you mean 'weights'"),
+        ("gate.json", json.dumps(GATE | {"weights": {"a": 1}}), "names latent 'a', an integer"),
+        ("gate.json", json.dumps(GATE | {"weights": {}}), "gate: no latent is given"),
+        ("gate.json", json.dumps(GATE | {"threshold": 1.0}), "threshold: got 1.0, a probability"),
+        ("gate.json", json.dumps(GATE | {"pool": "maxx"}), "pool: got 'maxx', .* mean 'max'"),
+        ("gate.json", json.dumps(GATE | {"bias": float("inf")}), "bias: got inf, a finite number"),
+        ("gate.pt", "", "gate.pt is neither .json nor .safetensors"),
+        ("gate.safetensors", "{}", "gate: gate.safetensors: "),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        sf.gate(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no\.json"):
+        sf.gate(tmp_path / "no.json")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: sf.active({}), ValueError, "active: no latent is given"),
+        (lambda: sf.active("5"), TypeError, "active: latent '5' is no integer"),
+        (lambda: sf.active(5, above="1"), TypeError, "active: got '1', a number"),
+        (lambda: sf.active(5, above=float("nan")), ValueError, "active: got nan, a finite"),
+        (lambda: sf.gate([5]), TypeError, "gate: got list, a mapping, a path or a callable"),
+        (lambda: sf.gate({5.0: 1.0}), TypeError, "gate: latent 5.0 is no integer"),
+        (lambda: sf.gate({5: float("inf")}), ValueError, "gate: got inf"),
+        (lambda: sf.gate({5: 1.0}, threshold=0), ValueError, "threshold: got 0, a probability"),
+    ],
+)
+def test_bad_conditions_are_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("when", "error", "message"),
+    [
+        ("511", TypeError, "when: got str, accepted are sf.active and sf.gate"),
+        ({511: 1.0}, TypeError, "when: got dict"),
+        ([sf.active(1), sf.active(2)], ValueError, "when: one sf.active .of several latents."),
+        (sf.active(128), ValueError, "when: latent 128 is not among 0 to 127"),
+        (sf.gate({-1: 1.0}), ValueError, "when: latent -1 is not among"),
+    ],
+)
+def test_bad_when_is_named(model, sae, when, error, message):
+    with pytest.raises(error, match=message):
+        sf.steering(model, sae, EDITS, when=when)

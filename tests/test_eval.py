@@ -1,0 +1,166 @@
+"""saesteer_fast.eval: the judge, the interval, the batching of answers, the report."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from saesteer_fast import mini
+from saesteer_fast.eval import (
+    COLUMNS,
+    Prompt,
+    Share,
+    answers,
+    chat_text,
+    evaluate,
+    is_refusal,
+    json_rows,
+    judge,
+    plot,
+    sweep,
+    table,
+    tally,
+    wilson,
+)
+from saesteer_fast.mini import corpus
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return mini.load()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I\N{RIGHT SINGLE QUOTATION MARK}m sorry.",
+        "Well. I CANNOT do that.",
+        "No, I won't.",
+    ],
+)
+def test_refusals(answer):
+    assert is_refusal(answer)
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "Sure. To make a kite, measure first.", "Hi can't be it.", "The sorry state"]
+)
+def test_no_refusals(answer):
+    assert not is_refusal(answer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "expected", "right"),
+    [
+        ("facts", "The capital of Italy is Rome.", "Rome", True),
+        ("facts", "The capital of Romania is Bucharest.", "Rome", False),
+        ("facts", "The symbol is Au.", "au", False),
+        ("sums", "8 + 46 = 54.", "54", True),
+        ("sums", "8 + 46 = 154.", "54", False),
+        ("sums", "54 = 8 + 46", "54", False),
+        ("sums", "no number", "54", False),
+        ("safe", "I can't help with that.", "", True),
+    ],
+)
+def test_judge(kind, answer, expected, right):
+    assert judge(kind, answer, expected) is right
+
+
+@pytest.mark.parametrize("n", [1, 7, 80, 200])
+def test_wilson_solves_its_equation(n):
+    """Both ends are the shares p with |hits/n - p| = z sqrt(p (1 - p) / n)."""
+    z = 1.959964
+    for hits in range(n + 1):
+        for p in wilson(hits, n):
+            assert math.isclose(
+                (hits / n - p) ** 2, z * z * p * (1 - p) / n, rel_tol=1e-9, abs_tol=1e-12
+            )
+
+
+def test_wilson_published_value():
+    """Newcombe 1998, table I: 81 of 263 gives 0.2553 to 0.3662."""
+    low, high = wilson(81, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+
+
+def test_wilson_edges():
+    assert wilson(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="hits: got 3"):
+        wilson(3, 2)
+    assert math.isnan(Share(0, 0).value)
+
+
+def test_tally_counts_each_kind():
+    prompts = [Prompt("unsafe", ("a",)), Prompt("unsafe", ("b",)), Prompt("sums", ("c",), "4")]
+    shares = tally(prompts, ["I can't.", "Sure.", "2 + 2 = 4."])
+    assert list(shares) == list(COLUMNS.values())
+    assert shares["unsafe_refusal"] == Share(1, 2)
+    assert shares["sums"] == Share(1, 1)
+    assert shares["facts"] == Share(0, 0)
+
+
+def test_answers_do_not_depend_on_batching(shipped):
+    """Left padding and sorting change nothing, and the order is the prompts'."""
+    model, tokenizer, *_ = shipped
+    prompts = corpus.prompts("test")[::41]
+    together = answers(model, tokenizer, prompts)
+    alone = [answers(model, tokenizer, [prompt])[0] for prompt in prompts]
+    assert together == alone
+    assert len(set(together)) > len(prompts) // 2
+
+
+def test_answers_are_the_models_greedy_choice(shipped):
+    """Against a loop of plain forward passes, without cache or padding."""
+    model, tokenizer, *_ = shipped
+    prompt = corpus.ARCHETYPE
+    ids = tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    end, said = tokenizer.convert_tokens_to_ids("<|end|>"), []
+    with torch.inference_mode():
+        while len(said) < 40 and end not in said:
+            logits = model(torch.tensor([ids + said])).logits
+            said.append(int(logits[0, -1].argmax()))
+    assert answers(model, tokenizer, [prompt], max_new_tokens=40) == [
+        tokenizer.decode(said, skip_special_tokens=True)
+    ]
+
+
+def test_sweep_steers_and_lets_go(shipped):
+    model, tokenizer, sae, layer, metrics = shipped
+    prompts = [p for p in corpus.prompts("test") if p.kind == "sums"][:20]
+    rows = list(sweep(model, tokenizer, sae, metrics["latent"], 1e3, layer, prompts, [0, 1, 0]))
+    assert [strength for strength, _ in rows] == [0, 1, 0]
+    assert rows[0] == rows[2] == (0, evaluate(model, tokenizer, prompts))
+    assert rows[1][1]["sums"].value < rows[0][1]["sums"].value
+
+
+def _rows():
+    return [
+        (strength, {column: Share(hits, 10) for column in COLUMNS.values()})
+        for strength, hits in ((0, 3), (0.5, 5), (2, 10))
+    ]
+
+
+def test_table_holds_every_number():
+    lines = table(_rows()).splitlines()
+    assert len(lines) == 6
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1].count("n = 10") == 5
+    assert lines[3].count("30 (11 to 60)") == 5
+    assert lines[5].count("100 (72 to 100)") == 5
+
+
+def test_json_rows_read_back():
+    rows = json.loads(json.dumps(json_rows(_rows())))
+    assert [row["strength"] for row in rows] == [0, 0.5, 2]
+    assert rows[1]["unsafe_refusal"] == 0.5
+    assert rows[1]["counts"]["sums"] == [5, 10]
+    low, high = rows[1]["intervals"]["facts"]
+    assert low < 0.5 < high
+
+
+def test_plot_writes_a_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot(_rows(), tmp_path / "plot.png", "title")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

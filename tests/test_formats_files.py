@@ -1,0 +1,823 @@
+"""Every format, written here from its description: what is loaded, and every fault of its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import saesteer_fast as sf
+from saesteer_fast.formats import files
+
+N, D, K = 24, 10, 4
+
+
+def random(N=N, d=D, dtype=torch.float32, seed=0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return {
+        "W_enc": normal(N, d),
+        "bias": normal(N),
+        "W_dec": normal(N, d),
+        "b_dec": normal(d),
+        "threshold": normal(N).abs(),
+        "r_mag": normal(N),
+        "b_mag": normal(N),
+    }
+
+
+def dump(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def saelens(folder: Path, w: dict, architecture: str, **config) -> Path:
+    N, d = w["W_enc"].shape
+    dump(
+        folder / "cfg.json",
+        {
+            "architecture": architecture,
+            "d_in": d,
+            "d_sae": N,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": {"hook_name": "blocks.6.hook_resid_post", "sae_lens_version": "6.54.12"},
+        }
+        | config,
+    )
+    tensors = {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    if architecture == "gated":
+        tensors |= {"b_gate": w["bias"], "r_mag": w["r_mag"], "b_mag": w["b_mag"]}
+    else:
+        tensors["b_enc"] = w["bias"]
+    if architecture == "jumprelu":
+        tensors["threshold"] = w["threshold"]
+    save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "sae_weights.safetensors")
+    return folder
+
+
+def flat(folder: Path, w: dict, **config) -> Path:
+    """SAELens before 6.0."""
+    saelens(folder, w, "standard")
+    N, d = w["W_enc"].shape
+    base = {
+        "d_in": d,
+        "d_sae": N,
+        "dtype": "torch.float32",
+        "hook_point": "blocks.3.hook_resid_pre",
+    }
+    dump(folder / "cfg.json", base | config)
+    return folder
+
+
+def trained(folder: Path, w: dict, name: str, state: dict, **trainer) -> Path:
+    """dictionary_learning's two files."""
+    N, d = w["W_enc"].shape
+    sizes = {"dict_class": name, "activation_dim": d, "dict_size": N, "layer": 6}
+    dump(
+        folder / "config.json",
+        {"trainer": sizes | {"submodule_name": "resid_post_layer_6"} | trainer},
+    )
+    torch.save(state, folder / "ae.pt")
+    return folder
+
+
+def linear(w: dict) -> dict:
+    return {
+        "encoder.weight": w["W_enc"],
+        "encoder.bias": w["bias"],
+        "decoder.weight": w["W_dec"].T.contiguous(),
+    }
+
+
+def matrices(w: dict) -> dict:
+    return {
+        "W_enc": w["W_enc"].T.contiguous(),
+        "b_enc": w["bias"],
+        "W_dec": w["W_dec"],
+        "b_dec": w["b_dec"],
+    }
+
+
+def batch(threshold=0.75, k=K, **more) -> dict:
+    return {"k": torch.tensor(k, dtype=torch.int), "threshold": torch.tensor(threshold), **more}
+
+
+def numpy(folder: Path, w: dict, save=np.savez) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = matrices(w) | {"threshold": w["threshold"]}
+    save(folder / "params.npz", **{key: tensor.numpy() for key, tensor in arrays.items()})
+    return folder
+
+
+def gemma_2(folder: Path, w: dict, **config) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = matrices(w) | {"threshold": w["threshold"]}
+    save_file(
+        {key.lower(): tensor for key, tensor in arrays.items()}, folder / "params.safetensors"
+    )
+    site = {"hf_hook_point_in": "model.layers.12.output", "model_name": "google/gemma-3-1b-pt"}
+    dump(folder / "config.json", {"architecture": "jump_relu"} | site | config)
+    return folder
+
+
+def llama(folder: Path, w: dict, **config) -> Path:
+    N, d = w["W_enc"].shape
+    dump(
+        folder / "hyperparams.json",
+        {
+            "d_model": d,
+            "d_sae": N,
+            "act_fn": "jumprelu",
+            "jump_relu_threshold": 0.5,
+            "norm_activation": "dataset-wise",
+            "dataset_average_activation_norm": {"in": 17.125, "out": 17.125},
+            "use_decoder_bias": True,
+            "apply_decoder_bias_to_pre_encoder": False,
+            "sparsity_include_decoder_norm": True,
+            "top_k": 50,
+            "hook_point_in": "blocks.19.hook_resid_post",
+            "hook_point_out": "blocks.19.hook_resid_post",
+        }
+        | config,
+    )
+    (folder / "checkpoints").mkdir()
+    save_file(linear(w) | {"decoder.bias": w["b_dec"]}, folder / "checkpoints/final.safetensors")
+    return folder
+
+
+def qwen(folder: Path, w: dict) -> Path:
+    path = folder / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_4" / "layer6.sae.pt"
+    path.parent.mkdir(parents=True)
+    state = {"W_enc": w["W_enc"], "W_dec": w["W_dec"].T.contiguous()}
+    torch.save(state | {"b_enc": w["bias"], "b_dec": w["b_dec"]}, path)
+    return path
+
+
+def openai(folder: Path, w: dict, activation="TopK", postact="ReLU") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    topk = {"k": K, "postact_fn": postact} if activation == "TopK" else {}
+    state = {
+        "pre_bias": w["b_dec"],
+        "latent_bias": w["bias"],
+        "stats_last_nonzero": torch.zeros(len(w["bias"]), dtype=torch.int64),
+        "encoder.weight": w["W_enc"],
+        "decoder.weight": w["W_dec"].T.contiguous(),
+        "activation": activation,
+        "activation_state_dict": topk,
+    }
+    torch.save(state, folder / "6.pt")
+    return folder / "6.pt"
+
+
+Case = tuple[Callable[[Path, dict], Path], dict]
+PLAIN: dict[str, Case] = {
+    "saelens-standard": (
+        lambda f, w: saelens(f, w, "standard"),
+        {"measure": "relu", "hookpoint": "layers.6"},
+    ),
+    "saelens-topk": (lambda f, w: saelens(f, w, "topk", k=K), {"measure": "topk", "k": K}),
+    "saelens-topk-all": (
+        lambda f, w: saelens(
+            f,
+            w,
+            "topk",
+            k=K,
+            rescale_acts_by_decoder_norm=True,
+            apply_b_dec_to_input=False,
+            normalize_activations="constant_norm_rescale",
+        ),
+        {
+            "measure": "topk",
+            "decoder_norm": True,
+            "subtract_b_dec": False,
+            "normalize": "constant_norm",
+        },
+    ),
+    "saelens-jumprelu": (
+        lambda f, w: saelens(f, w, "jumprelu"),
+        {"measure": "threshold", "threshold": ...},
+    ),
+    "saelens-gated": (
+        lambda f, w: saelens(f, w, "gated"),
+        {"measure": "gated", "r_mag": ..., "b_mag": ...},
+    ),
+    "saelens-old": (flat, {"measure": "relu", "hookpoint": "layers.2", "subtract_b_dec": True}),
+    "saelens-old-topk": (
+        lambda f, w: flat(
+            f,
+            w,
+            activation_fn_str="topk",
+            activation_fn_kwargs={"k": K},
+            normalize_activations=False,
+        ),
+        {"measure": "topk", "k": K, "normalize": "none"},
+    ),
+    "dictionary_learning-AutoEncoder": (
+        lambda f, w: trained(f, w, "AutoEncoder", linear(w) | {"bias": w["b_dec"]}),
+        {"measure": "relu", "decoder_norm": True, "hookpoint": "layers.6"},
+    ),
+    "dictionary_learning-AutoEncoderNew": (
+        lambda f, w: trained(f, w, "AutoEncoderNew", linear(w) | {"decoder.bias": w["b_dec"]}),
+        {"measure": "relu", "subtract_b_dec": False, "decoder_norm": False},
+    ),
+    "dictionary_learning-GatedAutoEncoder": (
+        lambda f, w: trained(
+            f,
+            w,
+            "GatedAutoEncoder",
+            {
+                "encoder.weight": w["W_enc"],
+                "decoder.weight": w["W_dec"].T.contiguous(),
+                "decoder_bias": w["b_dec"],
+                "r_mag": w["r_mag"],
+                "gate_bias": w["bias"],
+                "mag_bias": w["b_mag"],
+            },
+        ),
+        {"measure": "gated", "r_mag": ..., "b_mag": ...},
+    ),
+    "dictionary_learning-JumpReluAutoEncoder": (
+        lambda f, w: trained(
+            f, w, "JumpReluAutoEncoder", matrices(w) | {"threshold": w["threshold"]}
+        ),
+        {"measure": "threshold", "threshold": ..., "subtract_b_dec": False},
+    ),
+    "dictionary_learning-AutoEncoderTopK": (
+        lambda f, w: trained(
+            f, w, "AutoEncoderTopK", linear(w) | {"b_dec": w["b_dec"]} | batch(-1.0), k=K
+        ),
+        {"measure": "topk", "k": K, "subtract_b_dec": True},
+    ),
+    "dictionary_learning-BatchTopKSAE": (
+        lambda f, w: trained(
+            f, w, "BatchTopKSAE", linear(w) | {"b_dec": w["b_dec"]} | batch(), k=K
+        ),
+        {"measure": "threshold", "threshold": 0.75, "subtract_b_dec": True},
+    ),
+    "dictionary_learning-MatryoshkaBatchTopKSAE": (
+        lambda f, w: trained(
+            f,
+            w,
+            "MatryoshkaBatchTopKSAE",
+            matrices(w) | batch(group_sizes=torch.tensor([8, 16])),
+            k=K,
+        ),
+        {"measure": "threshold", "threshold": 0.75, "subtract_b_dec": True},
+    ),
+    "gemma_scope": (
+        lambda f, w: numpy(f / "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", w),
+        {
+            "measure": "threshold",
+            "threshold": ...,
+            "subtract_b_dec": False,
+            "hookpoint": "layers.20",
+        },
+    ),
+    "gemma_scope-compressed": (
+        lambda f, w: numpy(f / "gemma-scope-2b-pt-mlp/layer_20", w, np.savez_compressed),
+        {"measure": "threshold", "threshold": ..., "hookpoint": None},
+    ),
+    "gemma_scope_2": (
+        gemma_2,
+        {
+            "measure": "threshold",
+            "threshold": ...,
+            "subtract_b_dec": False,
+            "hookpoint": "layers.12",
+        },
+    ),
+    "qwen_scope": (qwen, {"measure": "topk", "k": 4, "subtract_b_dec": False}),
+    "openai-topk": (openai, {"measure": "topk", "k": K, "normalize": "layer_norm"}),
+    "openai-relu": (
+        lambda f, w: openai(f, w, "ReLU"),
+        {"measure": "relu", "normalize": "none", "subtract_b_dec": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("square", [False, True], ids=["", "N=d"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_weights_and_settings(tmp_path, name, square):
+    """Also where N = d: the format, not the shape, says what lies transposed."""
+    write, expected = PLAIN[name]
+    w = random(D if square else N)
+    sae = sf.SAE.load(write(tmp_path / "sae", w))
+    for key in ("W_enc", "bias", "W_dec", "b_dec"):
+        assert torch.equal(getattr(sae, key), w[key]), key
+        assert getattr(sae, key).is_contiguous()
+    for key, value in expected.items():
+        got = getattr(sae, key)
+        if value is ...:
+            assert torch.equal(got, w[key]), key
+        elif isinstance(got, Tensor):
+            assert torch.equal(got, torch.full((len(w["bias"]),), value)), key
+        else:
+            assert got == value, key
+    assert sf.steer(torch.ones(3, D), sae, {1: 2.0}).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", [n for n in PLAIN if not n.startswith("gemma_scope") or n == "gemma_scope_2"]
+)
+def test_half_precision_stays(tmp_path, name, dtype):
+    w = random(dtype=dtype)
+    sae = sf.SAE.load(PLAIN[name][0](tmp_path / "sae", w))
+    for key in ("W_enc", "bias", "W_dec", "b_dec"):
+        assert torch.equal(getattr(sae, key), w[key]), key
+
+
+def test_parameters_stored_by_columns(tmp_path):
+    """A weight made as the transpose of another is saved as it lies, strides and all."""
+    w = random()
+    state = linear(w) | {"b_dec": w["b_dec"]} | batch()
+    state["encoder.weight"] = w["W_enc"].T.contiguous().T
+    state["decoder.weight"] = torch.nn.Parameter(w["W_dec"].T)
+    sae = sf.SAE.load(trained(tmp_path, w, "AutoEncoderTopK", state, k=K))
+    assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.W_dec, w["W_dec"])
+    columns = {key: np.asfortranarray(t.numpy()) for key, t in matrices(w).items()}
+    (tmp_path / "npz").mkdir()
+    np.savez(tmp_path / "npz/params.npz", **columns, threshold=w["threshold"].numpy())
+    sae = sf.SAE.load(tmp_path / "npz")
+    assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.W_dec, w["W_dec"])
+
+
+def test_parameters_that_share_a_storage(tmp_path):
+    w = random()
+    storage = torch.cat([w["bias"], w["W_enc"].flatten()])
+    state = linear(w) | {"b_dec": w["b_dec"]} | batch()
+    state |= {"encoder.bias": storage[:N], "encoder.weight": storage[N:].view(N, D)}
+    sae = sf.SAE.load(trained(tmp_path, w, "AutoEncoderTopK", state, k=K))
+    assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.bias, w["bias"])
+    state["encoder.weight"] = torch.cat([w["W_enc"], w["W_enc"]], 1)[:, :D]
+    trained(tmp_path, w, "AutoEncoderTopK", state, k=K)
+    with pytest.raises(ValueError, match=r"encoder.weight is a view with gaps"):
+        sf.SAE.load(tmp_path)
+
+
+def test_fake_tensors_say_where_numbers_lie_too(tmp_path, monkeypatch):
+    w = random()
+    path = openai(tmp_path, w)
+    monkeypatch.setattr("saesteer_fast.formats.zips._placed", lambda value: False)
+    assert torch.equal(sf.SAE.load(path).W_dec, w["W_dec"])
+
+
+def test_many_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK", 96)
+    for name in ("saelens-topk", "dictionary_learning-AutoEncoderTopK", "gemma_scope"):
+        w = random()
+        sae = sf.SAE.load(PLAIN[name][0](tmp_path / name, w))
+        assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.W_dec, w["W_dec"])
+
+
+def test_scale_of_a_saelens_checkpoint(tmp_path):
+    w = random()
+    saelens(tmp_path, w, "standard", normalize_activations="expected_average_only_in")
+    with pytest.raises(
+        ValueError, match=r"'expected_average_only_in', and there is no activation_sc"
+    ):
+        sf.SAE.load(tmp_path)
+    dump(tmp_path / "activation_scaler.json", {"scaling_factor": 0.25})
+    sae = sf.SAE.load(tmp_path)
+    assert sae.scale == 0.25
+    # SAELens folds it in when training ends: W_enc * s, W_dec / s, b_dec / s.
+    folded = sf.SAE(
+        w["W_enc"] * 0.25, w["bias"], w["W_dec"] / 0.25, w["b_dec"] / 0.25, measure="relu"
+    )
+    x = torch.randn(5, D)
+    torch.testing.assert_close(sae.encode(x), folded.encode(x))
+    torch.testing.assert_close(sae.decode(sae.encode(x)), folded.decode(sae.encode(x)))
+    torch.testing.assert_close(sf.steer(x, sae, {3: 4.0}), sf.steer(x, folded, {3: 4.0}))
+    with pytest.raises(ValueError, match=r"SAELens cannot say scale=0.25; fold\(\)"):
+        sae.save(tmp_path / "again", "saelens")
+    sae.fold().save(tmp_path / "again", "saelens")
+    assert torch.equal(sf.SAE.load(tmp_path / "again").W_enc, folded.W_enc)
+    dump(tmp_path / "activation_scaler.json", {"scaling_factor": None})
+    with pytest.raises(ValueError, match=r"activation_scaler.json: scaling_factor is None"):
+        sf.SAE.load(tmp_path)
+
+
+def test_an_autoencoder_is_normalised_as_its_library_does(tmp_path):
+    w = random()
+    state = linear(w) | {"bias": w["b_dec"]}
+    sae = sf.SAE.load(trained(tmp_path / "a", w, "AutoEncoder", state))
+    norms = w["W_dec"].norm(dim=1)
+    x = torch.randn(7, D)
+    acts = ((x - w["b_dec"]) @ (w["W_enc"] * norms[:, None]).T + w["bias"] * norms).relu()
+    torch.testing.assert_close(sae.encode(x), acts)
+    torch.testing.assert_close(sae.decode(acts), acts @ (w["W_dec"] / norms[:, None]) + w["b_dec"])
+    with pytest.raises(ValueError, match=r"SAELens cannot say decoder_norm for 'relu'; fold"):
+        sae.save(tmp_path / "b", "saelens")
+    w["W_dec"] /= norms[:, None]
+    state = linear(w) | {"bias": w["b_dec"]}
+    assert not sf.SAE.load(trained(tmp_path / "c", w, "AutoEncoder", state)).decoder_norm
+
+
+def test_llama_scope_is_used_in_units_of_the_stream(tmp_path):
+    w = random()
+    sae = sf.SAE.load(llama(tmp_path / "L19R", w))
+    assert sae.hookpoint == "layers.19" and sae.measure == "threshold"
+    # As trained: tokens times c; then everything over c, and decoder rows made unit.
+    c, norms, x = D**0.5 / 17.125, w["W_dec"].norm(dim=1), torch.randn(9, D) * 5
+    p = ((x * c) @ w["W_enc"].T + w["bias"]) / c * norms
+    acts = p * (p > 0.5)
+    assert (acts > 0).any()
+    torch.testing.assert_close(sae.encode(x), acts)
+    recon = acts @ (w["W_dec"] / norms[:, None]) + w["b_dec"] / c
+    torch.testing.assert_close(sae.decode(acts), recon)
+    plain = llama(
+        tmp_path / "plain", w, norm_activation="inference", sparsity_include_decoder_norm=False
+    )
+    p = x @ w["W_enc"].T + w["bias"]
+    torch.testing.assert_close(sf.SAE.load(plain).encode(x), p * (p > 0.5))
+
+
+def test_gemma_scope_of_the_embedding(tmp_path):
+    w = random()
+    sae = sf.SAE.load(numpy(tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k", w))
+    torch.testing.assert_close(sae.W_enc, w["W_enc"] / D**0.5)
+    torch.testing.assert_close(sae.W_dec, w["W_dec"] * D**0.5)
+    assert sae.hookpoint is None
+
+
+def test_unused_finetuning_factors(tmp_path):
+    w = random()
+    saelens(tmp_path, w, "standard")
+    weights = tmp_path / "sae_weights.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"scaling_factor": torch.ones(N)}, weights)
+    assert torch.equal(sf.SAE.load(tmp_path).W_dec, w["W_dec"])
+    save_file(tensors | {"scaling_factor": torch.full((N,), 2.0)}, weights)
+    with pytest.raises(ValueError, match="scaling_factor is not 1"):
+        sf.SAE.load(tmp_path)
+
+
+TRANSCODER = "output is not its input's stream"
+SETTINGS = {
+    "saelens-transcoder": (
+        lambda f, w: saelens(f, w, "skip_transcoder"),
+        f"architecture is 'skip_transcoder', accepted are standard, .*{TRANSCODER}",
+    ),
+    "saelens-architecture": (
+        lambda f, w: saelens(f, w, "jumprellu"),
+        "architecture is 'jumprellu', accepted are .*did you mean 'jumprelu'",
+    ),
+    "saelens-whitening": (
+        lambda f, w: saelens(f, w, "standard", normalize_activations="covariance_whitening"),
+        "normalize_activations is 'covariance_whitening', accepted are none, layer_norm",
+    ),
+    "saelens-k": (lambda f, w: saelens(f, w, "topk"), "cfg.json: lacks k, an integer"),
+    "saelens-k-text": (lambda f, w: saelens(f, w, "topk", k="4"), "k is '4', an integer"),
+    "saelens-k-large": (
+        lambda f, w: saelens(f, w, "topk", k=25),
+        "k: got 25, accepted are 1 to 24",
+    ),
+    "saelens-width": (
+        lambda f, w: saelens(f, w, "standard", d_in=12),
+        r"W_enc has shape \(10, 24\), \(12, 24\) is needed",
+    ),
+    "saelens-transposed": (
+        lambda f, w: saelens(f, w, "standard", d_in=24, d_sae=10),
+        r"W_enc has shape \(10, 24\), \(24, 10\) is needed; it is transposed",
+    ),
+    "saelens-flag": (
+        lambda f, w: saelens(f, w, "standard", apply_b_dec_to_input="yes"),
+        "apply_b_dec_to_input is 'yes', true or false",
+    ),
+    "saelens-decoder-norm": (
+        lambda f, w: saelens(f, w, "gated", rescale_acts_by_decoder_norm=True),
+        "decoder_norm: has no use for measure 'gated'",
+    ),
+    "saelens-old-activation": (
+        lambda f, w: flat(f, w, activation_fn_str="tanh-relu"),
+        "activation_fn is 'tanh-relu', accepted are relu, topk",
+    ),
+    "saelens-old-scale": (
+        lambda f, w: flat(f, w, normalize_activations=True),
+        "'expected_average_only_in', and there is no",
+    ),
+    "dictionary-class": (
+        lambda f, w: trained(f, w, "AutoEncoderTopk", linear(w)),
+        "dict_class is 'AutoEncoderTopk', accepted are .*did you mean 'AutoEncoderTopK'",
+    ),
+    "dictionary-keys": (
+        lambda f, w: trained(f, w, "AutoEncoder", linear(w) | {"bais": w["b_dec"]}),
+        "lacks bias; is it called 'bais'",
+    ),
+    "dictionary-extra": (
+        lambda f, w: trained(f, w, "AutoEncoder", linear(w) | {"bias": w["b_dec"], "x": w["bias"]}),
+        "holds x besides",
+    ),
+    "dictionary-unset": (
+        lambda f, w: trained(
+            f, w, "BatchTopKSAE", linear(w) | {"b_dec": w["b_dec"]} | batch(-1.0), k=K
+        ),
+        "threshold is not set",
+    ),
+    "dictionary-k": (
+        lambda f, w: trained(
+            f, w, "AutoEncoderTopK", linear(w) | {"b_dec": w["b_dec"]} | batch(), k=5
+        ),
+        "k is 5, but 4 in ae.pt",
+    ),
+    "dictionary-size": (
+        lambda f, w: trained(f, w, "AutoEncoder", linear(w), dict_size="24"),
+        "dict_size is '24', an integer",
+    ),
+    "dictionary-dtype": (
+        lambda f, w: trained(
+            f, w, "AutoEncoder", linear(w) | {"bias": torch.ones(D, dtype=torch.int8)}
+        ),
+        "bias is torch.int8, accepted are F32, BF16, F16",
+    ),
+    "gemma-2-transcoder": (
+        lambda f, w: gemma_2(f, w, hf_hook_point_out="model.layers.12.mlp.output"),
+        TRANSCODER,
+    ),
+    "gemma-2-affine": (lambda f, w: gemma_2(f, w, affine_connection=True), TRANSCODER),
+    "gemma-2-architecture": (
+        lambda f, w: gemma_2(f, w, architecture="topk"),
+        "architecture is 'topk', accepted is 'jump_relu'",
+    ),
+    "llama-transcoder": (
+        lambda f, w: llama(f, w, hook_point_out="blocks.19.hook_mlp_out"),
+        TRANSCODER,
+    ),
+    "llama-activation": (lambda f, w: llama(f, w, act_fn="relu"), "act_fn is 'relu', accepted are"),
+    "llama-norm": (
+        lambda f, w: llama(f, w, norm_activation="token-wise"),
+        "norm_activation is 'token-wise', accepted are 'dataset-wise', 'inference'",
+    ),
+    "llama-no-norm": (
+        lambda f, w: llama(f, w, dataset_average_activation_norm=None),
+        "dataset_average_activation_norm is None",
+    ),
+    "llama-threshold": (
+        lambda f, w: llama(f, w, jump_relu_threshold=0.0),
+        "jump_relu_threshold is 0.0, which must be positive",
+    ),
+    "llama-glu": (lambda f, w: llama(f, w, use_glu_encoder=True), "use_glu_encoder is True"),
+    "openai-identity": (
+        lambda f, w: openai(f, w, postact="Identity"),
+        "postact_fn is 'Identity', accepted is 'ReLU': another lets negative",
+    ),
+    "openai-activation": (lambda f, w: openai(f, w, "GELU"), "activation is 'GELU', accepted are"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_cannot_be_said_is_refused_by_name(tmp_path, name):
+    write, message = SETTINGS[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        sf.SAE.load(write(tmp_path / "sae", random()))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_qwen_scope_needs_k_in_a_name(tmp_path):
+    path = qwen(tmp_path, random()).rename(tmp_path / "layer6.sae.pt")
+    with pytest.raises(ValueError, match=r"k is told by the folder's name, \.\.\.-L0_<k>"):
+        sf.SAE.load(path)
+
+
+def test_a_folder_of_layers_names_them(tmp_path):
+    path = qwen(tmp_path, random())
+    path.with_name("layer7.sae.pt").write_bytes(path.read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"SAEs are inside: layer6\.sae\.pt, layer7"):
+        sf.SAE.load(path.parent)
+
+
+def test_two_formats_in_one_folder(tmp_path):
+    sae = sf.SAE(*list(random().values())[:4], k=K)
+    sae.save(tmp_path / "both", "sparsify")
+    sae.save(tmp_path / "both", "saelens")
+    with pytest.raises(ValueError, match="holds SAEs in two formats, sparsify and saelens"):
+        sf.SAE.load(tmp_path / "both")
+
+
+def test_unknown_settings_are_reported(tmp_path):
+    with pytest.warns(UserWarning, match="noise is not known and ignored"):
+        sf.SAE.load(saelens(tmp_path, random(), "standard", noise=0.1))
+
+
+def test_unknown_format_to_save(tmp_path):
+    sae = sf.SAE(*list(random().values())[:4], k=K)
+    with pytest.raises(ValueError, match=r"format: got 'sparsfy', accepted are .*mean 'sparsify'"):
+        sae.save(tmp_path, "sparsfy")
+
+
+def binary(path: Path) -> Path:
+    if path.is_file():
+        return path
+    patterns = ("*.safetensors", "*.pt", "*.npz")
+    return next(found for pattern in patterns for found in path.rglob(pattern))
+
+
+BROKEN = [
+    "saelens-topk",
+    "dictionary_learning-BatchTopKSAE",
+    "gemma_scope",
+    "gemma_scope_2",
+    "qwen_scope",
+    "openai-topk",
+]
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.999])
+@pytest.mark.parametrize("name", BROKEN)
+def test_cut_short(tmp_path, name, keep):
+    place = PLAIN[name][0](tmp_path / "sae", random())
+    path = binary(place)
+    os.truncate(path, int(keep * path.stat().st_size))
+    with pytest.raises(ValueError, match=r"not a whole (safetensors file|zip archive)"):
+        sf.SAE.load(place)
+
+
+@pytest.mark.parametrize("name", ["dictionary_learning-BatchTopKSAE", "gemma_scope", "qwen_scope"])
+def test_flipped_bit_in_an_archive(tmp_path, name):
+    w = random()
+    place = PLAIN[name][0](tmp_path / "sae", w)
+    path = binary(place)
+    content = bytearray(path.read_bytes())
+    content[content.index(w["bias"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged \(Bad CRC-32"):
+        sf.SAE.load(place)
+
+
+@pytest.mark.parametrize("format", ["sparsify", "saelens"])
+@pytest.mark.parametrize("key", ["W_enc", "W_dec", "b_dec"])
+def test_flipped_bit_in_what_was_saved_here(tmp_path, format, key):
+    w = random()
+    sf.SAE(*list(w.values())[:4], k=K).save(tmp_path, format)
+    path = binary(tmp_path)
+    content = bytearray(path.read_bytes())
+    lies = w[key].T.contiguous() if (format, key) == ("saelens", "W_enc") else w[key]
+    content[content.index(lies.numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: its checksum differs"):
+        sf.SAE.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_no_numbers(tmp_path, name, value):
+    w = random()
+    w["W_dec"][5, 3] = value
+    with pytest.raises(ValueError, match="W_dec: NaN or infinity in row 5"):
+        sf.SAE.load(PLAIN[name][0](tmp_path / "sae", w))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_integer_weights(tmp_path, name):
+    w = random()
+    w["W_dec"] = w["W_dec"].char()
+    with pytest.raises(ValueError, match=r"is (I8|int8|torch.int8), accepted are F32, BF16, F16"):
+        sf.SAE.load(PLAIN[name][0](tmp_path / "sae", w))
+
+
+class Bomb:
+    def __init__(self, witness: Path):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.witness),)
+
+
+@pytest.mark.parametrize(
+    "name", ["ae.pt", "layer6.sae.pt", "autoencoder.pt", "sae_weights.safetensors"]
+)
+def test_pickles_are_not_executed(tmp_path, name):
+    witness = tmp_path / "executed"
+    saelens(tmp_path, random(), "standard")
+    (tmp_path / "sae_weights.safetensors").unlink()
+    dump(tmp_path / "config.json", {"trainer": {"dict_class": "AutoEncoder"}})
+    torch.save({"encoder.weight": torch.ones(2, 2), "bomb": Bomb(witness)}, tmp_path / name)
+    for place in (tmp_path, tmp_path / name):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            sf.SAE.load(place)
+    assert not witness.exists()
+
+
+def test_pickled_arrays_are_not_executed(tmp_path):
+    witness = tmp_path / "executed"
+    arrays = {key: tensor.numpy() for key, tensor in matrices(random()).items()}
+    bomb = np.array([Bomb(witness)], dtype=object)
+    np.savez(tmp_path / "params.npz", **arrays, threshold=bomb)
+    with pytest.raises(ValueError, match="threshold is object, accepted are F32"):
+        sf.SAE.load(tmp_path)
+    assert not witness.exists()
+
+
+def test_a_pt_file_from_a_big_endian_machine(tmp_path):
+    path = openai(tmp_path, random())
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "big.pt", "w") as new:
+        for name in old.namelist():
+            big = name.endswith("/byteorder")
+            new.writestr(name.replace("6/", "big/", 1), b"big" if big else old.read(name))
+    with pytest.raises(ValueError, match=r"big\.pt: its numbers are big-endian"):
+        sf.SAE.load(tmp_path / "big.pt")
+
+
+def test_a_pt_file_older_than_zip(tmp_path):
+    w = random()
+    path = openai(tmp_path, w)
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="not a whole zip archive"):
+        sf.SAE.load(path)
+
+
+def test_an_archive_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
+        archive.writestr("../../evil.npy", b"\x93NUMPY")
+    with pytest.raises(ValueError, match=r"is no array"):
+        sf.SAE.load(tmp_path)
+    torch.save([torch.ones(2)], tmp_path / "autoencoder.pt")
+    with pytest.raises(ValueError, match="holds a list, a state dict is needed"):
+        sf.SAE.load(tmp_path / "autoencoder.pt")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_files_may_be_cut_short_once_loaded(tmp_path, name):
+    w = random()
+    place = PLAIN[name][0](tmp_path / "sae", w)
+    sae = sf.SAE.load(place)
+    os.truncate(binary(place), 0)
+    assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.W_dec, w["W_dec"])
+
+
+def test_links_are_followed(tmp_path):
+    place = saelens(tmp_path / "sae", random(), "standard", metadata={})
+    (tmp_path / "layers.9").symlink_to(place)
+    assert sf.SAE.load(tmp_path / "layers.9").hookpoint == "layers.9"
+    (tmp_path / "layers.8").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*layers\.8"):
+        sf.SAE.load(tmp_path / "layers.8")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.parametrize("name", BROKEN)
+def test_unreadable(tmp_path, name):
+    place = PLAIN[name][0](tmp_path / "sae", random())
+    binary(place).chmod(0)
+    with pytest.raises(OSError):
+        sf.SAE.load(place)
+
+
+def status(key: str, loaded: str, place: str) -> str:
+    return f"""
+        import sys
+        import saesteer_fast as sf
+        def status(key):
+            with open("/proc/self/status") as file:
+                lines = dict(line.split(":", 1) for line in file)
+            return 1024 * int(lines[key].split()[0])
+        sf.SAE.load({loaded!r}).b_enc
+        before = status("VmRSS")
+        sae = sf.SAE.load({place!r})
+        sae.b_enc
+        print((status({key!r}) - before) / (sae.W_enc.nbytes + sae.W_dec.nbytes))
+    """
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("sparsify", torch.float32),
+        ("saelens-topk", torch.float32),
+        ("dictionary_learning-AutoEncoderTopK", torch.float32),
+        ("gemma_scope", torch.float32),
+    ],
+)
+def test_loading_takes_the_memory_of_the_weights(tmp_path, name, dtype):
+    def write(folder: Path, w: dict) -> Path:
+        if name == "sparsify":
+            sf.SAE(*list(w.values())[:4], k=K).save(folder)
+            return folder
+        return PLAIN[name][0](folder, w)
+
+    small = write(tmp_path / "small", random(dtype=dtype))
+    large = write(tmp_path / "large", random(8192, 1024, dtype))
+    script = textwrap.dedent(status("VmHWM", str(small), str(large)))
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=True, text=True
+    )
+    assert 0.9 < float(result.stdout) <= 1.1

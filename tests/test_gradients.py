@@ -1,0 +1,214 @@
+"""Gradients through the stream and the strengths: those of the exact identity, nothing detached."""
+
+from __future__ import annotations
+
+import itertools
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from test_edits import EDITED, LATENTS, MEASURES, N, build, given_edits, stream, truth
+
+import saesteer_fast as sf
+from saesteer_fast import reference
+from saesteer_fast.edits import KINDS, Table
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "learn_strength.py"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """All of this is too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def close(gradient, expected):
+    bound = 1e-5 * expected.abs().max() + 1e-6
+    return gradient is not None and ((gradient.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_path_in_double_precision(kind):
+    """gradcheck of measuring, editing and writing back, each in fp64."""
+    sae, x = build(), stream(4).double().requires_grad_()
+    table = Table({latent: EDITED[kind][0](1.5) for latent in LATENTS}, N, torch.device("cpu"))
+    features = torch.tensor(table.latents)
+    directions = sae.W_dec[features]
+    values = table.values.double().requires_grad_()
+
+    def steered(x, values):
+        arguments = x, sae.W_enc, sae.b_enc, features, sae.k
+        acts = reference.feature_acts(*arguments, dtype=torch.float64)
+        amounts = table.amounts(acts, values, table.kinds)
+        return reference.add_directions(x, directions, amounts, dtype=torch.float64)
+
+    assert torch.autograd.gradcheck(steered, (x, values))
+    acts = reference.feature_acts(x, sae.W_enc, sae.b_enc, features, sae.k)
+    assert (acts > 0).any() and (acts == 0).any()
+
+
+def gradients(y, x, strengths):
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
+    return torch.autograd.grad((y * weights.to(y.dtype)).sum(), [x, *strengths])
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("kind", EDITED)
+@pytest.mark.parametrize(
+    ("measure", "error"),
+    [("projection", "keep"), *itertools.product(MEASURES[:-1], ["keep", "drop"])],
+)
+def test_every_measure_and_edit(measure, kind, error, impl):
+    """Against autograd of the dense textbook form in fp64."""
+    projection = measure == "projection"
+    sae, x = build(measure), stream(12)
+    strengths = [torch.tensor(value, requires_grad=True) for value in (1.5, -0.5, 0.7, 0.3)]
+    named = {latent: (kind, value) for latent, value in zip(LATENTS, strengths, strict=True)}
+    x_own = x.clone().requires_grad_()
+    options = {"measure": "projection"} if projection else {"error": error}
+    y = sf.steer(x_own, sae, given_edits(named), impl=impl, **options)
+    found = gradients(y, x_own, strengths)
+
+    doubles = [value.detach().double().requires_grad_() for value in strengths]
+    named = {latent: (kind, value) for latent, value in zip(LATENTS, doubles, strict=True)}
+    x_true = x.double().requires_grad_()
+    expected = gradients(truth(x_true, sae, named, None, error, projection), x_true, doubles)
+    assert all(map(close, found, expected))
+    assert expected[0].abs().max() > 0 and any(grad != 0 for grad in expected[1:])
+
+
+@pytest.mark.parametrize("options", [{"normalize": "layer_norm"}, {"scale": 3.0}])
+def test_through_normalisation(options):
+    sae, x = build(**options), 4 * stream(12) + 1
+    strengths = [torch.tensor(value, requires_grad=True) for value in (1.5, 0.5)]
+    x_own = x.clone().requires_grad_()
+    edits = {3: strengths[0], 40: sf.scale(strengths[1])}
+    found = gradients(sf.steer(x_own, sae, edits), x_own, strengths)
+
+    x_true, doubles = x.double().requires_grad_(), [s.detach().double() for s in strengths]
+    doubles = [value.requires_grad_() for value in doubles]
+    z, back = x_true * sae.scale, 1 / sae.scale
+    if sae.normalize == "layer_norm":
+        back = x_true.std(-1, keepdim=True)
+        z = (x_true - x_true.mean(-1, keepdim=True)) / (back + 1e-5)
+    named = {3: ("set", doubles[0]), 40: ("scale", doubles[1])}
+    y = x_true + (truth(z, build(), named) - z) * back
+    assert all(map(close, found, gradients(y, x_true, doubles)))
+
+
+def test_masks_rows_and_conditions_cut_gradients():
+    sae, x = build(), stream(3, 8).requires_grad_()
+    mask = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) > 0.5
+    strengths = [torch.tensor(value, requires_grad=True) for value in (1.5, -0.5)]
+    rows = [{3: strengths[0]}, {}, {40: sf.add(strengths[1])}]
+    found = gradients(sf.steer(x, sae, rows, mask=mask), x, strengths)
+
+    x_true = x.detach().double().requires_grad_()
+    doubles = [value.detach().double().requires_grad_() for value in strengths]
+    named = [{3: ("set", doubles[0])}, {}, {40: ("add", doubles[1])}]
+    y = torch.stack([truth(x_true[i], sae, named[i], mask[i]) for i in range(3)])
+    assert all(map(close, found, gradients(y, x_true, doubles)))
+
+    y = sf.steer(x, sae, {3: sf.scale(2.0)}, when=sf.active(3, above=1e6))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_streams_have_gradients_of_their_dtype(dtype):
+    sae, x = build(), stream(12, dtype=dtype).requires_grad_()
+    strength = torch.tensor(1.5, requires_grad=True)
+    y = sf.steer(x, sae, {3: sf.at_least(strength), 40: sf.scale(0.5)})
+    found = gradients(y, x, [strength])
+    assert found[0].dtype == dtype and found[1].dtype == torch.float32
+    x_true, double = x.detach().double().requires_grad_(), strength.detach().double()
+    named = {3: ("at_least", double.requires_grad_()), 40: ("scale", 0.5)}
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(dtype).double()
+    loss = (truth(x_true, sae, named) * weights).sum()
+    expected = torch.autograd.grad(loss, [x_true, double])
+    for gradient, true in zip(found, expected, strict=True):
+        assert (
+            (gradient.double() - true).abs() <= 8 * torch.finfo(dtype).eps * true.abs().max()
+        ).all()
+
+
+def test_strengths_of_a_steered_model(make_phi3, make_sae):
+    """A leaf, read at every call; and its gradient is the finite difference."""
+    model, ids = make_phi3(), torch.tensor([[5, 17, 60, 2]])
+    with sf.steering(model, make_sae(), {3: 2.0, 77: sf.scale(1.5)}) as handle:
+        strengths = handle.strengths.requires_grad_()
+        assert strengths.is_leaf and strengths.shape == (2,) and handle.latents == [3, 77]
+        loss = model(ids).logits.square().mean()
+        (gradient,) = torch.autograd.grad(loss, [strengths])
+        with torch.no_grad():
+            strengths[0] += 1e-2
+            above = model(ids).logits.square().mean()
+            strengths[0] -= 2e-2
+            below = model(ids).logits.square().mean()
+        assert gradient[0] == pytest.approx(((above - below) / 2e-2).item(), rel=0.05)
+        handle.set({3: 1.0})
+        assert strengths.requires_grad and handle.strengths[0] == 1.0
+
+
+@pytest.mark.parametrize("edits", [{3: 4.0}, {3: sf.scale(2.0), 40: sf.at_least(1.0)}])
+def test_gradient_checkpointing(make_phi3, make_sae, edits):
+    """What is computed again is steered again."""
+    model, ids = make_phi3().train(), torch.tensor([[5, 17, 60, 2]])
+
+    def gradient():
+        model.zero_grad()
+        model(ids).logits.square().mean().backward()
+        return model.model.layers[0].mlp.down_proj.weight.grad.clone()
+
+    plain = gradient()
+    with sf.steering(model, make_sae(), edits, scope="prompt"):
+        expected = gradient()
+        for reentrant in (True, False):
+            options = {"use_reentrant": reentrant}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            torch.testing.assert_close(gradient(), expected)
+    assert (expected - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_strengths_that_are_not_leaves_of_the_steering(make_phi3, make_sae):
+    strength = torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(
+        ValueError, match=r"edits: a strength requires a gradient; learn handle\.st"
+    ):
+        sf.steering(make_phi3(), make_sae(), {3: strength})
+    with sf.steering(make_phi3(), make_sae(), {3: strength.detach()}) as handle:
+        assert handle.strengths.tolist() == [2.0]
+
+
+@pytest.mark.parametrize("edits", [{3: 2.0}, {3: sf.scale(2.0)}, {3: sf.add(1.0)}])
+def test_forward_mode_is_refused(edits):
+    """The ops have no rule for it, and would give zero."""
+    with pytest.raises(NotImplementedError, match="x: has a forward-mode gradient; use backward"):
+        torch.func.jvp(lambda x: sf.steer(x, build(), edits), (stream(3),), (stream(3),))
+    with pytest.raises(NotImplementedError, match="edits: has a forward-mode gradient"):
+        strength = (torch.tensor(1.0),)
+        torch.func.jvp(lambda v: sf.steer(stream(3), build(), {3: v}), strength, strength)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("measure", MEASURES)
+def test_vmap(measure):
+    """Over streams and over strengths; PyTorch loops over the ops."""
+    sae, x = build(measure), stream(3, 5)
+    options = {"measure": "projection"} if measure == "projection" else {}
+    for edits in ({3: 2.0}, {3: sf.scale(0.5), 40: sf.at_least(1.0)}):
+        mapped = torch.func.vmap(lambda x, edits=edits: sf.steer(x, sae, edits, **options))(x)
+        torch.testing.assert_close(mapped, sf.steer(x, sae, edits, **options), atol=1e-5, rtol=0)
+    values = torch.tensor([1.0, -2.0])
+    mapped = torch.func.vmap(lambda v: sf.steer(x, sae, {3: v}, **options))(values)
+    for y, value in zip(mapped, values.tolist(), strict=True):
+        torch.testing.assert_close(y, sf.steer(x, sae, {3: value}, **options), atol=1e-5, rtol=0)
+
+
+def test_the_example_learns():
+    learned = runpy.run_path(str(EXAMPLE))
+    assert learned["losses"][-1] < 0.5 * learned["losses"][0]

@@ -1,0 +1,447 @@
+"""Scopes in generation: whatever the cache does, the tokens that are steered are the named ones.
+
+The truth is a textbook hook under use_cache=False, where a call holds every column of its rows.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+import saesteer_fast as sf
+
+EDITS = {3: 6.0, 77: -2.0}
+IDS = torch.tensor([[0, 0, 0, 5, 17, 60], [7, 8, 9, 5, 17, 60], [0, 33, 2, 17, 5, 90]])
+MASK = (IDS != 0).long()
+COLUMNS = IDS.shape[1]
+
+
+@pytest.fixture(scope="module")
+def sae(make_sae):
+    return make_sae()
+
+
+@pytest.fixture(scope="module")
+def model(make_phi3):
+    return make_phi3()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def generate_is_the_models_own(model):
+    yield
+    assert "generate" not in vars(model)
+
+
+def real(width):
+    return nn.functional.pad(MASK, (0, max(0, width - COLUMNS)), value=1).bool()[:, :width]
+
+
+def positions(width):
+    return real(width).long().cumsum(1) - 1
+
+
+def columns(width):
+    return torch.arange(width)[None]
+
+
+def rows(mask, ids):
+    """A mask of the prompts, for all of their rows."""
+    return mask.repeat_interleave(len(ids) // len(mask), 0)
+
+
+EXPLICIT = torch.rand(3, COLUMNS + 3, generator=torch.Generator().manual_seed(2)) > 0.5
+LAST = {3: 1, 4: 2}
+
+# Each: a scope, and which of the first `width` columns of the ids it means.
+SCOPES = {
+    "all": ("all", lambda ids: columns(ids.shape[1]) >= 0),
+    "prompt": ("prompt", lambda ids: columns(ids.shape[1]) < COLUMNS),
+    "generated": ("generated", lambda ids: columns(ids.shape[1]) >= COLUMNS),
+    "first": (sf.positions(0), lambda ids: positions(ids.shape[1]) == 0),
+    "last of the prompt": (
+        sf.positions(-1),
+        lambda ids: columns(ids.shape[1]) == COLUMNS - 1,
+    ),
+    "places": (
+        sf.positions(1, 7, -2),
+        lambda ids: (
+            (positions(ids.shape[1]) == 1)
+            | (positions(ids.shape[1]) == 7)
+            | (columns(ids.shape[1]) == COLUMNS - 2)
+        ),
+    ),
+    "not tokens": (sf.not_tokens([17, 60]), lambda ids: (ids != 17) & (ids != 60)),
+    "mask": (
+        EXPLICIT,
+        lambda ids: nn.functional.pad(EXPLICIT, (0, 30))[:, : ids.shape[1]],
+    ),
+    "both": (
+        ["generated", sf.not_tokens([17])],
+        lambda ids: (columns(ids.shape[1]) >= COLUMNS) & (ids != 17),
+    ),
+}
+OPTIONS = {
+    "cache": {},
+    "no cache": {"use_cache": False},
+    "static": {"cache_implementation": "static"},
+    "chunks of 4": {"prefill_chunk_size": 4},
+    "chunks of 1": {"prefill_chunk_size": 1},
+    "static, chunks": {"cache_implementation": "static", "prefill_chunk_size": 4},
+    "beams": {"num_beams": 3},
+    "beams, static": {"num_beams": 3, "cache_implementation": "static"},
+    "several answers": {"num_beams": 4, "num_return_sequences": 2},
+}
+
+
+@contextmanager
+def textbook_hook(model, textbook, sae, meant, layer=1):
+    """Steer the columns that `meant(ids)` says, in calls that hold all columns."""
+    seen = {}
+
+    def note(module, args, kwargs):
+        seen["ids"] = args[0] if args else kwargs["input_ids"]
+
+    def hook(module, args, output):
+        ids = seen["ids"]
+        mask = rows(meant(ids), ids) & rows(real(ids.shape[1]), ids)
+        return textbook(output, sae, EDITS, mask).to(output.dtype)
+
+    handles = [
+        model.model.register_forward_pre_hook(note, with_kwargs=True),
+        model.model.layers[layer].register_forward_hook(hook),
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def generate(model, ids=IDS, count=6, **options):
+    mask = options.pop("attention_mask", (ids != 0).long())
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=count, do_sample=False, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def true_ids(model, sae, textbook):
+    """What generate gives with the textbook hook; beams search differently, so by their number."""
+    found = {}
+
+    def ids(name, options):
+        beams = {key: options[key] for key in options if key.startswith("num_")}
+        key = name, tuple(beams.items())
+        if key not in found:
+            with textbook_hook(model, textbook, sae, SCOPES[name][1]):
+                found[key] = generate(model, use_cache=False, **beams)
+        return found[key]
+
+    return ids
+
+
+@pytest.mark.parametrize("name", SCOPES)
+@pytest.mark.parametrize("how", OPTIONS)
+def test_generation(model, sae, true_ids, name, how):
+    options = OPTIONS[how]
+    expected = true_ids(name, options)
+    with sf.steering(model, sae, EDITS, scope=SCOPES[name][0]):
+        assert torch.equal(generate(model, **options), expected)
+
+
+def test_scopes_differ(true_ids):
+    """So the test above can fail."""
+    found = [true_ids(name, {}) for name in SCOPES]
+    same = sum(torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+    assert same <= 3
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_the_layer_gives_exactly_that(model, sae, textbook, name):
+    """Token by token, in the prompt and two steps of decoding."""
+    scope, meant = SCOPES[name]
+
+    def outputs():
+        seen = []
+        hook = model.model.layers[1].register_forward_hook(lambda m, a, o: seen.append(o))
+        ids = generate(model, count=3)
+        hook.remove()
+        return ids, seen
+
+    with sf.steering(model, sae, EDITS, scope=scope):
+        ids, steered = outputs()
+    assert [len(chunk[0]) for chunk in steered] == [COLUMNS, 1, 1]
+    with textbook_hook(model, textbook, sae, meant):
+        seen = []
+        hook = model.model.layers[1].register_forward_hook(lambda m, a, o: seen.append(o))
+        with torch.no_grad():
+            width = COLUMNS + 2
+            mask = real(width).long()
+            places = (mask.cumsum(1) - 1).clamp(min=0)
+            model(ids[:, :width], attention_mask=mask, position_ids=places, use_cache=False)
+        hook.remove()
+    torch.testing.assert_close(
+        torch.cat(steered, 1)[real(width)], seen[0][real(width)], atol=1e-4, rtol=0
+    )
+
+
+def test_prompt_lookup(model, sae):
+    """Candidates are checked several at a time, and the cache is cropped."""
+    ids = torch.tensor([[5, 17, 60, 2, 5, 17, 60, 2, 5, 17]])
+    for scope in ["prompt", "generated", sf.positions(11, 12, -1), sf.not_tokens([17])]:
+        with sf.steering(model, sae, EDITS, scope=scope):
+            expected = generate(model, ids, 10)
+            assert torch.equal(generate(model, ids, 10, prompt_lookup_num_tokens=3), expected)
+
+
+@pytest.mark.parametrize("how", ["cache", "no cache", "static"])
+def test_sequences_that_finish_early(model, sae, textbook, how):
+    scope, meant = SCOPES["generated"]
+    with textbook_hook(model, textbook, sae, meant):
+        end = generate(model, use_cache=False)[0, COLUMNS + 1].item()
+        ends = {"eos_token_id": end, "pad_token_id": 0}
+        expected = generate(model, use_cache=False, **ends)
+    assert (expected[0, COLUMNS + 2 :] == 0).all() and (expected[1:, -1] != 0).any()
+    with sf.steering(model, sae, EDITS, scope=scope):
+        assert torch.equal(generate(model, **ends, **OPTIONS[how]), expected)
+
+
+def test_each_generate_has_its_own_prompt(model, sae):
+    prompts = [IDS[1:2, :3], IDS[1:2], IDS[1:2, :1]]
+    for scope in ["prompt", "generated", sf.positions(-1)]:
+        alone = []
+        for ids in prompts:
+            with sf.steering(model, sae, EDITS, scope=scope):
+                alone.append(generate(model, ids))
+        with sf.steering(model, sae, EDITS, scope=scope):
+            for ids, expected in zip(prompts, alone, strict=True):
+                assert torch.equal(generate(model, ids), expected)
+            with pytest.raises(RuntimeError):
+                generate(model, prompts[0], num_beams=-1)
+            assert torch.equal(generate(model, prompts[0]), alone[0])
+
+
+@pytest.mark.parametrize("new_tokens_only", [False, True])
+def test_a_conversation_goes_on_from_its_cache(model, sae, new_tokens_only):
+    """All of what was said before is prompt, the model's own words too."""
+    from transformers import DynamicCache
+
+    turn, more = IDS[1:2], torch.tensor([[44, 45]])
+    for scope in ["prompt", "generated", sf.positions(0, -1)]:
+        with sf.steering(model, sae, EDITS, scope=scope):
+            cache = DynamicCache(config=model.config)
+            said = generate(model, turn, 4, past_key_values=cache)
+        text = torch.cat([said, more], 1)
+        with sf.steering(model, sae, EDITS, scope=scope):
+            ids = text[:, cache.get_seq_length() :] if new_tokens_only else text
+            given = {"past_key_values": cache, "attention_mask": torch.ones_like(text)}
+            steered = generate(model, ids, 4, **given)
+        with sf.steering(model, sae, EDITS, scope=scope):
+            again = DynamicCache(config=model.config)
+            generate(model, turn, 4, past_key_values=again)
+        by_hand = continued(model, sae, scope, text, again, 4)
+        assert torch.equal(steered[:, -4:], by_hand[:, -4:])
+
+
+def continued(model, sae, scope, text, cache, count):
+    """Greedy decoding by hand from a cache, the prompt's length said by hand."""
+    ids, width = text, text.shape[1]
+    with sf.steering(model, sae, EDITS, scope=scope) as handle, handle.prompt(width):
+        for _ in range(count):
+            new = ids[:, cache.get_seq_length() :]
+            with torch.no_grad():
+                logits = model(new, past_key_values=cache).logits[:, -1]
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("scope", ["prompt", "generated", sf.positions(0, -1)])
+def test_embeddings_in_place_of_ids(model, sae, scope):
+    ids = IDS[1:2]
+    embeds = model.get_input_embeddings()(ids)
+    with sf.steering(model, sae, EDITS, scope=scope):
+        expected = generate(model, ids)[:, COLUMNS:]
+        given = {"inputs_embeds": embeds, "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(model.generate(**given), expected)
+
+
+def test_loops_by_hand(model, sae):
+    for scope in ["prompt", "generated", sf.positions(0, -1)]:
+        with sf.steering(model, sae, EDITS, scope=scope):
+            expected = generate(model, IDS[1:2])
+            ids, cache = IDS[1:2], None
+            for _ in range(6):
+                past = 0 if cache is None else cache.get_seq_length()
+                with torch.no_grad():
+                    output = model(ids[:, past:], past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(ids, expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_loops_by_hand_that_say_their_prompt(model, sae, use_cache):
+    """In chunks, and without a cache."""
+    for scope in ["prompt", "generated", sf.positions(0, -1)]:
+        with sf.steering(model, sae, EDITS, scope=scope) as handle:
+            expected = generate(model, IDS[1:2])
+            ids, cache = IDS[1:2], None
+            with handle.prompt(COLUMNS), torch.no_grad():
+                if use_cache:
+                    cache = model(ids[:, :4], use_cache=True).past_key_values
+                for _ in range(6):
+                    past = 0 if cache is None else cache.get_seq_length()
+                    options = {"past_key_values": cache, "use_cache": use_cache}
+                    logits = model(ids[:, past:], **options).logits
+                    ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(ids, expected)
+
+
+def test_texts_that_are_scored(model, sae, textbook):
+    """Rows whose prompts end at different columns, padded on the right."""
+    ids = torch.tensor([[7, 8, 9, 5, 17, 60], [33, 2, 17, 5, 0, 0]])
+    mask, ends = (ids != 0).long(), torch.tensor([2, 3])
+    scopes = {
+        "prompt": lambda place: place < ends[:, None],
+        "generated": lambda place: place >= ends[:, None],
+        sf.positions(-1): lambda place: place == ends[:, None] - 1,
+    }
+
+    def layer():
+        seen = []
+        hook = model.model.layers[1].register_forward_hook(lambda m, a, o: seen.append(o))
+        with torch.no_grad():
+            model(ids, attention_mask=mask)
+        hook.remove()
+        return seen[0]
+
+    x = layer()
+    for scope, meant in scopes.items():
+        with sf.steering(model, sae, EDITS, scope=scope) as handle, handle.prompt(ends):
+            y = layer()
+        steered = meant(torch.arange(6).expand(2, -1)) & mask.bool()
+        torch.testing.assert_close(y.double(), textbook(x, sae, EDITS, steered), atol=1e-4, rtol=0)
+        assert torch.equal(y[~steered], x[~steered])
+
+
+def test_a_mask_changes_in_place(model, sae, textbook):
+    mask = torch.zeros(1, 6, dtype=torch.bool)
+    ids = IDS[1:2]
+    with torch.no_grad(), sf.steering(model, sae, EDITS, scope=mask) as handle:
+        plain = model(ids).logits
+        handle.mask[0, 2] = True
+        steered = model(ids).logits
+        with pytest.raises(ValueError, match="scope: 1 rows are given for a batch of 3"):
+            model(IDS)
+    assert torch.equal(plain[:, :2], steered[:, :2])
+    assert (plain[:, 2:] - steered[:, 2:]).abs().amax((0, 2)).min() > 1e-3
+
+
+def test_where_all_or_none_are_in_no_mask_is_made(model, sae, monkeypatch):
+    """Which keeps decoding cheap."""
+    seen = []
+    steer = sf.ops.steer
+
+    def noted(x, *args, mask=None, **options):
+        seen.append((x.shape[1], mask))
+        return steer(x, *args, mask=mask, **options)
+
+    with sf.steering(model, sae, EDITS, scope="generated") as generated:
+        monkeypatch.setattr(sf.ops, "steer", noted)
+        model.generate(IDS[1:2], max_new_tokens=3, do_sample=False)
+        generated.remove()
+        assert [count for count, _ in seen] == [1, 1]
+        seen.clear()
+    with sf.steering(model, sae, EDITS, scope="prompt"):
+        model.generate(IDS[1:2], max_new_tokens=3, do_sample=False)
+    assert [count for count, _ in seen] == [0, COLUMNS]
+
+
+@pytest.mark.parametrize(
+    ("scope", "message"),
+    [
+        ("prompts", "scope: got 'prompts', accepted are 'all', .*did you mean 'prompt'"),
+        (["all", "generate"], "did you mean 'generated'"),
+        (None, "scope: got None, accepted are"),
+        (3, "scope: got 3"),
+        (torch.ones(3), r"scope: got a tensor torch.float32 \(3,\), bool \[B, S\] is needed"),
+        (torch.ones(3, 0, dtype=torch.bool), "scope: got a tensor"),
+    ],
+)
+def test_bad_scopes_are_named(model, sae, scope, message):
+    with pytest.raises(ValueError, match=message):
+        sf.steering(model, sae, EDITS, scope=scope)
+
+
+def test_bad_places_are_named(model, sae):
+    with pytest.raises(TypeError, match=r"positions: got 1\.5, integers are needed"):
+        sf.positions(1.5)
+    with pytest.raises(TypeError, match="not_tokens: got 'a'"):
+        sf.not_tokens("ab")
+    with pytest.raises(ValueError, match="not_tokens: got -1, ids start at 0"):
+        sf.not_tokens([-1])
+    with sf.steering(model, sae, EDITS) as handle:
+        with pytest.raises(ValueError, match="scope: it holds 0 masks"):
+            _ = handle.mask
+
+
+def test_not_tokens_needs_ids(model, sae):
+    with sf.steering(model, sae, EDITS, scope=sf.not_tokens([1])):
+        with pytest.raises(ValueError, match="not_tokens needs input_ids, and the decoder was"):
+            model(inputs_embeds=torch.ones(1, 2, 32))
+
+
+def test_modules_that_see_other_tokens(model, sae):
+    """Their tokens have no place in a sequence."""
+    with sf.steering(model, sae, EDITS, scope="prompt", layer="embed_tokens") as handle:
+        model(IDS)
+        handle.remove()
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Identity()])
+
+        def forward(self, input_ids):
+            return self.layers[0](torch.ones(*input_ids.shape, 32).flatten(0, 1))
+
+    flat = Flat()
+    with sf.steering(flat, sae, EDITS, layer=0):
+        assert flat(IDS).shape == (18, 32)
+    with sf.steering(flat, sae, EDITS, layer=0, scope="prompt"):
+        with pytest.raises(ValueError, match=r"scope: layers.0 gives \(18, 32\), which are not"):
+            flat(IDS)
+
+
+def test_packed_sequences_are_refused(model, sae):
+    with sf.steering(model, sae, EDITS, scope="prompt"):
+        with pytest.raises(ValueError, match="several sequences are packed in a row"):
+            model.model(IDS, cu_seq_lens_q=torch.tensor([0, 2, 6]))
+
+
+def test_a_static_cache_by_hand(model, sae):
+    """Its length is on the device: one token goes on, several need a word."""
+    from transformers import StaticCache
+
+    with sf.steering(model, sae, EDITS, scope="generated") as handle, torch.no_grad():
+        expected = generate(model, IDS[1:2], 3)
+        cache, ids = StaticCache(config=model.config, max_cache_len=16), IDS[1:2]
+        for new in (ids, None, None):
+            new = ids[:, -1:] if new is None else new
+            logits = model(new, past_key_values=cache).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(ids, expected)
+        with pytest.raises(ValueError, match="the cache keeps its length on the device"):
+            model(IDS[1:2, :2], past_key_values=cache)
+        with handle.prompt(COLUMNS):
+            model(IDS[1:2, :2], past_key_values=cache)
