@@ -8,8 +8,9 @@ and chooses who computes them. The only file that names torch.ops.
     torch.ops.saesteer.encode(x, W_enc, b_enc, k) -> (Tensor values, Tensor indices)
     torch.ops.saesteer.decode(values, indices, W_dec, b_dec) -> Tensor
 
-The CPU has compiled kernels. A GPU has the CUDA library's, else Triton's, else the reference.
-torch.ops.saesteer_triton holds the same ops, always by Triton.
+The CPU has compiled kernels. A GPU has Triton's, else the reference. torch.ops.saesteer_triton and
+torch.ops.saesteer_cuda hold the same ops, always by Triton and always by the CUDA library, whose
+kernels have not been validated on a GPU and run only where they are asked for.
 """
 
 from __future__ import annotations
@@ -37,23 +38,43 @@ from . import _build  # noqa: E402  (speaks of the library, so it comes after it
 
 _OPS = torch.ops.saesteer
 _TRITON = torch.ops.saesteer_triton
+_BY_CUDA = torch.ops.saesteer_cuda
 _NAMES = ("steer", "feature_acts", "project", "add_directions", "encode", "decode")
+_SPACES = ("saesteer", "saesteer_triton", "saesteer_cuda")
 for _name in _NAMES:
-    _schema = str(getattr(_OPS, _name).default._schema)
-    torch.library.define(f"saesteer_triton::{_name}", _schema.removeprefix(f"saesteer::{_name}"))
+    _schema = str(getattr(_OPS, _name).default._schema).removeprefix(f"saesteer::{_name}")
+    for _space in _SPACES[1:]:
+        torch.library.define(f"{_space}::{_name}", _schema)
 
-_BY = {"auto": _OPS, "cpu": _OPS, "cuda": _OPS, "triton": _TRITON, "reference": reference}
+
+def _load_cuda() -> str | None:
+    """Loads the CUDA library; why not, if it cannot be."""
+    if reason := _build.facts()["no_cuda_reason"]:
+        return f"the CUDA library is not built: {reason}"
+    if not torch.backends.cuda.is_built():
+        return "this PyTorch is built without CUDA"
+    try:
+        torch.ops.load_library(_LIBRARY.with_name("libsaesteer_cuda.so"))
+    except OSError as error:
+        return f"the CUDA library does not load: {error}"
+    return None
+
+
+_NO_CUDA = _load_cuda()
+
+_BY = {"auto": _OPS, "cpu": _OPS, "cuda": _BY_CUDA, "triton": _TRITON, "reference": reference}
 _DEFAULT = os.environ.get("SAESTEER_IMPL", "auto")
 if _DEFAULT not in _BY:
     raise ValueError(f"SAESTEER_IMPL: got {_DEFAULT!r}, accepted are {', '.join(_BY)}")
 
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-_CUDA = frozenset(name for name in _NAMES if _has_kernel(f"saesteer::{name}", "CUDA"))
+_CUDA = frozenset(name for name in _NAMES if _has_kernel(f"saesteer_cuda::{name}", "CUDA"))
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-_ON_GPU = ((0, ("cuda", "triton", "reference")),)
+_ON_GPU = ((0, ("triton", "reference")),)
 """What impl="auto" runs on a GPU: from so many tokens on, the first of these that is there. One row
-for all shapes, until they have been measured."""
+for all shapes, until they have been measured; without "cuda", until bench/results holds a run of
+`make gpu` that found its kernels right."""
 
 
 def steer(
@@ -139,8 +160,8 @@ def implementations() -> dict[str, str]:
     """What impl="auto" runs for a tensor on each kind of device, and why."""
     isa, why = _build.instruction_set()
     on_gpu = [f"{_first_there('steer', impls)} from {least} tokens on" for least, impls in _ON_GPU]
-    if not _CUDA:
-        on_gpu += [_build.facts()["no_cuda_reason"] or "the CUDA library has no kernels"]
+    by_choice = "the CUDA kernels run with impl='cuda' alone: not validated on a GPU yet"
+    on_gpu.append(_NO_CUDA or by_choice)
     if not _HAS_TRITON:
         on_gpu += ["Triton is not installed"]
     found = {"cpu": f"cpu: {isa} kernels, {why}", "cuda": "; ".join(on_gpu)}
@@ -197,7 +218,7 @@ def _by_triton(name: str) -> Callable:
     return run
 
 
-def _without_cuda(name: str) -> Callable:
+def _best_on_gpu(name: str) -> Callable:
     def run(x, *args):
         return _on_gpu(name, x)(x, *args)
 
@@ -206,7 +227,7 @@ def _without_cuda(name: str) -> Callable:
 
 def _fake(name: str) -> Callable:
     def register(shapes: Callable) -> Callable:
-        for space in ("saesteer", "saesteer_triton"):
+        for space in _SPACES:
             torch.library.register_fake(f"{space}::{name}", shapes)
         return shapes
 
@@ -394,8 +415,7 @@ for _name, _backward, _save in (
     ("encode", _encode_backward, _save_encode),
     ("decode", _decode_backward, _save_decode),
 ):
-    for _space in ("saesteer", "saesteer_triton"):
+    for _space in _SPACES:
         torch.library.register_autograd(f"{_space}::{_name}", _backward, setup_context=_save)
     torch.library.impl(f"saesteer_triton::{_name}", ("cpu", "cuda"), _by_triton(_name))
-    if _name not in _CUDA:
-        torch.library.impl(f"saesteer::{_name}", "cuda", _without_cuda(_name))
+    torch.library.impl(f"saesteer::{_name}", "cuda", _best_on_gpu(_name))

@@ -15,17 +15,11 @@
 
 namespace saesteer::cpu {
 
-// The features measured: indices below the encoder's count.
-struct Features {
-  const int64_t* index;
-  int64_t count;
-};
-
 // Called once a token, from any thread: with its features' activations, or with nullptr for a token
 // outside the mask.
 using Settled = std::function<void(int64_t token, const float* acts)>;
 
-// `mask` may be null: every token.
+// `mask` may be null: every token. Features are below the encoder's count.
 void measure(const Rows& x, int64_t tokens, const Encoder& encoder, const Features& features,
              const bool* mask, const Settled& settled);
 

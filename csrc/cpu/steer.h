@@ -5,12 +5,6 @@
 
 namespace saesteer::cpu {
 
-// Values of the edits: one row for all tokens (stride 0), or one a token (stride F).
-struct Values {
-  const float* data;
-  int64_t stride;
-};
-
 // Writes y, of x's dtype and shape. Tokens outside the mask, and those whose values equal their
 // activations, are copied bit for bit.
 void steer(const Rows& x, int64_t tokens, const Encoder& encoder, const Rows& directions,

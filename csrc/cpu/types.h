@@ -1,8 +1,9 @@
-// The element types of the CPU kernels and the views they work on.
+// The 16-bit element types of the CPU kernels.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
+
+#include "../views.h"
 
 namespace saesteer::cpu {
 
@@ -11,38 +12,6 @@ struct bf16 {
 };
 struct f16 {
   uint16_t bits;
-};
-
-enum class Dtype { f32, bf16, f16 };
-
-inline int64_t bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
-// A contiguous matrix that is read: `width` elements a row.
-struct Rows {
-  const void* data;
-  Dtype dtype;
-  int64_t width;
-
-  const void* operator[](int64_t i) const {
-    return static_cast<const char*>(data) + i * width * bytes(dtype);
-  }
-};
-
-// One that is written.
-struct OutRows {
-  void* data;
-  Dtype dtype;
-  int64_t width;
-
-  void* operator[](int64_t i) const { return static_cast<char*>(data) + i * width * bytes(dtype); }
-};
-
-// The SAE's encoder: p_j = W[j] . x + bias[j], j = 0..count-1; a token keeps its k largest.
-struct Encoder {
-  Rows W;
-  const float* bias;
-  int64_t count;
-  int64_t k;
 };
 
 }  // namespace saesteer::cpu

@@ -1,0 +1,212 @@
+// The checks of the ops' arguments, which every device makes, and the views that pass them on.
+// Nothing here reads a tensor's elements: they may be on a GPU.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "views.h"
+
+namespace saesteer {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+void check(bool holds, const char* op, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  message << "saesteer::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string dtype_name(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "dtype number " + std::to_string(static_cast<int>(t.scalar_type()));
+  }
+}
+
+inline std::string shape(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+inline std::string place(const Tensor& t) {
+  return t.is_cpu() ? "the CPU" : "cuda:" + std::to_string(t.get_device_index());
+}
+
+// Names of what is checked: the op, and one of its arguments.
+struct Argument {
+  const char* op;
+  const char* name;
+  const Tensor& t;
+
+  void is_with(const Argument& first) const {
+    const bool there = first.t.is_cpu() ? t.is_cpu()
+                                        : t.is_cuda() && first.t.is_cuda() &&
+                                              t.get_device_index() == first.t.get_device_index();
+    check(there, op, name, " is not on ", place(first.t), ", where ", first.name,
+          " is; move it to ", first.name, "'s device");
+  }
+  void has_dtype(ScalarType wanted, const char* wanted_name) const {
+    check(t.scalar_type() == wanted, op, name, " is ", dtype_name(t), "; accepted: ", wanted_name);
+  }
+  void has_shape(const std::string& wanted, bool holds) const {
+    check(holds, op, name, " has shape ", shape(t), "; accepted: ", wanted);
+  }
+  Dtype float_dtype() const {
+    switch (t.scalar_type()) {
+      case ScalarType::Float:
+        return Dtype::f32;
+      case ScalarType::BFloat16:
+        return Dtype::bf16;
+      case ScalarType::Half:
+        return Dtype::f16;
+      default:
+        check(false, op, name, " is ", dtype_name(t), "; accepted: float32, bfloat16, float16");
+    }
+    return Dtype::f32;
+  }
+};
+
+inline int64_t tokens_of(const Tensor& x) {
+  int64_t tokens = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
+  return tokens;
+}
+
+// x's leading sizes, then `last` unless it is -1.
+inline std::vector<int64_t> like_tokens(const Tensor& x, int64_t last) {
+  const auto sizes = x.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end() - 1);
+  if (last >= 0) shape.push_back(last);
+  return shape;
+}
+
+inline bool has_sizes(const Tensor& t, const std::vector<int64_t>& sizes) {
+  const auto have = t.sizes();
+  return std::vector<int64_t>(have.begin(), have.end()) == sizes;
+}
+
+inline Tensor packed(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// The arguments of one call, by name. Each method checks one and gives its view; what is not
+// required to be contiguous must be packed first.
+class Arguments {
+ public:
+  // `x` lends the others its device, its leading sizes and its width.
+  Arguments(const char* op, const Tensor& x, const char* name = "x") : x_{op, name, x} {}
+
+  Rows x() const {
+    x_.has_shape("[..., d]", x_.t.dim() >= 1);
+    return rows(x_);
+  }
+
+  Encoder encoder(const Tensor& W_enc, const Tensor& b_enc, int64_t k) const {
+    const Argument w = named("W_enc", W_enc), b = named("b_enc", b_enc);
+    const int64_t d = x_.t.size(x_.t.dim() - 1);
+    w.has_shape("[N, " + std::to_string(d) + "], a latent a row, as wide as x",
+                W_enc.dim() == 2 && W_enc.size(1) == d && W_enc.size(0) >= 1);
+    const int64_t N = W_enc.size(0);
+    check(W_enc.is_contiguous(), w.op,
+          "W_enc is not contiguous; a copy of it every call would cost more than the op: call "
+          ".contiguous() once");
+    b.has_dtype(ScalarType::Float,
+                "float32 (with W_enc @ b_dec already subtracted, if the SAE does)");
+    b.has_shape("[" + std::to_string(N) + "], contiguous",
+                b_enc.dim() == 1 && b_enc.size(0) == N && b_enc.is_contiguous());
+    check(k >= 1 && k <= N, w.op, "k is ", k, "; accepted: 1 to ", N, ", the number of latents");
+    return {rows(w), static_cast<const float*>(b_enc.const_data_ptr()), N, k};
+  }
+
+  // Their range and whether they are distinct can only be seen in their elements.
+  Features features(const Tensor& features) const {
+    const Argument a = named("features", features);
+    a.has_dtype(ScalarType::Long, "int64");
+    a.has_shape("[F]", features.dim() == 1);
+    return {static_cast<const int64_t*>(features.const_data_ptr()), features.size(0)};
+  }
+
+  Rows directions(const Tensor& directions, int64_t F) const {
+    const Argument a = named("directions", directions);
+    a.has_shape("[F, d], a row of W_dec a feature",
+                has_sizes(directions, {F, x_.t.size(x_.t.dim() - 1)}));
+    return rows(a);
+  }
+
+  Values values(const char* name, const Tensor& values, int64_t F) const {
+    const Argument a = named(name, values);
+    a.has_dtype(ScalarType::Float, "float32");
+    const bool shared = has_sizes(values, {F});
+    a.has_shape("[F], or x's leading sizes and F",
+                shared || has_sizes(values, like_tokens(x_.t, F)));
+    return {static_cast<const float*>(values.const_data_ptr()), shared ? 0 : F};
+  }
+
+  const bool* mask(const Tensor& mask) const {
+    const Argument a = named("mask", mask);
+    a.has_dtype(ScalarType::Bool, "bool");
+    a.has_shape("x's leading sizes", has_sizes(mask, like_tokens(x_.t, -1)));
+    return static_cast<const bool*>(mask.const_data_ptr());
+  }
+
+  // For decode, whose first argument is `values`.
+  const float* weights() const {
+    x_.has_dtype(ScalarType::Float, "float32");
+    x_.has_shape("[..., k]", x_.t.dim() >= 1);
+    return static_cast<const float*>(x_.t.const_data_ptr());
+  }
+  const int64_t* indices(const Tensor& indices) const {
+    const Argument a = named("indices", indices);
+    a.has_dtype(ScalarType::Long, "int64");
+    a.has_shape("values' shape", has_sizes(indices, like_tokens(x_.t, x_.t.size(-1))));
+    return static_cast<const int64_t*>(indices.const_data_ptr());
+  }
+  Rows decoder(const Tensor& W_dec, const Tensor& b_dec) const {
+    const Argument w = named("W_dec", W_dec), b = named("b_dec", b_dec);
+    w.has_shape("[N, d], a latent a row", W_dec.dim() == 2);
+    check(W_dec.is_contiguous(), w.op, "W_dec is not contiguous: call .contiguous() once");
+    b.float_dtype();
+    b.has_shape("[d], as wide as W_dec", has_sizes(b_dec, {W_dec.size(1)}));
+    return rows(w);
+  }
+
+ private:
+  Argument named(const char* name, const Tensor& t) const {
+    const Argument a{x_.op, name, t};
+    a.is_with(x_);
+    return a;
+  }
+  static Rows rows(const Argument& a) {
+    return {a.t.const_data_ptr(), a.float_dtype(), a.t.size(a.t.dim() - 1)};
+  }
+
+  const Argument x_;
+};
+
+}  // namespace saesteer

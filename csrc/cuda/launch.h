@@ -1,0 +1,97 @@
+// How kernels are launched, and what has to be known of the device for it. Host code.
+#pragma once
+
+#ifndef __CUDACC__
+#include <emulator.h>
+#else
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace saesteer::cuda {
+
+using Stream = cudaStream_t;
+
+inline void checked(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it must not surface as a later call's
+  throw std::runtime_error(std::string("saesteer: ") + what + ": " + cudaGetErrorString(error));
+}
+
+inline int attribute(cudaDeviceAttr which) {
+  int device, value;
+  checked(cudaGetDevice(&device), "cudaGetDevice");
+  checked(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+inline bool is_hopper() {
+  return attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+}
+// The most shared memory that a block may ask for.
+inline int64_t shared_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+struct Shape {
+  int64_t blocks;
+  int threads;
+  int64_t shared = 0;
+};
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Shape& shape, Stream stream,
+            const Arguments&... arguments) {
+  if (shape.shared > 48 << 10)
+    checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shape.shared)),
+            "shared memory");
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(shape.blocks);
+  config.blockDim = shape.threads;
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = stream;
+  checked(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+}
+
+inline void zero(void* at, int64_t bytes, Stream stream) {
+  checked(cudaMemsetAsync(at, 0, bytes, stream), "cudaMemsetAsync");
+}
+
+using TensorMap = CUtensorMap;
+
+// The tensor map of a 16-bit matrix, for boxes of `box_rows` rows of 128 bytes. The driver's
+// function is looked up, so that the library needs no libcuda to load.
+inline TensorMap tensor_map(const void* matrix, bool is_bf16, int64_t rows, int64_t width,
+                            int box_rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    checked(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                             cudaEnableDefault, &result),
+            "cuTensorMapEncodeTiled");
+    if (result != cudaDriverEntryPointSuccess)
+      throw std::runtime_error("saesteer: the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode>(found);
+  }();
+  TensorMap map;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(width) * 2};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+  const CUresult error =
+      encode(&map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+             const_cast<void*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (error != CUDA_SUCCESS)
+    throw std::runtime_error("saesteer: cuTensorMapEncodeTiled: error " + std::to_string(error));
+  return map;
+}
+
+}  // namespace saesteer::cuda
+
+#endif

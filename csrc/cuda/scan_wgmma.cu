@@ -1,0 +1,230 @@
+// The scan on Hopper's tensor cores, by warpgroups: what scan_mma.cu takes, for many tokens.
+//
+// One warpgroup fills a ring of stages in shared memory: W by tensor copies, x row by row, since
+// open tokens lie anywhere. Two others multiply 64 tokens x 256 latents each.
+#include "scan.h"
+
+namespace saesteer::cuda {
+namespace {
+
+constexpr int kTokens = 128, kLatents = 256, kStages = 4;
+constexpr int kRowBytes = 128;  // of a panel: 64 columns
+constexpr int kGroup = 128;     // threads of a warpgroup
+constexpr int kThreads = 3 * kGroup;
+constexpr int kXBytes = kTokens * kRowBytes, kWBytes = kLatents * kRowBytes;
+constexpr int kStageBytes = kXBytes + kWBytes;
+// Stages whose copies of x are under way before the first of them is handed over.
+constexpr int kBehind = 2;
+static_assert(kBehind <= kStages - 2, "a stage is freed one stage later than it is multiplied");
+
+struct Ring {
+  uint64_t full[kStages], empty[kStages];
+  int64_t tile[kStages];  // what the stage belongs to, -1: nothing follows; set in its first stage
+};
+constexpr int64_t kShared = kStages * kStageBytes + sizeof(Ring);
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
+
+// A place in the ring, and the parity of its phase.
+struct Place {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+struct Producer {
+  const Scan& s;
+  const TensorMap* W;
+  Ring& ring;
+  unsigned char* stages;
+  int64_t slots, depth;
+  int thread;
+  Place at;         // the stage to fill next
+  Place handed;     // the stage to hand over next
+  int pending = 0;  // filled, not handed over
+
+  __device__ __forceinline__ void hand_over() {
+    publish_writes();
+    barrier_arrive(&ring.full[handed.stage]);
+    handed.next();
+    --pending;
+  }
+
+  __device__ void fill(int64_t tile, int64_t first_slot, int64_t first_latent) {
+    constexpr int kEach = kTokens * 8 / kGroup;
+    const int64_t row_bytes = s.x.width * 2;
+    const int chunk = thread % 8;
+    int32_t token[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      token[i] = static_cast<int32_t>(token_of(s, first_slot + thread / 8 + i * 16, slots));
+    for (int64_t k = 0; k < depth; ++k) {
+      barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+      unsigned char* const x = stages + at.stage * kStageBytes;
+      if (thread == 0) {
+        if (k == 0) ring.tile[at.stage] = tile;
+        barrier_expect(&ring.full[at.stage], kWBytes);
+        copy_box(x + kXBytes, W, &ring.full[at.stage], static_cast<int>(k * kRowBytes / 2),
+                 static_cast<int>(first_latent));
+      }
+      const int64_t column = k * kRowBytes + chunk * 16;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int row = thread / 8 + i * 16;
+        const bool there = token[i] >= 0 && column < row_bytes;
+        copy_async(x + row * kRowBytes + ((chunk ^ (row % 8)) << 4),
+                   static_cast<const char*>(s.x.data) + (there ? token[i] * row_bytes + column : 0),
+                   there);
+      }
+      commit_copies();
+      at.next();
+      if (++pending > kBehind) {
+        wait_copies<kBehind>();
+        hand_over();
+      }
+    }
+  }
+
+  __device__ void run() {
+    const Tiles<kTokens, kLatents> tiles(slots, s.encoder.count);
+    for (int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
+      int64_t first_slot, first_latent;
+      tiles.locate(tile, first_slot, first_latent);
+      if (sync_some_or(1, kGroup, any_open(s, first_slot, kTokens, slots, thread, kGroup)))
+        fill(tile, first_slot, first_latent);
+    }
+    wait_copies<0>();
+    while (pending) hand_over();
+    barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+    if (thread == 0) ring.tile[at.stage] = -1;
+    barrier_arrive(&ring.full[at.stage]);
+  }
+};
+
+template <bool kBf16>
+struct Consumer {
+  const Scan& s;
+  Ring& ring;
+  const unsigned char* stages;
+  int64_t slots, depth;
+  int group, thread;
+  Place at;
+
+  __device__ __forceinline__ void free(int stage) {
+    sync_warp();
+    if (thread % 32 == 0) barrier_arrive(&ring.empty[stage]);
+  }
+
+  __device__ __forceinline__ void run() {
+    for (;;) {
+      barrier_wait(&ring.full[at.stage], at.parity);
+      const int64_t tile = ring.tile[at.stage];
+      if (tile < 0) return;
+      float sum[128];
+      multiply(sum);
+      deliver_tile(tile, sum);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(float (&sum)[128]) {
+    int last = -1;
+    for (int64_t k = 0; k < depth; ++k) {
+      barrier_wait(&ring.full[at.stage], at.parity);
+      const unsigned char* const x = stages + at.stage * kStageBytes;
+      const uint64_t a = describe(x + group * 64 * kRowBytes), b = describe(x + kXBytes);
+      products_begin();
+#pragma unroll
+      for (int i = 0; i < kRowBytes / 32; ++i)
+        multiply_group<kBf16>(sum, along(a, i * 32), along(b, i * 32), k > 0 || i > 0);
+      products_commit();
+      if (last >= 0) {
+        products_wait<1>();
+        free(last);
+      }
+      last = at.stage;
+      at.next();
+    }
+    products_wait<0>();
+    free(last);
+  }
+
+  __device__ __forceinline__ void deliver_tile(int64_t tile, float (&sum)[128]) {
+    int64_t first_slot, first_latent;
+    Tiles<kTokens, kLatents>(slots, s.encoder.count).locate(tile, first_slot, first_latent);
+    const int lane = thread % 32;
+    const auto slot = [&](int r) {
+      return first_slot + group * 64 + thread / 32 * 16 + r * 8 + lane / 4;
+    };
+    deliver<2, 64, 4>(
+        s, slots, [&](int r, int c) -> float& { return sum[c / 2 * 4 + r * 2 + c % 2]; }, slot,
+        first_latent, first_latent + kLatents, lane % 4 * 2,
+        [](int c) { return c / 2 * 8 + c % 2; });
+  }
+};
+
+template <bool kBf16>
+__global__ void __launch_bounds__(kThreads, 1)
+    scan_groups(Scan s, const __grid_constant__ TensorMap W) {
+  const int64_t slots = slots_here(s), depth = (s.x.width * 2 + kRowBytes - 1) / kRowBytes;
+  if (slots == 0) return;
+  unsigned char* const stages = shared<unsigned char>();
+  Ring& ring = *shared<Ring>(kStages * kStageBytes);
+  if (threadIdx.x == 0) {
+    prefetch_map(&W);
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&ring.full[i], kGroup);
+      barrier_init(&ring.empty[i], 2 * kGroup / 32);
+    }
+    barrier_init_done();
+  }
+  sync_threads();
+
+  const int group = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
+  if (group == 0) {
+    give_registers<56>();
+    Producer{s, &W, ring, stages, slots, depth, thread, {}, {}}.run();
+  } else {
+    take_registers<224>();
+    Consumer<kBf16>{s, ring, stages, slots, depth, group - 1, thread, {}}.run();
+  }
+}
+
+#else
+
+// Chosen for compute capability 9.0 alone.
+template <bool kBf16>
+__global__ void scan_groups(Scan, const __grid_constant__ TensorMap) {
+  __trap();
+}
+
+#endif
+
+}  // namespace
+
+bool takes_wgmma(const Scan& s) {
+#ifdef SAESTEER_SM90A
+  return takes_mma(s) && is_hopper();
+#else
+  (void)s;
+  return false;
+#endif
+}
+
+void scan_wgmma(const Scan& s, Stream stream) {
+  const bool is_bf16 = s.x.dtype == Dtype::bf16;
+  const TensorMap W =
+      tensor_map(s.encoder.W.data, is_bf16, s.encoder.count, s.encoder.W.width, kLatents);
+  const int64_t tiles = Tiles<kTokens, kLatents>(s.slots, s.encoder.count).count();
+  const Shape shape{balanced(tiles, multiprocessors()), kThreads, kShared};
+  if (is_bf16)
+    launch(scan_groups<true>, shape, stream, s, W);
+  else
+    launch(scan_groups<false>, shape, stream, s, W);
+}
+
+}  // namespace saesteer::cuda

@@ -1,0 +1,139 @@
+// What one block does with one token: dot products with a few rows, and a sum of a few rows.
+#pragma once
+
+#include <type_traits>
+
+#include "elements.h"
+
+namespace saesteer::cuda {
+
+constexpr int kTokenThreads = 128;
+
+// Sums `count` numbers a thread over the block. Every thread gets every sum; the order of additions
+// is fixed. `scratch` holds kTokenThreads / 32 * count floats.
+template <int kCount>
+__device__ void sum_over_block(float (&v)[kCount], float* scratch) {
+  constexpr int kWarps = kTokenThreads / 32;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    for (int lanes = 16; lanes; lanes /= 2) v[i] += shuffle_xor(v[i], lanes);
+  if (threadIdx.x % 32 == 0)
+    for (int i = 0; i < kCount; ++i) scratch[threadIdx.x / 32 * kCount + i] = v[i];
+  sync_threads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    v[i] = scratch[i];
+    for (int warp = 1; warp < kWarps; ++warp) v[i] += scratch[warp * kCount + i];
+  }
+  sync_threads();
+}
+
+constexpr int kRowsAtOnce = 4;
+constexpr int kTokenScratch = kTokenThreads / 32 * kRowsAtOnce;
+
+// p[i] = rows[index[i]] . x + bias[index[i]] for kCount rows; NaN where the index is not below
+// `limit`. `index` may be null: 0, 1, ...
+template <int kCount>
+__device__ __forceinline__ void project_some(const void* x, Dtype dtype, const Rows& rows,
+                                             const float* bias, int64_t limit, const int64_t* index,
+                                             int64_t first, float* p, float* scratch) {
+  int64_t at[kCount];
+  const void* row[kCount];
+  bool wide[kCount];
+  float sum[kCount] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    at[i] = index ? index[first + i] : first + i;
+    if (at[i] < 0 || at[i] >= limit) at[i] = -1;
+    row[i] = rows[at[i] < 0 ? 0 : at[i]];
+    wide[i] = aligned(row[i]);
+  }
+  const bool x_wide = aligned(x);
+#pragma unroll 3
+  for (int64_t c = threadIdx.x; c < chunks(rows.width); c += kTokenThreads) {
+    float a[kChunk], b[kChunk];
+    load8(x, dtype, rows.width, c, x_wide, a);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      load8(row[i], rows.dtype, rows.width, c, wide[i], b);
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) sum[i] = fmaf(a[e], b[e], sum[i]);
+    }
+  }
+  sum_over_block(sum, scratch);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (static_cast<int>(threadIdx.x) == i)
+      p[first + i] = at[i] < 0 ? not_a_number() : sum[i] + bias[at[i]];
+}
+
+// p[i] for i < count, in shared memory; kTokenScratch floats of scratch. The sum of a row depends
+// neither on its place nor on the other rows.
+__device__ __forceinline__ void project_token(const void* x, Dtype dtype, const Rows& rows,
+                                              const float* bias, int64_t limit,
+                                              const int64_t* index, int64_t count, float* p,
+                                              float* scratch) {
+  int64_t i = 0;
+  for (; i + kRowsAtOnce <= count; i += kRowsAtOnce)
+    project_some<kRowsAtOnce>(x, dtype, rows, bias, limit, index, i, p, scratch);
+  for (; i < count; ++i) project_some<1>(x, dtype, rows, bias, limit, index, i, p, scratch);
+  sync_threads();
+}
+
+// y = x + sum_i coef[i] rows[i] over the coefficients that are not 0; if all are, the bits of x.
+// x's second reading finds it in the first-level cache.
+__device__ __forceinline__ void add_to_token(const void* x, const Rows& rows, int64_t count,
+                                             const float* coef, void* y, Dtype dtype) {
+  bool any = false;
+  for (int64_t i = threadIdx.x; i < count; i += kTokenThreads) any |= coef[i] != 0;
+  if (!sync_threads_or(any))
+    return copy_row(x, y, rows.width * bytes(dtype), threadIdx.x, kTokenThreads);
+  const bool x_wide = aligned(x), y_wide = aligned(y);
+#pragma unroll 3
+  for (int64_t c = threadIdx.x; c < chunks(rows.width); c += kTokenThreads) {
+    float sum[kChunk], v[kChunk];
+    load8(x, dtype, rows.width, c, x_wide, sum);
+    for (int64_t i = 0; i < count; ++i) {
+      const float term = coef[i];
+      if (term == 0) continue;
+      load8(rows[i], rows.dtype, rows.width, c, aligned(rows[i]), v);
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) sum[e] = fmaf(term, v[e], sum[e]);
+    }
+    store8(y, dtype, rows.width, c, y_wide, sum);
+  }
+}
+
+// Runs `make` with the kernel's variant: kOne for x and every matrix of that dtype, -1 for others.
+template <class F>
+void for_dtypes(Dtype x, Dtype a, Dtype b, const F& make) {
+  if (x != a || x != b) return make(std::integral_constant<int, -1>());
+  switch (x) {
+    case Dtype::f32:
+      return make(std::integral_constant<int, static_cast<int>(Dtype::f32)>());
+    case Dtype::bf16:
+      return make(std::integral_constant<int, static_cast<int>(Dtype::bf16)>());
+    case Dtype::f16:
+      return make(std::integral_constant<int, static_cast<int>(Dtype::f16)>());
+  }
+}
+
+// Makes a variant's dtypes constants.
+template <int kDtype, class... Matrix>
+__device__ __forceinline__ void fix_dtypes(Matrix&... matrix) {
+  if constexpr (kDtype >= 0) ((matrix.dtype = static_cast<Dtype>(kDtype)), ...);
+}
+
+// Calls work(first, count) for all of 0 ... tokens - 1, at most `most` at a time.
+template <class F>
+void in_pieces(int64_t tokens, int64_t most, const F& work) {
+  for (int64_t first = 0; first < tokens; first += most)
+    work(first, tokens - first < most ? tokens - first : most);
+}
+
+constexpr int64_t kMostBlocks = int64_t{1} << 30;
+
+inline Rows from(const Rows& x, int64_t first) { return {x[first], x.dtype, x.width}; }
+inline OutRows from(const OutRows& y, int64_t first) { return {y[first], y.dtype, y.width}; }
+
+}  // namespace saesteer::cuda

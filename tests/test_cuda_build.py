@@ -1,0 +1,153 @@
+"""What the compiler made of the CUDA kernels: registers, stack, and the instructions that count.
+
+Read off the built library, without a GPU, by cuobjdump: the toolkit's, or that in Triton's wheel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import saesteer_fast
+from saesteer_fast import _build
+
+LIBRARY = Path(saesteer_fast.__file__).with_name("libsaesteer_cuda.so")
+ARCHITECTURES = {a: f"sm_{a.replace('.', '')}" for a in ("8.0", "9.0a", "10.0")}
+BF16, FP32 = 1, 0
+SCANS = {"few": "Li64ELi64E", "fewest": "Li16ELi32E", "many": "Li128ELi128E"}
+
+
+def cuobjdump() -> str | None:
+    triton = importlib.util.find_spec("triton")
+    bundled = triton and Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    return shutil.which("cuobjdump") or (str(bundled) if bundled and bundled.exists() else None)
+
+
+pytestmark = [
+    pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built here"),
+    pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump, nor Triton's"),
+]
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def arch(request) -> str:
+    if request.param not in _build.facts()["cuda_architectures"]:
+        pytest.skip(f"not built for {request.param}")
+    return ARCHITECTURES[request.param]
+
+
+@cache
+def dump(what: str, arch: str) -> str:
+    command = [cuobjdump(), what, "-arch", arch, LIBRARY]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def kernels(text: str) -> dict[str, str]:
+    """What is said of each function, by its mangled name."""
+    parts = re.split(r"Function\s*:?\s+(_Z\w+)", text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def of(arch: str, *marks: str) -> str:
+    """The instructions of the one kernel whose name has all the marks."""
+    found = [code for name, code in kernels(dump("-sass", arch)).items() if all_in(marks, name)]
+    assert len(found) == 1, (marks, len(found))
+    return found[0]
+
+
+def all_in(marks: tuple[str, ...], name: str) -> bool:
+    return all(mark in name for mark in marks)
+
+
+def count(code: str, instruction: str) -> int:
+    return len(re.findall(rf"\b{instruction}", code))
+
+
+def test_nothing_spills_or_indexes_registers(arch):
+    """A stack would be read and written in device memory."""
+    usage = kernels(dump("-res-usage", arch))
+    assert len(usage) > 30
+    for name, said in usage.items():
+        assert re.search(r"STACK:0 ", said) and re.search(r"LOCAL:0 ", said), (name, said)
+    for name, code in kernels(dump("-sass", arch)).items():
+        assert not count(code, r"(LDL|STL)[.\s]"), name
+
+
+# Threads of a block, and blocks that must fit a multiprocessor's 65,536 registers at once
+OCCUPANCY = {
+    "level0": (128, 4),
+    "settle": (128, 4),
+    "add_rows": (128, 8),
+    "decode_token": (128, 8),
+    "scan_any": (256, 2),
+    SCANS["fewest"]: (64, 2),
+    SCANS["few"]: (128, 2),
+    SCANS["many"]: (128, 2),
+    "scan_groups": (384, 1),
+}
+
+
+@pytest.mark.parametrize("kernel", OCCUPANCY)
+def test_registers_leave_room_for_the_blocks_that_are_planned(arch, kernel):
+    threads, blocks = OCCUPANCY[kernel]
+    found = [said for name, said in kernels(dump("-res-usage", arch)).items() if kernel in name]
+    assert found
+    for said in found:
+        registers = int(re.search(r"REG:(\d+)", said)[1])
+        assert -(-registers // 8) * 8 * threads * blocks <= 65536, registers
+
+
+@pytest.mark.parametrize("dtype", range(3), ids=["fp32", "bf16", "fp16"])
+def test_rows_are_read_and_written_16_bytes_at_a_time(arch, dtype):
+    for kernel in ("level0", "settle", "add_rows", "decode_token"):
+        code = of(arch, f"{kernel}ILi{dtype}E")
+        assert count(code, r"LDG\.E\.\S*128") and count(code, r"STG\.E\.\S*128"), kernel
+    assert count(of(arch, f"project_rowsILi{dtype}E"), r"LDG\.E\.\S*128")
+
+
+@pytest.mark.parametrize("plan", SCANS)
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp16"])
+def test_16_bit_scans_use_tensor_cores_and_asynchronous_copies(arch, plan, bf16):
+    code = of(arch, "scan_16bit", SCANS[plan], f"Lb{int(bf16)}E")
+    kind = r"HMMA\.16816\.F32\.BF16" if bf16 else r"HMMA\.16816\.F32\s"
+    assert count(code, kind) >= 8
+    assert count(code, r"LDGSTS\.E\.\S*128") and count(code, r"LDSM\.16\.\S*4")
+
+
+def test_fp32_is_never_rounded_for_a_tensor_core(arch):
+    code = of(arch, f"scan_anyILi{FP32}ELi8E")
+    assert not count(code, r"\w*MMA[.\s]") and count(code, r"FFMA\s") >= 32 * 8
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp16"])
+def test_hopper_multiplies_by_warpgroups_and_copies_boxes(bf16):
+    if "9.0a" not in _build.facts()["cuda_architectures"]:
+        pytest.skip("not built for 9.0a")
+    code = of("sm_90a", "scan_groups", f"Lb{int(bf16)}E")
+    kind = "64x256x16.F32.BF16" if bf16 else r"64x256x16.F32\s"
+    assert count(code, rf"HGMMA\.{kind}") >= 4
+    assert count(code, r"UTMALDG\.2D") and count(code, r"LDGSTS\.E\.\S*128")
+    assert count(code, r"USETMAXREG\.TRY_ALLOC") and count(code, r"USETMAXREG\.DEALLOC")
+
+
+def test_products_of_a_stage_are_issued_together():
+    """Between them no wait: a compiler that cannot prove them independent would put one there."""
+    if "9.0a" not in _build.facts()["cuda_architectures"]:
+        pytest.skip("not built for 9.0a")
+    order = re.findall(r"(HGMMA|WARPGROUP\.DEPBAR)", of("sm_90a", "scan_groups", "Lb1E"))
+    runs = [len(run.split()) for run in " ".join(order).split("WARPGROUP.DEPBAR") if run.strip()]
+    assert runs and all(run % 4 == 0 for run in runs), runs
+
+
+def test_every_architecture_has_every_kernel():
+    built = [ARCHITECTURES[a] for a in _build.facts()["cuda_architectures"] if a in ARCHITECTURES]
+    names = [
+        {re.sub(r"_GLOBAL__N__\w{8}", "", n) for n in kernels(dump("-sass", a))} for a in built
+    ]
+    assert names and all(n == names[0] for n in names)

@@ -1,0 +1,396 @@
+"""The CUDA kernels on the emulated GPU of tests/emulator: every path, against the fp64 truth.
+
+What no emulator can show is how fast they are, and whether the hardware does what its manual says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import platform
+import shutil
+from itertools import pairwise, product
+
+import pytest
+import torch
+from emulator import CSRC, Machine, compile_kernels, link
+from ops_cases import (
+    DTYPES,
+    Case,
+    assert_steered,
+    gamma,
+    integer_case,
+    preact_bound,
+    random_case,
+    rounded,
+    same_bits,
+)
+
+from saesteer_fast import reference
+
+COMPILER = shutil.which("g++")
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="g++ is not installed"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator is for x86-64"),
+]
+
+F32, BF16, F16 = DTYPES
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    return compile_kernels(tmp_path_factory.mktemp("emulated"), COMPILER)
+
+
+@pytest.fixture(scope="module")
+def library(objects, tmp_path_factory):
+    return Machine(link(objects, tmp_path_factory.mktemp("emulated"), COMPILER))
+
+
+@pytest.fixture(params=[False, True], ids=["ampere", "hopper"])
+def machine(library, request):
+    return library.settle(hopper=request.param)
+
+
+def acts(machine: Machine, case: Case) -> torch.Tensor:
+    return machine.feature_acts(*case.encoder, case.features, case.k)
+
+
+def assert_right(machine: Machine, case: Case) -> torch.Tensor:
+    """steer and feature_acts decide as fp64 does, wherever fp32 can tell; who is live."""
+    a, y = acts(machine, case), machine.steer(*case.edit, case.mask)
+    live, undecided = a > 0, case.undecided()
+    exact = reference.feature_acts(*case.encoder, case.features, case.k, dtype=torch.float64) > 0
+    assert torch.equal(live[~undecided], exact[~undecided])
+    p = reference.preacts(case.x, case.W_enc[case.features], case.b_enc[case.features])
+    bound = preact_bound(case.x, case.W_enc[case.features], case.b_enc[case.features])
+    assert ((a.double() - p).abs() <= bound)[live].all() and (a[~live] == 0).all()
+    assert_steered(case, y, live)
+    if case.mask is not None:
+        assert same_bits(y[~case.mask], case.x[~case.mask])
+    return live
+
+
+# ---- the arithmetic of the ladder ----
+
+NUMBERS = [NAN, INF, -INF, 0.0, -0.0, 2.0**-149, 2.0**-148, 2.0**-126, -1.0, 1.0, 1 + 2.0**-23]
+NUMBERS += [1 - 2.0**-24, 3.4028234e38, -3.4028234e38]
+
+
+def test_beats_is_the_order_of_the_reference(library):
+    """Every pair of numbers, with the other latent before and after f."""
+    for p_j, p_f, before in product(NUMBERS, NUMBERS, (True, False)):
+        if not library.pure("is_undecided", ctypes.c_bool, ctypes.c_float(p_f)):
+            assert not (p_f > 0 and math.isfinite(p_f))
+            continue
+        assert p_f > 0 and math.isfinite(p_f)
+        pair = torch.tensor([[p_j, p_f] if before else [p_f, p_j]])
+        f = 1 if before else 0
+        expected = reference.rank(pair, torch.tensor([f])).item() == 1
+        numbers = ctypes.c_float(p_j), ctypes.c_float(p_f)
+        beats = library.pure("is_beaten", ctypes.c_bool, numbers[0], 1 - f, numbers[1], f)
+        side = library.pure(
+            "is_beaten_from_one_side", ctypes.c_bool, *numbers, ctypes.c_bool(before)
+        )
+        assert beats == side == expected, (p_j, p_f, before)
+        assert not library.pure("is_beaten", ctypes.c_bool, numbers[0], f, numbers[1], f)
+
+
+def test_what_is_settled(library):
+    def settled(p: float, beaten: int) -> float:
+        rank = ctypes.c_int64(beaten), ctypes.c_int64(4)
+        return library.pure("settled", ctypes.c_float, ctypes.c_float(p), *rank)
+
+    assert settled(2.5, 3) == 2.5 and settled(2.5, 4) == 0 == settled(-1.0, 0) == settled(0.0, 0)
+    assert all(math.isnan(settled(p, n)) for p in (NAN, INF, -INF) for n in (0, 4))
+
+
+def test_keys_sort_as_the_reference_does(library):
+    p = torch.tensor([*NUMBERS, *NUMBERS], dtype=torch.float32)
+    keys = [
+        library.pure("key_of", ctypes.c_uint64, ctypes.c_float(v), ctypes.c_uint32(i))
+        for i, v in enumerate(p.tolist())
+    ]
+    ours = sorted(range(len(p)), key=keys.__getitem__, reverse=True)
+    assert ours == p.sort(descending=True, stable=True).indices.tolist()
+    for i, key in enumerate(keys):
+        assert library.pure("index_of", ctypes.c_int64, ctypes.c_uint64(key)) == i
+        value = library.pure("value_of", ctypes.c_float, ctypes.c_uint64(key))
+        expected = p[i].clamp(min=0).item()
+        assert value == expected or (math.isnan(value) and math.isnan(expected))
+
+
+# ---- every path of steer and feature_acts ----
+
+PATHS = {
+    # T, d, N, k, F, x, W
+    "fp32, few": (7, 31, 65, 8, 2, F32, F32),
+    "fp32, many": (150, 33, 129, 8, 3, F32, F32),
+    "mixed, few": (16, 67, 64, 4, 5, BF16, F32),
+    "mixed, many": (90, 40, 300, 8, 2, F32, F16),
+    "odd width": (70, 65, 129, 8, 2, BF16, BF16),
+    "one token": (1, 200, 129, 8, 1, BF16, BF16),
+    "16-bit, fewest": (16, 72, 257, 8, 9, F16, F16),
+    "16-bit, few": (50, 136, 129, 8, 2, BF16, BF16),
+    "16-bit, many": (200, 200, 600, 16, 3, BF16, BF16),
+    "fp16, many": (300, 64, 257, 8, 1, F16, F16),
+    "longer than the stages": (80, 712, 140, 8, 2, BF16, BF16),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_steer_and_feature_acts_are_the_truth(machine, path, masked):
+    T, d, N, k, F, dtype, weights = PATHS[path]
+    case = random_case(T, d, N, k, F, dtype, weights, per_token=masked, masked=masked)
+    live = assert_right(machine, case)
+    assert T < 20 or 0 < live.double().mean() < 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [40, 150])
+def test_integers_are_exact(machine, dtype, T):
+    """Ties are everywhere, so that every latent's place counts."""
+    for weights in DTYPES:
+        case = integer_case(T, 40, 300, 8, 3, dtype, weights, per_token=True)
+        exact = reference.feature_acts(*case.encoder, case.features, case.k, dtype=torch.float64)
+        assert torch.equal(acts(machine, case).double(), exact)
+        assert same_bits(machine.steer(*case.edit) + 0.0, case.truth().to(dtype) + 0.0)
+        values, indices = reference.encode(*case.encoder, case.k, dtype=torch.float64)
+        ours = machine.encode(*case.encoder, case.k)
+        assert torch.equal(ours[0].double(), values) and torch.equal(ours[1], indices)
+        recon = reference.decode(values, indices, case.W_dec, case.b_dec)
+        assert torch.equal(machine.decode(*ours, case.W_dec, case.b_dec), recon)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_ties_go_to_the_lower_latent(machine, dtype):
+    """All latents alike: the k first are live, wherever they lie in a tile."""
+    N, k = 300, 131
+    ones = torch.ones(70, 8, dtype=dtype)
+    case = random_case(70, 8, N, k, 0).but(
+        x=ones, W_enc=ones[:1].expand(N, 8).contiguous(), b_enc=torch.zeros(N)
+    )
+    features = torch.tensor([0, 1, 63, 64, 127, 128, 130, 131, 255, 256, 299])
+    live = acts(machine, case.but(features=features)) > 0
+    assert torch.equal(live, (features < k).expand(70, -1))
+    assert torch.equal(machine.encode(*case.encoder, k)[1], torch.arange(k).expand(70, k))
+
+
+def test_every_latent_may_be_live(machine):
+    for dtype in (F32, BF16):
+        case = random_case(70, 40, 65, 65, 3, dtype, dtype)
+        assert torch.equal(
+            assert_right(machine, case),
+            machine.project(case.x, case.W_enc[case.features], case.b_enc[case.features]) > 0,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_to_change_changes_no_bit(machine, dtype):
+    case = random_case(90, 40, 129, 16, 5, dtype, dtype)
+    x = case.x.clone()
+    x[:, 3] = -0.0
+    case = case.but(x=x)
+    assert (acts(machine, case) > 0).any()
+    assert same_bits(machine.steer(*case.but(values=acts(machine, case)).edit), x)
+    none = case.but(features=case.features[:0], values=case.values[:0])
+    assert same_bits(machine.steer(*none.edit), x)
+    assert acts(machine, none).shape == (90, 0)
+    empty = case.rows(slice(0, 0))
+    assert machine.steer(*empty.edit).shape == (0, 40)
+    assert all(t.shape == (0, 16) for t in machine.encode(*empty.encoder, 16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_bad_row_spoils_no_other(machine, dtype, bad):
+    good = random_case(80, 40, 129, 8, 3, dtype, dtype)
+    x = good.x.clone()
+    x[5, 39] = x[79, 0] = bad
+    rows = torch.zeros(80, dtype=torch.bool)
+    rows[[5, 79]] = True
+    case = good.but(x=x)
+    y, a = machine.steer(*case.edit), acts(machine, case)
+    assert y[rows].isnan().all() and a[rows].isnan().all()
+    assert same_bits(y[~rows], machine.steer(*good.edit)[~rows])
+    assert same_bits(a[~rows], acts(machine, good)[~rows])
+    values, indices = machine.encode(*case.encoder, case.k)
+    expected, places = reference.encode(*case.encoder, case.k)
+    assert torch.equal(values[rows].isnan(), expected[rows].isnan())
+    assert torch.equal(indices[rows], places[rows])
+
+
+def test_latents_that_do_not_exist_spoil_what_depends_on_them(machine):
+    case = random_case(80, 40, 129, 8, 3, BF16, BF16)
+    for index in (-1, 129, 2**40, -(2**63)):
+        features = case.features.clone()
+        features[1] = index
+        wrong = case.but(features=features)
+        a = acts(machine, wrong)
+        assert a[:, 1].isnan().all()
+        assert same_bits(a[:, ::2].contiguous(), acts(machine, case)[:, ::2].contiguous())
+        directions = case.directions
+        edit = *wrong.encoder, directions, features, wrong.values, wrong.k
+        assert machine.steer(*edit).isnan().all()
+        indices = torch.tensor([[0, 128], [index, 0], [1, 2]])
+        y = machine.decode(torch.ones(3, 2), indices, case.W_dec, case.b_dec)
+        assert torch.equal(y.isnan().any(-1), torch.tensor([False, True, False]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unaligned_rows(machine, dtype):
+    for d in (40, 39):
+        case = random_case(70, d, 129, 8, 3, dtype, dtype, per_token=True)
+        y, a, (values, indices) = (
+            machine.steer(*case.edit),
+            acts(machine, case),
+            machine.encode(*case.encoder, 8),
+        )
+        shifted = torch.cat([case.x.new_zeros(1), case.x.flatten()])[1:].view(70, d)
+        assert shifted.data_ptr() % 16
+        assert_right(machine, case.but(x=shifted))
+        assert torch.equal(machine.encode(shifted, *case.encoder[1:], 8)[1], indices)
+        moved = case.but(W_enc=torch.cat([case.W_enc.new_zeros(1), case.W_enc.flatten()])[1:])
+        moved = moved.but(W_enc=moved.W_enc.view(129, d))
+        # The product of another kernel may differ in the last bit; L0's may not.
+        rows = [(c.W_enc[:9], c.b_enc[:9]) for c in (case, moved)]
+        assert same_bits(*(machine.project(case.x, *row) for row in rows))
+        assert_right(machine, moved)
+        assert (values > 0).any() and same_bits(acts(machine, case), a)
+        assert same_bits(machine.steer(*case.edit), y)
+
+
+def test_in_place(machine):
+    for T, dtype in product((50, 150), (F32, BF16)):
+        case = random_case(T, 40, 129, 8, 3, dtype, dtype, masked=True)
+        y = machine.steer(*case.edit, case.mask)
+        assert same_bits(machine.steer(*case.edit, case.mask, in_place=True), y)
+
+
+def test_the_same_however_the_work_is_cut(library):
+    """More or fewer blocks, other orders of threads, tokens alone: no bit changes."""
+    for dtype in (F32, BF16):
+        case = random_case(150, 72, 700, 8, 3, dtype, dtype, per_token=True, masked=True)
+        for hopper in (False, True):
+            ys = [
+                library.settle(hopper=hopper, multiprocessors=m, seed=s).steer(
+                    *case.edit, case.mask
+                )
+                for m, s in ((1, 1), (5, 2), (100, 3))
+            ]
+            assert same_bits(ys[0], ys[1]) and same_bits(ys[0], ys[2])
+        whole = library.steer(*case.edit, case.mask)
+        parts = [case.rows(slice(a, b)) for a, b in pairwise([0, 1, 17, 80, 150])]
+        pieces = torch.cat([library.steer(*part.edit, part.mask) for part in parts])
+        settled = ~case.undecided().any(-1)
+        assert same_bits(whole[settled], pieces[settled])
+
+
+def test_more_tokens_than_the_workspace_holds(machine):
+    F = 65
+    case = random_case(2100, 8, 129, 16, F, F32, F32, per_token=True)
+    case = case.but(mask=torch.arange(2100) % 40 == 0)
+    assert machine._workspace("ladder_workspace", 2100, F).numel() < 1 << 20 < 2100 * (4 + 8 * F)
+    y = machine.steer(*case.edit, case.mask)
+    assert same_bits(y[~case.mask], case.x[~case.mask])
+    assert same_bits(y[case.mask], machine.steer(*case.rows(case.mask).edit))
+
+
+def test_the_workspace_is_at_most_a_megabyte(library):
+    for tokens, F in product((1, 64, 10**3, 10**6, 10**9), (0, 1, 4, 16, 1000)):
+        assert library._workspace("ladder_workspace", min(tokens, 10**6), F).numel() <= 2**20 + 16
+
+
+# ---- project, add_directions, encode, decode ----
+
+
+@pytest.mark.parametrize("pair", list(product(DTYPES, DTYPES)), ids=str)
+def test_project_and_add_directions_are_the_truth(machine, pair):
+    for T, d, F in ((1, 1, 1), (7, 33, 65), (5, 1100, 3)):
+        case = random_case(T, d, 129, 129, F, *pair, per_token=F == 65)
+        W, bias = case.W_enc[case.features], case.b_enc[case.features]
+        p = machine.project(case.x, W, bias)
+        error = (p.double() - reference.preacts(case.x, W, bias)).abs()
+        assert (error <= preact_bound(case.x, W, bias)).all()
+        assert same_bits(p.clamp(min=0) + 0.0, acts(machine, case) + 0.0)
+        dead = case.but(W_enc=0 * case.W_enc, b_enc=torch.full((129,), -1.0))
+        y = machine.add_directions(case.x, case.directions, case.values)
+        assert_steered(dead, y, torch.zeros(T, F, dtype=torch.bool))
+        nothing = machine.add_directions(case.x, case.directions, -0.0 * case.values)
+        assert same_bits(nothing, case.x)
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "k"), [(3, 1, 1), (5, 129, 129), (3, 700, 300), (2, 8192, 256), (130, 300, 8)]
+)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_encode_is_the_truth(machine, T, N, k, dtype):
+    """k = 256 of 8192: more candidates than are kept; k = 300: more than there are threads."""
+    case = random_case(T, 16, N, k, 0, dtype, dtype)
+    values, indices = machine.encode(*case.encoder, k)
+    p, e = reference.preacts(*case.encoder), preact_bound(*case.encoder)
+    chosen, slack = p.gather(-1, indices), e.gather(-1, indices)
+    assert ((values.double() - chosen.relu()).abs() <= slack).all()
+    assert (values[:, 1:] <= values[:, :-1]).all()
+    left_out = torch.ones_like(p, dtype=torch.bool).scatter_(-1, indices, False)
+    assert (left_out.sum(-1) == N - k).all()
+    largest = torch.where(left_out, p - e, -torch.inf).amax(-1)
+    assert (largest <= (chosen + slack).amin(-1)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 3, 1), (63, 130, 32), (7, 33, 0)], ids=str)
+def test_decode_is_the_truth(machine, dtype, shape):
+    T, d, k = shape
+    case = random_case(T, d, 1000, 1, 0, weights=dtype)
+    random = torch.Generator().manual_seed(5)
+    indices = torch.randint(1000, (T, k), generator=random)
+    values = torch.randn(T, k, generator=random)
+    y = machine.decode(values, indices, case.W_dec, case.b_dec)
+    rows, bias = case.W_dec[indices].double(), case.b_dec.double()
+    truth = (values.double()[..., None] * rows).sum(-2) + bias
+    size = (values.double().abs()[..., None] * rows.abs()).sum(-2) + bias.abs()
+    assert ((y.double() - truth).abs() <= rounded(truth, gamma(k + 1) * size, dtype)).all()
+
+
+# ---- mistakes that the emulator must see ----
+
+MISTAKES = {
+    "a stage read before its copies land": (
+        "scan_mma.cu",
+        "wait_copies<P::kStages - 2>();",
+        "wait_copies<P::kStages - 1>();",
+    ),
+    "a stage handed over before its copies land": (
+        "scan_wgmma.cu",
+        "wait_copies<kBehind>();",
+        "wait_copies<kBehind + 1>();",
+    ),
+    "ordinary writes without a fence": ("scan_wgmma.cu", "publish_writes();", ""),
+    "a stage freed before its products are taken": ("scan_wgmma.cu", "products_wait<1>();", ""),
+    "fewer arrivals than there are warps": ("scan_wgmma.cu", "2 * kGroup / 32", "2"),
+    "a barrier in a branch": (
+        "ladder.cu",
+        "open = sync_threads_or(open);",
+        "if (open) open = sync_threads_or(open);",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_show(objects, tmp_path, mistake):
+    name, right, wrong = MISTAKES[mistake]
+    text = (CSRC / "cuda" / name).read_text()
+    assert text.count(right) == 1
+    changed = compile_kernels(tmp_path, COMPILER, {name: text.replace(right, wrong)})
+    machine = Machine(link(objects | changed, tmp_path, COMPILER))
+    case = integer_case(150, 392, 300, 20, 3, BF16, BF16)
+    with pytest.raises((AssertionError, RuntimeError)):
+        for hopper in (False, True):
+            machine.settle(hopper=hopper)
+            assert same_bits(machine.steer(*case.edit) + 0.0, case.truth().to(BF16) + 0.0)
+            for rows in (slice(0, 9), slice(0, 60)):
+                few = case.rows(rows)
+                assert same_bits(machine.steer(*few.edit) + 0.0, few.truth().to(BF16) + 0.0)
