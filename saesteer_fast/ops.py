@@ -8,9 +8,9 @@ and chooses who computes them. The only file that names torch.ops.
     torch.ops.saesteer.encode(x, W_enc, b_enc, k) -> (Tensor values, Tensor indices)
     torch.ops.saesteer.decode(values, indices, W_dec, b_dec) -> Tensor
 
-The CPU has compiled kernels. A GPU has Triton's, else the reference. torch.ops.saesteer_triton and
-torch.ops.saesteer_cuda hold the same ops, always by Triton and always by the CUDA library, whose
-kernels have not been validated on a GPU and run only where they are asked for.
+The CPU has compiled kernels. On a GPU the reference runs: torch.ops.saesteer_triton and
+torch.ops.saesteer_cuda hold the same ops, always by Triton and always by the CUDA library, but
+their kernels have not been validated on a GPU, and run only where they are asked for.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _CUDA = frozenset(name for name in _NAMES if _has_kernel(f"saesteer_cuda::{name}", "CUDA"))
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-_ON_GPU = ((0, ("triton", "reference")),)
+_ON_GPU = ((0, ("reference",)),)
 """What impl="auto" runs on a GPU: from so many tokens on, the first of these that is there. One row
-for all shapes, until they have been measured; without "cuda", until bench/results holds a run of
-`make gpu` that found its kernels right."""
+for all shapes, and no kernels in it until bench/results holds a run of `make gpu` that found them
+right: Triton's have run in its interpreter, the CUDA library's on an emulated GPU, none on a GPU."""
 
 
 def steer(
@@ -160,10 +160,9 @@ def implementations() -> dict[str, str]:
     """What impl="auto" runs for a tensor on each kind of device, and why."""
     isa, why = _build.instruction_set()
     on_gpu = [f"{_first_there('steer', impls)} from {least} tokens on" for least, impls in _ON_GPU]
-    by_choice = "the CUDA kernels run with impl='cuda' alone: not validated on a GPU yet"
-    on_gpu.append(_NO_CUDA or by_choice)
-    if not _HAS_TRITON:
-        on_gpu += ["Triton is not installed"]
+    by_choice = "{} kernels run with impl={!r} alone: not validated on a GPU yet".format
+    on_gpu.append(_NO_CUDA or by_choice("CUDA", "cuda"))
+    on_gpu.append(by_choice("Triton's", "triton") if _HAS_TRITON else "Triton is not installed")
     found = {"cpu": f"cpu: {isa} kernels, {why}", "cuda": "; ".join(on_gpu)}
     return found if _DEFAULT == "auto" else {**found, "SAESTEER_IMPL": f"{_DEFAULT}, everywhere"}
 
