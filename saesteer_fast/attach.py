@@ -298,9 +298,10 @@ class _Hooks:
             return None
         batch, count = given.shape[:2]
         start = past_length(self._argument("past_key_values", args, kwargs))
-        mask, real = padding(self._argument("attention_mask", args, kwargs), start, count)
+        asked = self._argument("attention_mask", args, kwargs)
+        mask, real = padding(asked, start, count)
         if not self.follows:
-            return Tokens(batch, None, count, start, 0, mask, real, ids, None, given.device)
+            return Tokens(batch, None, count, start, 0, mask, real, ids, None, False, given.device)
         if "cu_seq_lens_q" in kwargs:
             raise ValueError("scope: several sequences are packed in a row; give each its own")
         told = call.told
@@ -311,7 +312,10 @@ class _Hooks:
         start = self._follow(call, start, count)
         places = self._argument("position_ids", args, kwargs)
         places = places if isinstance(places, Tensor) and places.ndim == 2 else None
-        return Tokens(batch, prompts, count, start, prompt, mask, real, ids, places, given.device)
+        opaque = asked is not None and mask is None
+        return Tokens(
+            batch, prompts, count, start, prompt, mask, real, ids, places, opaque, given.device
+        )
 
     def _guessed(self, start: int | Tensor, count: int) -> int | Tensor:
         """Columns of the prompt where nobody says."""

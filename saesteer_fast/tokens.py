@@ -32,6 +32,8 @@ class Tokens:
     ids: Tensor | None
     """[B, T]; None where the decoder is given embeddings."""
     position_ids: Tensor | None
+    opaque: bool
+    """Whether a mask is given that does not count the padding before these tokens."""
     device: torch.device
 
     @property
@@ -46,6 +48,13 @@ class Tokens:
             return ((self.mask != 0).cumsum(1) - 1)[:, -self.count :].clamp(min=0)
         if self.position_ids is not None:
             return self.position_ids
+        if self.opaque:
+            if isinstance(self.start, int) and self.start == 0 and self.real is not None:
+                return (self.real.cumsum(1) - 1).clamp(min=0)
+            raise ValueError(
+                "scope: nothing says how much padding stands before these tokens; give the decoder "
+                "position_ids, or an attention_mask [B, past + T]"
+            )
         return self.columns[None]
 
     @property
