@@ -282,12 +282,14 @@ class _Hooks:
             raise ValueError("when: this steering has no condition, so nothing is decided")
         if self.active is not None:
             seen, on = self.active
-            found += decisions(plan.active, (seen,), (on & seen.counted).any(-1))
+            found += decisions(plan.active, (seen,), (on & seen.counted()).any(-1))
         if self.gated is not None:
             found += decisions(plan.gate, *self.gated)
         return found
 
     def _tokens(self, call: _Call, args: tuple, kwargs: dict) -> Tokens | None:
+        """What the decoder is called with, on the steered module's device; None if it does not
+        tell."""
         ids, embeds = (
             self._argument(name, args, kwargs) for name in ("input_ids", "inputs_embeds")
         )
@@ -298,20 +300,27 @@ class _Hooks:
             return None
         batch, count = given.shape[:2]
         start = past_length(self._argument("past_key_values", args, kwargs))
-        mask, real = padding(self._argument("attention_mask", args, kwargs), start, count)
-        if not self.follows:
-            return Tokens(batch, None, count, start, 0, mask, real, ids, None, given.device)
-        if "cu_seq_lens_q" in kwargs:
-            raise ValueError("scope: several sequences are packed in a row; give each its own")
-        told = call.told
-        if told is None:
-            prompt, prompts = self._guessed(start, count), None
-        else:
-            prompt, prompts = told.columns, told.prompts
-        start = self._follow(call, start, count)
-        places = self._argument("position_ids", args, kwargs)
-        places = places if isinstance(places, Tensor) and places.ndim == 2 else None
-        return Tokens(batch, prompts, count, start, prompt, mask, real, ids, places, given.device)
+        asked = self._argument("attention_mask", args, kwargs)
+        mask, real = map(self._here, padding(asked, start, count))
+        told = Told(0, 0)
+        if self.follows:
+            if "cu_seq_lens_q" in kwargs:
+                raise ValueError("scope: several sequences are packed in a row; give each its own")
+            told = call.told or Told(self._guessed(start, count), 0)
+            start = self._follow(call, start, count)
+        return Tokens(
+            batch,
+            told.prompts,
+            count,
+            start,
+            told.columns,
+            mask,
+            real,
+            ids,
+            self._argument("position_ids", args, kwargs),
+            asked is not None and mask is None,
+            self.plan.device,
+        )
 
     def _guessed(self, start: int | Tensor, count: int) -> int | Tensor:
         """Columns of the prompt where nobody says."""
@@ -347,10 +356,10 @@ class _Hooks:
             acts, on = self.plan.holds(hidden)
             mask = both(mask, on)
             if tokens is not None:
-                self.active = Seen(acts.detach(), tokens, tokens.counted(generated=True)), on
+                self.active = Seen(acts, tokens, generated=True), on
         if mask is not False and tokens is not None and tokens.real is not None:
             mask = both(mask, tokens.real)
-        return mask if isinstance(mask, bool) else mask.to(hidden.device)
+        return mask
 
     def _gate(self, call: _Call, tokens: Tokens, hidden: Tensor, mask: bool | Tensor):
         """Which rows the gate lets through, [B, 1] bool; False while it is not decided yet."""
@@ -371,8 +380,8 @@ class _Hooks:
                 "when: the gate has seen no prompt, only what comes after one; call the model with "
                 "the prompt first"
             )
-        acts = plan.on_gate.acts(hidden.detach(), plan.impl).detach()
-        call.seen = (*call.seen, Seen(acts, tokens, tokens.counted(generated=False)))
+        acts = plan.on_gate.acts(hidden.detach(), plan.impl)
+        call.seen = (*call.seen, Seen(acts, tokens, generated=False))
         if call.told is None or call.read >= call.told.end:
             call.on = decided(plan.gate, call.seen)
             self.gated, call.seen = (call.seen, call.on), ()
@@ -381,6 +390,11 @@ class _Hooks:
                 "when: the prompt comes in chunks, and the gate is decided by its last one; only "
                 "scope 'generated' can wait for that"
             )
+
+    def _here(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.device == self.plan.device:
+            return tensor
+        return tensor.to(self.plan.device)
 
     def _argument(self, name: str, args: tuple, kwargs: dict):
         if name in kwargs or not args:

@@ -184,8 +184,12 @@ class Seen(NamedTuple):
     acts: Tensor
     """[B, T, G] fp32."""
     tokens: Tokens
-    counted: Tensor
-    """[B or 1, T] bool: the tokens that count for the condition."""
+    generated: bool
+    """Whether tokens that are no prompt count for the condition."""
+
+    def counted(self) -> Tensor:
+        """[B, T] bool: the tokens that count."""
+        return self.tokens.counted(self.generated).expand(*self.acts.shape[:2])
 
 
 def decided(gate: Gate, seen: Sequence[Seen]) -> Tensor:
@@ -202,12 +206,12 @@ def decisions(condition: Condition, seen: Sequence[Seen], on: Tensor) -> list[De
     """What was decided, and why; reads tensors, so the host waits for the device."""
     prompt, found = _prompt(seen), []
     by = "gate" if isinstance(condition, Gate) else "active"
-    places = torch.cat([_rows(chunk, chunk.tokens.positions) for chunk in seen], 1)
+    places = [chunk.tokens.positions.expand(*chunk.acts.shape[:2]) for chunk in seen]
     logistic = isinstance(condition, Gate) and isinstance(condition.decide, Logistic)
     scores = condition.decide.scores(prompt).tolist() if logistic else [None] * len(on)
     weights = condition.decide.weights if logistic else [1.0] * len(condition.latents)
     peaks, columns = torch.where(prompt.real[..., None], prompt.acts, 0).max(1)
-    tokens = places.gather(1, columns).tolist()
+    tokens = torch.cat(places, 1).gather(1, columns).tolist()
     for row, acts in enumerate(peaks.tolist()):
         named = zip(condition.latents, acts, tokens[row], weights, strict=True)
         active = [(Cause(f, a, token), abs(w * a)) for f, a, token, w in named if a > 0]
@@ -219,13 +223,9 @@ def decisions(condition: Condition, seen: Sequence[Seen], on: Tensor) -> list[De
 
 def _prompt(seen: Sequence[Seen]) -> Prompt:
     acts = torch.cat([chunk.acts for chunk in seen], 1)
-    real = torch.cat([_rows(chunk, chunk.counted) for chunk in seen], 1)
+    real = torch.cat([chunk.counted() for chunk in seen], 1)
     known = all(chunk.tokens.ids is not None for chunk in seen)
     return Prompt(acts, real, torch.cat([c.tokens.ids for c in seen], 1) if known else None)
-
-
-def _rows(chunk: Seen, tensor: Tensor) -> Tensor:
-    return tensor.expand(*chunk.acts.shape[:2])
 
 
 def _pooled(prompt: Prompt, pool: str) -> Tensor:

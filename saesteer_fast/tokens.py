@@ -32,6 +32,9 @@ class Tokens:
     ids: Tensor | None
     """[B, T]; None where the decoder is given embeddings."""
     position_ids: Tensor | None
+    """As the decoder is given them; those that count in several directions say nothing."""
+    opaque: bool
+    """Whether a mask is given that does not count the padding before these tokens."""
     device: torch.device
 
     @property
@@ -44,8 +47,15 @@ class Tokens:
         """[B or 1, T] int64: how many real tokens stand before each in its row."""
         if self.mask is not None:
             return ((self.mask != 0).cumsum(1) - 1)[:, -self.count :].clamp(min=0)
-        if self.position_ids is not None:
-            return self.position_ids
+        if self.position_ids is not None and self.position_ids.ndim == 2:
+            return self.position_ids.to(self.device)
+        if self.opaque:
+            if isinstance(self.start, int) and self.start == 0 and self.real is not None:
+                return (self.real.cumsum(1) - 1).clamp(min=0)
+            raise ValueError(
+                "scope: nothing says how much padding stands before these tokens; give the decoder "
+                "position_ids, or an attention_mask [B, past + T]"
+            )
         return self.columns[None]
 
     @property
@@ -79,7 +89,9 @@ class Tokens:
 
     @property
     def _start(self) -> int | Tensor:
-        return self.start if isinstance(self.start, int) else self.start.reshape(())
+        if isinstance(self.start, int):
+            return self.start
+        return self.start.to(self.device).reshape(())
 
 
 def past_length(cache) -> int | Tensor:

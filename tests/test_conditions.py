@@ -211,7 +211,7 @@ def test_the_decode_path_measures_nothing(model, sae, gate, monkeypatch):
         call.on = torch.empty(3, dtype=torch.bool, device="meta")  # which nobody could read
         hooks, tokens = (
             handle._hooks,
-            sf.tokens.Tokens(3, 3, 1, 6, 6, None, None, None, None, "cpu"),
+            sf.tokens.Tokens(3, 3, 1, 6, 6, *[None] * 4, False, "cpu"),
         )
         assert hooks._gate(call, tokens, torch.ones(3, 1, 32), True).shape == (3, 1)
         call.on = None

@@ -5,10 +5,13 @@ The truth is a textbook hook under use_cache=False, where a call holds every col
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import saesteer_fast as sf
@@ -423,6 +426,18 @@ def test_modules_that_see_other_tokens(model, sae):
             flat(IDS)
 
 
+def test_positions_after_padding_that_nobody_counts(sae):
+    """A mask with a row a query shows padding among its queries, and none before them."""
+    model, cache = Stream(), Cache(static=False)
+    rows = torch.ones(3, 1, COLUMNS, COLUMNS, dtype=torch.bool).tril() & MASK.bool()[:, None, None]
+    with sf.steering(model, sae, EDITS, scope=sf.positions(0), layer=0) as handle:
+        with handle.prompt(COLUMNS):
+            x, y = model.embed(IDS), model(IDS[:, :4], rows[:, :, :4, :4], None, cache)
+            assert torch.equal((y != x[:, :4]).any(-1), positions(4).eq(0) & real(4))
+            with pytest.raises(ValueError, match="nothing says how much padding stands before"):
+                model(IDS[:, 4:], rows[:, :, 4:], None, cache)
+
+
 def test_packed_sequences_are_refused(model, sae):
     with sf.steering(model, sae, EDITS, scope="prompt"):
         with pytest.raises(ValueError, match="several sequences are packed in a row"):
@@ -445,3 +460,108 @@ def test_a_static_cache_by_hand(model, sae):
             model(IDS[1:2, :2], past_key_values=cache)
         with handle.prompt(COLUMNS):
             model(IDS[1:2, :2], past_key_values=cache)
+
+
+class Cache:
+    """Counts columns as caches do, on the host or, as static ones, in a tensor in place."""
+
+    def __init__(self, static):
+        self.length = torch.tensor([0]) if static else 0
+
+    def get_seq_length(self):
+        return self.length
+
+    def grow(self, count):
+        self.length += count
+
+
+class Stream(nn.Module):
+    """A decoder that hands on what it embeds."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(97, 32).requires_grad_(False)
+        self.layers = nn.ModuleList([nn.Identity()])
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None):
+        hidden = self.layers[0](self.embed(input_ids))
+        past_key_values.grow(input_ids.shape[1])
+        return hidden
+
+
+@st.composite
+def sequences(draw):
+    """Left-padded prompts and what was generated after them, cut into calls anywhere."""
+    batch, prompt, more = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 6)),
+        draw(st.integers(0, 4)),
+    )
+    width = prompt + more
+    pads = draw(st.lists(st.integers(0, prompt - 1), min_size=batch, max_size=batch))
+    token = st.lists(st.integers(1, 5), min_size=width, max_size=width)
+    ids = torch.tensor(draw(st.lists(token, min_size=batch, max_size=batch)))
+    real = torch.arange(width) >= torch.tensor(pads)[:, None]
+    cuts = draw(st.sets(st.integers(1, max(1, width - 1))))
+    bounds = [0, *sorted(cut for cut in cuts if cut < width), width]
+    places = st.lists(st.integers(-7, 8), max_size=3).map(lambda found: sf.positions(*found))
+    tokens = st.lists(st.integers(1, 5), max_size=2).map(sf.not_tokens)
+    flags = st.lists(st.booleans(), min_size=batch * 7, max_size=batch * 7)
+    masks = flags.map(lambda found: torch.tensor(found).view(batch, 7))
+    part = st.one_of(st.sampled_from(["all", "prompt", "generated"]), places, tokens, masks)
+    scope = draw(st.one_of(part, st.lists(part, min_size=1, max_size=3)))
+    return ids, real, prompt, bounds, scope, draw(st.booleans())
+
+
+def meant(scope, ids, real, prompt):
+    """[B, S] bool, written out."""
+    width = ids.shape[1]
+    column, position = torch.arange(width)[None], real.long().cumsum(1) - 1
+    if isinstance(scope, list):
+        return torch.stack([meant(part, ids, real, prompt) for part in scope]).all(0)
+    if isinstance(scope, str):
+        inside = {"all": column >= 0, "prompt": column < prompt, "generated": column >= prompt}
+        return inside[scope] & real
+    if isinstance(scope, torch.Tensor):
+        return nn.functional.pad(scope, (0, width))[:, :width] & real
+    inside = torch.zeros_like(real)
+    for row in range(len(ids)):
+        length = real[row, :prompt].sum()
+        for place in range(width):
+            if hasattr(scope, "ids"):
+                inside[row, place] = ids[row, place].item() not in scope.ids
+            else:
+                at = position[row, place]
+                inside[row, place] = at in scope.places or at - length in [
+                    back for back in scope.places if back < 0 and at < length
+                ]
+    return inside & real
+
+
+@given(sequences())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_any_scope_of_any_sequence_in_any_calls(case):
+    ids, real, prompt, bounds, scope, static = case
+    torch.manual_seed(0)
+    model = Stream()
+    weights = nn.functional.normalize(torch.randn(64, 32), dim=1)
+    sae = sf.SAE(W_enc=weights, bias=torch.zeros(64), W_dec=weights, b_dec=torch.ones(32), k=4)
+    cache, found = Cache(static), []
+    with sf.steering(model, sae, {3: 5.0, 7: sf.add(1.0)}, layer=0, scope=scope) as handle:
+        with handle.prompt(prompt):
+            for begin, end in itertools.pairwise(bounds):
+                # Where the length is on the device, only a row a query tells what is padding.
+                mask = real[:, :end].long()
+                if static:
+                    seen = torch.arange(end) <= torch.arange(begin, end)[:, None]
+                    mask = (seen & real[:, None, :end])[:, None]
+                places = (real.long().cumsum(1) - 1).clamp(min=0)[:, begin:end] if static else None
+                found.append(model(ids[:, begin:end], mask, places, cache))
+    x, y = model.embed(ids), torch.cat(found, 1)
+    inside = meant(scope, ids, real, prompt)
+    expected = sf.steer(x, sae, {3: 5.0, 7: sf.add(1.0)}, mask=inside)
+    if static:
+        # A single token is never looked up in such a mask: padding may be steered.
+        y, x, expected, inside = (each[real] for each in (y, x, expected, inside))
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
+    assert torch.equal(y[~inside], x[~inside])
