@@ -4,7 +4,7 @@
     OUT/layers.L/cfg.json, sae.safetensors                    the SAE of layer L, sparsify's format
     OUT/metrics.json                                          what was built, and how good it is
 
-The same seed, threads, machine and versions give the same bytes.
+The same seed, threads, machine and versions give the same weights and metrics, bit for bit.
 """
 
 from __future__ import annotations
