@@ -138,10 +138,9 @@ def decode(sae: SAE, acts: Tensor, x: Tensor | None = None) -> Tensor:
     """
     if x is None and sae.normalize != "none":
         raise ValueError(f"x: needed to undo normalize={sae.normalize!r}")
-    recon = sae.b_dec.float()
-    with torch.autocast(acts.device.type, enabled=False):
-        for rows in _slices(sae):
-            recon = recon + acts[..., rows].float() @ _decoder(sae, rows)
+    recon = sae.b_dec.float().expand(*acts.shape[:-1], -1)
+    for rows in _slices(sae):
+        recon = _add(sae, recon, rows, acts[..., rows].float())
     return _restored(sae, recon, x)
 
 
@@ -154,10 +153,10 @@ def reconstruct(sae: SAE, x: Tensor, features: Tensor, coef: Tensor, impl: str =
     z, _, _ = _normalised(x, sae.normalize)
     coef = coef.expand(*x.shape[:-1], -1)
     if sae.k is None:
-        with torch.autocast(x.device.type, enabled=False):
-            recon = sae.b_dec.float() + coef @ _decoder(sae, features)
-            for rows, acts in _blocks(sae, z, impl):
-                recon = recon + acts @ _decoder(sae, rows)
+        recon = sae.b_dec.float().expand(*x.shape[:-1], -1)
+        recon = _add(sae, recon, features, coef, impl)
+        for rows, acts in _blocks(sae, z, impl):
+            recon = _add(sae, recon, rows, acts, impl)
     else:
         values, indices = _largest(sae, z, impl)
         values = torch.cat([values, coef], -1)
@@ -244,9 +243,11 @@ def _slices(sae: SAE) -> list[slice]:
     return [slice(begin, begin + BLOCK) for begin in range(0, sae.num_latents, BLOCK)]
 
 
-def _decoder(sae: SAE, rows: slice | Tensor) -> Tensor:
-    """Rows of W_dec in fp32, divided by s_j."""
-    return _unit(sae.W_dec[rows]) if sae.decoder_norm else sae.W_dec[rows].float()
+def _add(sae: SAE, recon: Tensor, rows: slice | Tensor, acts: Tensor, impl: str = "auto") -> Tensor:
+    """recon with what some latents stand for; silent ones cost nothing."""
+    if sae.decoder_norm:
+        acts = acts / sae.decoder_norms.clamp_min(TINY)[rows]
+    return ops.add_directions(recon, sae.W_dec[rows], acts, impl=impl)
 
 
 def _unit(rows: Tensor) -> Tensor:
