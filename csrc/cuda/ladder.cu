@@ -50,7 +50,7 @@ __device__ inline void enlist(const Open& open, int64_t token, bool is_open) {
 }
 
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads, 4) level0(Ladder c) {
+__global__ void __launch_bounds__(kTokenThreads, kDtype < 0 ? 4 : 8) level0(Ladder c) {
   fix_dtypes<kDtype>(c.x, c.encoder.W, c.directions, c.y);
   const int64_t token = blockIdx.x, F = c.features.count;
   const void* x = c.x[token];
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kTokenThreads, 4) level0(Ladder c) {
 
 // For every open token: what the scan found.
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads, 4) settle(Ladder c) {
+__global__ void __launch_bounds__(kTokenThreads, kDtype < 0 ? 4 : 8) settle(Ladder c) {
   fix_dtypes<kDtype>(c.x, c.encoder.W, c.directions, c.y);
   const int64_t F = c.features.count, slots = c.open.count ? *c.open.count : c.tokens;
   float* delta = shared<float>();

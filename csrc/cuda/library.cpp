@@ -15,12 +15,18 @@ namespace {
 // Makes x's device the current one while it lives, and knows its stream.
 class Device {
  public:
-  explicit Device(const Tensor& x) : guard_(x.get_device_index()) {
+  Device(const char* op, const char* name, const Tensor& x) : guard_(index(op, name, x)) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
   }
   void* stream() const { return stream_; }
 
  private:
+  // One argument on a GPU is enough for the call to come here.
+  static int32_t index(const char* op, const char* name, const Tensor& x) {
+    check(x.is_cuda(), op, name, " is not on a GPU, where other arguments are; move it there");
+    return x.get_device_index();
+  }
+
   const torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
@@ -48,7 +54,7 @@ Features checked(const char* op, const Features& features) {
 Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
              const Tensor& directions_in, const Tensor& features_in, const Tensor& values_in,
              int64_t k, std::optional<Tensor> mask_in) {
-  const Device device(x_in);
+  const Device device("steer", "x", x_in);
   const Tensor x = packed(x_in), features = packed(features_in), directions = packed(directions_in),
                values = packed(values_in), mask = mask_in ? packed(*mask_in) : Tensor();
   const Arguments given("steer", x);
@@ -69,7 +75,7 @@ Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
 
 Tensor feature_acts(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
                     const Tensor& features_in, int64_t k) {
-  const Device device(x_in);
+  const Device device("feature_acts", "x", x_in);
   const Tensor x = packed(x_in), features = packed(features_in);
   const Arguments given("feature_acts", x);
   const Rows rows = given.x();
@@ -85,7 +91,7 @@ Tensor feature_acts(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc
 }
 
 Tensor project(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc) {
-  const Device device(x_in);
+  const Device device("project", "x", x_in);
   const Tensor x = packed(x_in);
   const Arguments given("project", x);
   const Rows rows = given.x();
@@ -97,7 +103,7 @@ Tensor project(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc) {
 }
 
 Tensor add_directions(const Tensor& x_in, const Tensor& directions_in, const Tensor& coef_in) {
-  const Device device(x_in);
+  const Device device("add_directions", "x", x_in);
   const Tensor x = packed(x_in), directions = packed(directions_in), coef = packed(coef_in);
   const Arguments given("add_directions", x);
   const Rows rows = given.x();
@@ -111,7 +117,7 @@ Tensor add_directions(const Tensor& x_in, const Tensor& directions_in, const Ten
 
 std::tuple<Tensor, Tensor> encode(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
                                   int64_t k) {
-  const Device device(x_in);
+  const Device device("encode", "x", x_in);
   const Tensor x = packed(x_in);
   const Arguments given("encode", x);
   const Rows rows = given.x();
@@ -129,7 +135,7 @@ std::tuple<Tensor, Tensor> encode(const Tensor& x_in, const Tensor& W_enc, const
 
 Tensor decode(const Tensor& values_in, const Tensor& indices_in, const Tensor& W_dec,
               const Tensor& b_dec_in) {
-  const Device device(values_in);
+  const Device device("decode", "values", values_in);
   const Tensor values = packed(values_in), indices = packed(indices_in);
   const Arguments given("decode", values, "values");
   const float* weights = given.weights();
