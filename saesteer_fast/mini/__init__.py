@@ -34,8 +34,6 @@ def load(path: str | Path = ASSETS) -> Miniature:
 
     Raises FileNotFoundError if it is not there.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     path = Path(path)
     if not (path / "metrics.json").is_file():
         raise FileNotFoundError(
@@ -43,10 +41,16 @@ def load(path: str | Path = ASSETS) -> Miniature:
             "that `saesteer mini build --out` wrote"
         )
     metrics = json.loads((path / "metrics.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     layer = metrics["layer"]
-    return Miniature(model.eval(), tokenizer, SAE.load(path / f"layers.{layer}"), layer, metrics)
+    return Miniature(*language_model(path), SAE.load(path / f"layers.{layer}"), layer, metrics)
+
+
+def language_model(path: Path) -> tuple[Any, Any]:
+    """The model and the tokenizer in folder `path`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
 @contextmanager

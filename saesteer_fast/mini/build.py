@@ -22,7 +22,7 @@ from torch import Tensor
 from ..eval import evaluate
 from ..find import Candidate, capture, refusal_latents
 from ..sae import SAE
-from . import corpus, running_on
+from . import corpus, language_model, running_on
 from .model import ModelConfig, build_model, collate, encode_example, train_model
 from .sae import SaeConfig, TopK, quality, train_sae
 from .tokenizer import VOCAB_SIZE, train_tokenizer
@@ -51,7 +51,8 @@ def build(out: str | Path, seed: int = 0, threads: int = 1, config: BuildConfig 
         model, tokenizer, encoded = _language_model(config, seed)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        model.float()
+        # As it ships: rounding in place rounds the rotary frequencies too, loading does not.
+        model, tokenizer = language_model(out)
         validation = corpus.prompts("validation", seed)
         held_out = {"validation": validation, "test": corpus.prompts("test", seed)}
         base = {split: evaluate(model, tokenizer, asked) for split, asked in held_out.items()}
