@@ -104,3 +104,12 @@ def make_phi3() -> Callable[..., torch.nn.Module]:
         return transformers.Phi3ForCausalLM(config).eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models that are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -14,6 +14,7 @@ from torch import nn
 import saesteer_fast as sf
 from saesteer_fast import ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EDITS = {3: 6.0, 77: -2.0}
 PROMPT = torch.tensor([[5, 17, 60, 2, 33, 8, 90]])
 
@@ -26,15 +27,6 @@ def sae(make_sae):
 @pytest.fixture
 def model(make_phi3):
     return make_phi3()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def hooks(model):

@@ -16,6 +16,7 @@ from torch import nn
 
 import saesteer_fast as sf
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EDITS = {3: 40.0, 77: -30.0}
 IDS = torch.tensor([[7, 8, 9, 5, 17, 60]])
 FOLLOWING = {
@@ -33,15 +34,6 @@ def sae(make_sae):
 @pytest.fixture
 def model(make_phi3):
     return make_phi3()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def steering(model, sae, name):

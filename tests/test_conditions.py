@@ -13,6 +13,7 @@ from torch import nn
 import saesteer_fast as sf
 from saesteer_fast.conditions import Cause, Decision
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EDITS = {3: 6.0, 77: -2.0}
 IDS = torch.tensor([[0, 0, 0, 5, 17, 60], [7, 8, 9, 5, 17, 60], [0, 33, 2, 17, 5, 90]])
 MASK = (IDS != 0).long()
@@ -26,15 +27,6 @@ def sae(make_sae):
 @pytest.fixture(scope="module")
 def model(make_phi3):
     return make_phi3()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def generate(model, ids=IDS, **options):

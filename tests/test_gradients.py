@@ -14,16 +14,8 @@ import saesteer_fast as sf
 from saesteer_fast import reference
 from saesteer_fast.edits import KINDS, Table
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "learn_strength.py"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """All of this is too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def close(gradient, expected):

@@ -9,6 +9,7 @@ import torch
 
 import saesteer_fast as sf
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = [{3: 6.0, 77: -2.0}, {}, {5: sf.add(2.0), 77: sf.scale(0.5)}]
 TABLE = {"off": {}, "strong": {3: 6.0, 77: -2.0}, "weak": {3: 1.0, 77: 0.0}}
 IDS = torch.tensor([[0, 0, 0, 5, 17, 60], [7, 8, 9, 5, 17, 60], [0, 33, 2, 17, 5, 90]])
@@ -23,15 +24,6 @@ def sae(make_sae):
 @pytest.fixture(scope="module")
 def model(make_phi3):
     return make_phi3()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def generate(model, ids=IDS, **options):
