@@ -127,7 +127,8 @@ class Arguments {
     return rows(x_);
   }
 
-  Encoder encoder(const Tensor& W_enc, const Tensor& b_enc, int64_t k) const {
+  Encoder encoder(const Tensor& W_enc, const Tensor& b_enc, int64_t k,
+                  const std::optional<Tensor>& order = {}) const {
     const Argument w = named("W_enc", W_enc), b = named("b_enc", b_enc);
     const int64_t d = x_.t.size(x_.t.dim() - 1);
     w.has_shape("[N, " + std::to_string(d) + "], a latent a row, as wide as x",
@@ -141,7 +142,8 @@ class Arguments {
     b.has_shape("[" + std::to_string(N) + "], contiguous",
                 b_enc.dim() == 1 && b_enc.size(0) == N && b_enc.is_contiguous());
     check(k >= 1 && k <= N, w.op, "k is ", k, "; accepted: 1 to ", N, ", the number of latents");
-    return {rows(w), static_cast<const float*>(b_enc.const_data_ptr()), N, k};
+    return {rows(w), static_cast<const float*>(b_enc.const_data_ptr()), N, k,
+            order ? latents(*order, N) : nullptr};
   }
 
   // Their range and whether they are distinct can only be seen in their elements.
@@ -201,6 +203,14 @@ class Arguments {
     const Argument a{x_.op, name, t};
     a.is_with(x_);
     return a;
+  }
+  // Whether it is a permutation can only be seen in its elements.
+  const int64_t* latents(const Tensor& order, int64_t N) const {
+    const Argument a = named("order", order);
+    a.has_dtype(ScalarType::Long, "int64");
+    a.has_shape("[" + std::to_string(N) + "], contiguous, the latent of each row of W_enc",
+                has_sizes(order, {N}) && order.is_contiguous());
+    return static_cast<const int64_t*>(order.const_data_ptr());
   }
   static Rows rows(const Argument& a) {
     return {a.t.const_data_ptr(), a.float_dtype(), a.t.size(a.t.dim() - 1)};

@@ -36,12 +36,12 @@ Features checked(const char* op, const Features& features, int64_t N) {
 
 Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
              const Tensor& directions_in, const Tensor& features_in, const Tensor& values_in,
-             int64_t k, std::optional<Tensor> mask_in) {
+             int64_t k, std::optional<Tensor> mask_in, std::optional<Tensor> order) {
   const Tensor x = packed(x_in), features = packed(features_in), directions = packed(directions_in),
                values = packed(values_in), mask = mask_in ? packed(*mask_in) : Tensor();
   const Arguments given("steer", x);
   const Rows rows = given.x();
-  const Encoder encoder = given.encoder(W_enc, b_enc, k);
+  const Encoder encoder = given.encoder(W_enc, b_enc, k, order);
   const Features chosen = checked("steer", given.features(features), encoder.count);
   const Rows added = given.directions(directions, chosen.count);
   const Values held = given.values("values", values, chosen.count);
@@ -76,11 +76,11 @@ Tensor project(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc) {
 }
 
 Tensor feature_acts(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
-                    const Tensor& features_in, int64_t k) {
+                    const Tensor& features_in, int64_t k, std::optional<Tensor> order) {
   const Tensor x = packed(x_in), features = packed(features_in);
   const Arguments given("feature_acts", x);
   const Rows rows = given.x();
-  const Encoder encoder = given.encoder(W_enc, b_enc, k);
+  const Encoder encoder = given.encoder(W_enc, b_enc, k, order);
   const Features chosen = checked("feature_acts", given.features(features), encoder.count);
   Tensor acts = torch::stable::new_empty(x, like_tokens(x, chosen.count), ScalarType::Float);
   auto* out = static_cast<float*>(acts.mutable_data_ptr());
@@ -125,8 +125,10 @@ Tensor decode(const Tensor& values_in, const Tensor& indices_in, const Tensor& W
 STABLE_TORCH_LIBRARY(saesteer, m) {
   m.def(
       "steer(Tensor x, Tensor W_enc, Tensor b_enc, Tensor directions, Tensor features, "
-      "Tensor values, int k, Tensor? mask=None) -> Tensor");
-  m.def("feature_acts(Tensor x, Tensor W_enc, Tensor b_enc, Tensor features, int k) -> Tensor");
+      "Tensor values, int k, Tensor? mask=None, Tensor? order=None) -> Tensor");
+  m.def(
+      "feature_acts(Tensor x, Tensor W_enc, Tensor b_enc, Tensor features, int k, "
+      "Tensor? order=None) -> Tensor");
   m.def("project(Tensor x, Tensor W_enc, Tensor b_enc) -> Tensor");
   m.def("add_directions(Tensor x, Tensor directions, Tensor coef) -> Tensor");
   m.def("encode(Tensor x, Tensor W_enc, Tensor b_enc, int k) -> (Tensor values, Tensor indices)");

@@ -39,14 +39,16 @@ struct OutRows {
 };
 
 // The SAE's encoder: p_j = W[j] . x + bias[j], j = 0..count-1; a token keeps its k largest.
+// Row j is latent order[j]; without an order, latent j. Of equal p the lower latent is the larger.
 struct Encoder {
   Rows W;
   const float* bias;
   int64_t count;
   int64_t k;
+  const int64_t* order = nullptr;
 };
 
-// The features that are measured.
+// The features that are measured, as rows of W.
 struct Features {
   const int64_t* index;
   int64_t count;

@@ -1,8 +1,9 @@
 """The torch ops: loads the compiled library, gives the ops shapes for torch.compile and gradients,
 and chooses who computes them. The only file that names torch.ops.
 
-    torch.ops.saesteer.steer(x, W_enc, b_enc, directions, features, values, k, mask=None) -> Tensor
-    torch.ops.saesteer.feature_acts(x, W_enc, b_enc, features, k) -> Tensor
+    torch.ops.saesteer.steer(x, W_enc, b_enc, directions, features, values, k, mask=None,
+                             order=None) -> Tensor
+    torch.ops.saesteer.feature_acts(x, W_enc, b_enc, features, k, order=None) -> Tensor
     torch.ops.saesteer.project(x, W_enc, b_enc) -> Tensor
     torch.ops.saesteer.add_directions(x, directions, coef) -> Tensor
     torch.ops.saesteer.encode(x, W_enc, b_enc, k) -> (Tensor values, Tensor indices)
@@ -87,6 +88,7 @@ def steer(
     k: int,
     *,
     mask: Tensor | None = None,
+    order: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Set SAE latents to constants, keeping what the SAE cannot express.
@@ -95,26 +97,38 @@ def steer(
 
     x [..., d] fp32, bf16 or fp16; W_enc [N, d], a latent a row, contiguous, any of these dtypes;
     b_enc [N] fp32, b_dec folded in; directions [F, d] = W_dec[features]; features [F] int64,
-    distinct; values [F] or [..., F] fp32; mask bool [...], True = steer this token. Sums are fp32;
-    x' has x's dtype and is rounded once. Tokens outside the mask, and tokens that no edit changes,
-    come out bit-identical; a token with NaN or infinity in it comes out NaN. Differentiable in x
-    and values. Raises RuntimeError naming the argument, ValueError for an unknown `impl`.
+    distinct; values [F] or [..., F] fp32; mask bool [...], True = steer this token; order as for
+    `feature_acts`. Sums are fp32; x' has x's dtype and is rounded once. Tokens outside the mask,
+    and tokens that no edit changes, come out bit-identical; a token with NaN or infinity in it
+    comes out NaN. Differentiable in x and values. Raises RuntimeError naming the argument,
+    ValueError for an unknown `impl`.
     """
-    return _chosen("steer", impl, x)(x, W_enc, b_enc, directions, features, values, k, mask)
+    return _chosen("steer", impl, x)(x, W_enc, b_enc, directions, features, values, k, mask, order)
 
 
 def feature_acts(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int, *, impl: str = "auto"
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    features: Tensor,
+    k: int,
+    *,
+    order: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """The activations of a few latents of a top-k SAE, without encoding: [..., F] fp32.
 
         p_j = W_enc[j]·x + b_enc_j
         a_f = p_f if p_f > 0 and fewer than k latents beat f, else 0
-        j beats f if p_j > p_f, or p_j = p_f and j < f
+        j beats f if p_j > p_f, or p_j = p_f and order_j < order_f
 
-    NaN where p_f is not finite. Arguments as for `steer`; differentiable in x.
+    order [N] int64, contiguous, a permutation: which latent each row of W_enc is, where they are
+    not stored by number; j and f, and so `features`, are rows. Rows that are live most often, put
+    first, end the counting soonest; the activations are the same. That order is a permutation is
+    not checked, and decides ties alone. NaN where p_f is not finite. Other arguments as for
+    `steer`; differentiable in x.
     """
-    return _chosen("feature_acts", impl, x)(x, W_enc, b_enc, features, k)
+    return _chosen("feature_acts", impl, x)(x, W_enc, b_enc, features, k, order)
 
 
 def project(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, impl: str = "auto") -> Tensor:
@@ -234,8 +248,8 @@ def _fake(name: str) -> Callable:
 
 
 @_fake("steer")
-def _(x, W_enc, b_enc, directions, features, values, k, mask=None):
-    _check_encoder(x, W_enc, b_enc)
+def _(x, W_enc, b_enc, directions, features, values, k, mask=None, order=None):
+    _check_encoder(x, W_enc, b_enc, order)
     _check_device(x=x, directions=directions, features=features, values=values, mask=mask)
     _check_values(x, values, features.shape[0])
     return x.new_empty(x.shape)
@@ -255,8 +269,8 @@ def _(x, directions, coef):
 
 
 @_fake("feature_acts")
-def _(x, W_enc, b_enc, features, k):
-    _check_encoder(x, W_enc, b_enc)
+def _(x, W_enc, b_enc, features, k, order=None):
+    _check_encoder(x, W_enc, b_enc, order)
     _check_device(x=x, features=features)
     return x.new_empty((*x.shape[:-1], features.shape[0]), dtype=torch.float32)
 
@@ -285,14 +299,18 @@ def _check_device(**tensors: Tensor | None) -> None:
         )
 
 
-def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
-    _check_device(x=x, W_enc=W_enc, b_enc=b_enc)
+def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, order: Tensor | None = None) -> None:
+    _check_device(x=x, W_enc=W_enc, b_enc=b_enc, order=order)
     torch._check(
         W_enc.dim() == 2 and W_enc.shape[1] == x.shape[-1] and b_enc.shape == W_enc.shape[:1],
         lambda: (
             f"x is {tuple(x.shape)}, W_enc {tuple(W_enc.shape)}, b_enc {tuple(b_enc.shape)}; "
             "accepted: [..., d], [N, d], [N]"
         ),
+    )
+    torch._check(
+        order is None or order.shape == b_enc.shape,
+        lambda: f"order is {tuple(order.shape)}; accepted: {tuple(b_enc.shape)}",
     )
 
 
@@ -325,31 +343,31 @@ def _require_constant(ctx, op: str, names: tuple[str, ...], differentiable: set[
 
 
 def _save_steer(ctx, inputs, output):
-    names = ("x", "W_enc", "b_enc", "directions", "features", "values", "k", "mask")
+    names = ("x", "W_enc", "b_enc", "directions", "features", "values", "k", "mask", "order")
     _require_constant(ctx, "steer", names, {"x", "values"})
-    x, W_enc, b_enc, directions, features, values, ctx.k, mask = inputs
+    x, W_enc, b_enc, directions, features, values, ctx.k, mask, order = inputs
     ctx.shared = _shared(x, values)
-    ctx.save_for_backward(x, W_enc, b_enc, directions, features, mask)
+    ctx.save_for_backward(x, W_enc, b_enc, directions, features, mask, order)
 
 
 def _steer_backward(ctx, grad):
     # dx'/dvalue_f = directions_f;  dx'/dx = 1 - sum over live f of directions_f W_enc[f]^T
-    x, W_enc, b_enc, directions, features, mask = ctx.saved_tensors
+    x, W_enc, b_enc, directions, features, mask, order = ctx.saved_tensors
     slope = grad.float() @ directions.float().mT
     if mask is not None:
         slope = slope * mask[..., None]
     grad_x = grad_values = None
     if ctx.needs_input_grad[0]:
-        live = _OPS.feature_acts(x, W_enc, b_enc, features, ctx.k) > 0
+        live = _OPS.feature_acts(x, W_enc, b_enc, features, ctx.k, order) > 0
         grad_x = (grad.float() - (slope * live) @ W_enc[features].float()).to(grad.dtype)
     if ctx.needs_input_grad[5]:
         grad_values = _sum_to(slope, ctx.shared)
-    return grad_x, None, None, None, None, grad_values, None, None
+    return grad_x, None, None, None, None, grad_values, None, None, None
 
 
 def _save_feature_acts(ctx, inputs, output):
     _require_constant(ctx, "feature_acts", ("x", "W_enc", "b_enc"), {"x"})
-    x, W_enc, _, features, _ = inputs
+    x, W_enc, _, features, _, _ = inputs
     ctx.dtype = x.dtype
     ctx.save_for_backward(output, W_enc, features)
 
@@ -357,7 +375,7 @@ def _save_feature_acts(ctx, inputs, output):
 def _feature_acts_backward(ctx, grad):
     acts, W_enc, features = ctx.saved_tensors
     grad_x = (grad * (acts > 0)) @ W_enc[features].float()
-    return grad_x.to(ctx.dtype), None, None, None, None
+    return grad_x.to(ctx.dtype), None, None, None, None, None
 
 
 def _save_project(ctx, inputs, output):

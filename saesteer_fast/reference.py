@@ -25,16 +25,18 @@ def preacts(x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype = torch.
     return F.linear(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype))
 
 
-def rank(p: Tensor, features: Tensor) -> Tensor:
+def rank(p: Tensor, features: Tensor, order: Tensor | None = None) -> Tensor:
     """How many latents beat each feature: p [T, N], features [F] -> [T, F] int64.
 
-    "j beats f": p_j > p_f, or p_j = p_f and j < f. NaN beats every number, as in torch.topk.
+    "j beats f": p_j > p_f, or p_j = p_f and order_j < order_f; order [N] int64, the identity
+    unless given. NaN beats every number, as in torch.topk.
     """
-    j = torch.arange(p.shape[-1], device=p.device)
+    if order is None:
+        order = torch.arange(p.shape[-1], device=p.device)
     counts = []
     for f in features.tolist():
         p_f = p[:, f, None]
-        beats = ~(p <= p_f) | ((p == p_f) & (j < f))
+        beats = ~(p <= p_f) | ((p == p_f) & (order < order[f]))
         beats[:, f] = False
         counts.append(beats.sum(-1))
     return torch.stack(counts, -1) if counts else p.new_zeros((p.shape[0], 0), dtype=torch.int64)
@@ -46,12 +48,14 @@ def feature_acts(
     b_enc: Tensor,
     features: Tensor,
     k: int,
+    order: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """a_f = p_f where p_f > 0 and fewer than k latents beat f, else 0; [..., F] in `dtype`.
 
-    NaN where p_f is not finite: a token with NaN or infinity in it has no activations to speak of.
+    order [N]: which latent each row of W_enc is; `features` are rows. NaN where p_f is not finite:
+    a token with NaN or infinity in it has no activations to speak of.
     """
     rows = x.reshape(-1, x.shape[-1])
     acts = rows.new_empty((rows.shape[0], features.numel()), dtype=dtype)
@@ -59,7 +63,7 @@ def feature_acts(
     for start in range(0, rows.shape[0], step):
         p = preacts(rows[start : start + step], W_enc, b_enc, dtype)
         p_f = p[:, features]
-        live = (p_f > 0) & (rank(p, features) < k)
+        live = (p_f > 0) & (rank(p, features, order) < k)
         acts[start : start + step] = torch.where(live, p_f, 0).where(p_f.isfinite(), torch.nan)
     return acts.reshape(*x.shape[:-1], features.numel())
 
@@ -73,6 +77,7 @@ def steer(
     values: Tensor,
     k: int,
     mask: Tensor | None = None,
+    order: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -81,7 +86,8 @@ def steer(
     Tokens whose mask is False, and tokens that no edit changes, come out bit-identical. A token
     with NaN or infinity in it comes out all NaN, as its reconstruction does.
     """
-    return _steered(x, W_enc, b_enc, directions, features, values, k, mask, dtype).to(x.dtype)
+    y = _steered(x, W_enc, b_enc, directions, features, values, k, mask, order, dtype)
+    return y.to(x.dtype)
 
 
 def truth(
@@ -93,13 +99,14 @@ def truth(
     values: Tensor,
     k: int,
     mask: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """`steer` in fp64, not rounded."""
-    return _steered(x, W_enc, b_enc, directions, features, values, k, mask, torch.float64)
+    return _steered(x, W_enc, b_enc, directions, features, values, k, mask, order, torch.float64)
 
 
-def _steered(x, W_enc, b_enc, directions, features, values, k, mask, dtype) -> Tensor:
-    acts = feature_acts(x, W_enc, b_enc, features, k, dtype=dtype)
+def _steered(x, W_enc, b_enc, directions, features, values, k, mask, order, dtype) -> Tensor:
+    acts = feature_acts(x, W_enc, b_enc, features, k, order, dtype=dtype)
     delta = values.to(dtype) - acts
     if mask is not None:
         delta = torch.where(mask[..., None], delta, 0)

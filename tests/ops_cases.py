@@ -31,6 +31,7 @@ class Case:
     values: Tensor
     k: int
     mask: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def directions(self) -> Tensor:
@@ -57,17 +58,22 @@ class Case:
             per_token["mask"] = self.mask[chosen]
         return self.but(**per_token)
 
+    def stored(self, order: Tensor) -> Case:
+        """The case with the rows of latents order[0], order[1], ... in this order."""
+        rows = {name: getattr(self, name)[order] for name in ("W_enc", "b_enc", "W_dec")}
+        return self.but(**rows, features=order.argsort()[self.features], order=order)
+
     def steer(self, impl: str = "auto") -> Tensor:
-        return ops.steer(*self.edit, mask=self.mask, impl=impl)
+        return ops.steer(*self.edit, mask=self.mask, order=self.order, impl=impl)
 
     def acts(self, impl: str = "auto") -> Tensor:
-        return ops.feature_acts(*self.encoder, self.features, self.k, impl=impl)
+        return ops.feature_acts(*self.encoder, self.features, self.k, order=self.order, impl=impl)
 
     def encode(self, impl: str = "auto") -> tuple[Tensor, Tensor]:
         return ops.encode(*self.encoder, self.k, impl=impl)
 
     def truth(self) -> Tensor:
-        return reference.truth(*self.edit, self.mask)
+        return reference.truth(*self.edit, self.mask, self.order)
 
     def undecided(self) -> Tensor:
         return reference.undecided(*self.encoder, self.features, self.k)
@@ -199,6 +205,10 @@ def assert_steered(case: Case, y: Tensor, live: Tensor) -> None:
     assert y.dtype == case.x.dtype and y.shape == case.x.shape
     error = (y.double() - truth).abs()
     assert (error <= bound).all(), f"{(error / bound).nan_to_num(torch.inf).max()} x the bound"
+
+
+def permutation(count: int, seed: int = 0) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 @contextmanager

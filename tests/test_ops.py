@@ -18,6 +18,7 @@ from ops_cases import (
     bits,
     gamma,
     integer_case,
+    permutation,
     preact_bound,
     random_case,
     rounded,
@@ -194,6 +195,44 @@ def test_core_duplicate_rows_tie_wherever_they_lie(dtype, weights):
         assert torch.equal(live[on_top], (torch.arange(5) < k).expand(int(on_top.sum()), 5))
         assert (live[:, 1:] <= live[:, :-1]).all()
         assert same_bits(acts, torch.where(live, acts[:, :1], 0))
+
+
+def in_other_orders(case: Case) -> list[Case]:
+    N = len(case.W_enc)
+    orders = [permutation(N), permutation(N, seed=1), torch.arange(N).flip(0), torch.arange(N)]
+    return [case.stored(order) for order in orders]
+
+
+@EVERY_PAIR
+def test_core_rows_in_another_order_change_no_bit(dtype, weights):
+    """Ties go to the lower latent, wherever its row is; without `order` they would not."""
+    broken = integer_case(dtype=dtype, weights=weights, seed=3)
+    broken.W_enc[::50] = torch.nan
+    unsaid = 0
+    for case in (*integer_cases(dtype, weights), broken):
+        acts, y = case.acts(), case.steer()
+        for stored in in_other_orders(case):
+            for impl in ("cpu", "reference"):
+                assert torch.equal(stored.acts(impl), acts)
+                assert same_bits(stored.steer(impl) + 0.0, y + 0.0)
+            unsaid += not torch.equal(stored.but(order=None).acts(), acts)
+    assert unsaid > 5
+    case = random_case(200, 67, 333, 8, 17, dtype, weights, per_token=True, masked=True)
+    for stored in in_other_orders(case):
+        assert same_bits(stored.acts(), case.acts()) and same_bits(stored.steer(), case.steer())
+
+
+@EVERY_PAIR
+def test_core_equal_latents_are_live_by_number_not_by_row(dtype, weights):
+    N, k = 200, 70
+    case = random_case(9, 67, N, k, 0, dtype, weights)
+    one = case.W_enc[:1].expand(N, -1).contiguous()
+    case = case.but(W_enc=one, b_enc=torch.ones(N), features=torch.arange(N))
+    for stored in in_other_orders(case):
+        acts = stored.acts()
+        positive = (acts > 0).any(-1)
+        assert positive.any()
+        assert ((acts > 0) == ((torch.arange(N) < k) & positive[:, None])).all()
 
 
 def test_a_preactivation_of_zero_is_not_live():
@@ -516,7 +555,7 @@ def test_core_batch_and_threads_change_no_bit(dtype, weights):
         with threads(count):
             for alone, together in zip(whole, everything(case), strict=True):
                 assert same_bits(alone, together)
-    order = torch.randperm(70, generator=torch.Generator().manual_seed(0))
+    order = permutation(70)
     for straight, shuffled in zip(whole, everything(case.rows(order)), strict=True):
         assert same_bits(straight[order], shuffled)
 
@@ -527,7 +566,7 @@ def test_latents_elsewhere_change_no_bit():
     acts = case.acts()
     alone = torch.cat([case.but(features=f[None]).acts() for f in case.features], -1)
     assert same_bits(acts, alone)
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    order = permutation(300)
     moved = case.but(W_enc=case.W_enc[order], b_enc=case.b_enc[order])
     assert same_bits(moved.but(features=order.argsort()[case.features]).acts(), acts)
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from ops_cases import random_case
+from ops_cases import permutation, random_case
 
 from saesteer_fast import ops
 
@@ -25,12 +25,13 @@ GOOD = {
     "features": CASE.features,
     "values": CASE.values,
     "mask": CASE.mask,
+    "order": permutation(N),
     "k": K,
 }
 ENCODER = ("x", "W_enc", "b_enc")
 TAKES = {
-    "steer": (*ENCODER, "directions", "features", "values", "k", "mask"),
-    "feature_acts": (*ENCODER, "features", "k"),
+    "steer": (*ENCODER, "directions", "features", "values", "k", "mask", "order"),
+    "feature_acts": (*ENCODER, "features", "k", "order"),
     "encode": (*ENCODER, "k"),
     "project": ENCODER,
 }
@@ -116,6 +117,15 @@ BAD = {
     "mask as wide as x": ("mask", CASE.x > 0, rf" has shape \[{T}, {D}\]; accepted: x's leading"),
     "scalar mask": ("mask", torch.tensor(True), r" has shape \[\]; accepted: x's leading sizes"),
     "float mask": ("mask", CASE.mask.float(), " is float32; accepted: bool"),
+    "short order": ("order", torch.arange(N - 1), rf" has shape \[{N - 1}\]; accepted: \[{N}\]"),
+    "order in a matrix": ("order", torch.arange(N)[None], rf" has shape .*; accepted: \[{N}\]"),
+    "strided order": (
+        "order",
+        torch.arange(2 * N)[::2],
+        rf" has shape \[{N}\]; accepted: \[{N}\], contiguous, the latent of each row of W_enc",
+    ),
+    "int32 order": ("order", torch.arange(N).int(), " is int32; accepted: int64"),
+    "float order": ("order", torch.arange(N).float(), " is float32; accepted: int64"),
     "int64 mask": ("mask", CASE.mask.long(), " is int64; accepted: bool"),
 }
 
@@ -146,7 +156,8 @@ def test_good_arguments_pass():
     """What the changes above are changes of."""
     for op in TAKES:
         call(op)
-    call("steer", mask=None)
+    call("steer", mask=None, order=None)
+    call("feature_acts", order=None)
     ops.decode(*CASE.encode(), CASE.W_dec, CASE.b_dec)
 
 

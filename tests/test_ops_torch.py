@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from ops_cases import DTYPES, Case, random_case, same_bits
+from ops_cases import DTYPES, Case, integer_case, permutation, random_case, same_bits
 from torch.library import opcheck
 
 from saesteer_fast import ops
@@ -20,8 +20,8 @@ def calls(case: Case) -> dict[str, tuple]:
     """The arguments of every op on one case."""
     values, indices = case.encode()
     return {
-        "steer": (*case.edit, case.mask),
-        "feature_acts": (*case.encoder, case.features, case.k),
+        "steer": (*case.edit, case.mask, case.order),
+        "feature_acts": (*case.encoder, case.features, case.k, case.order),
         "project": case.encoder,
         "add_directions": (case.x, case.directions, case.values),
         "encode": (*case.encoder, case.k),
@@ -49,7 +49,7 @@ def test_every_op_is_tested_here():
 def test_opcheck(op, dtype):
     weights = torch.float32 if dtype == torch.float16 else dtype
     case = random_case((2, 5), 33, 65, 4, 2, dtype, weights, per_token=True, masked=True)
-    arguments = calls(case)[op]
+    arguments = calls(case.stored(permutation(65)))[op]
     opcheck(getattr(OPS, op), arguments)
     first = arguments[0].clone().requires_grad_()
     opcheck(getattr(OPS, op), (first, *arguments[1:]))
@@ -58,6 +58,7 @@ def test_opcheck(op, dtype):
 def test_opcheck_of_the_corners():
     shared = random_case(5)
     opcheck(OPS.steer, (*shared.edit, None))
+    opcheck(OPS.feature_acts, (*shared.encoder, shared.features, 8, None))
     opcheck(OPS.steer, (*shared.edit[:-2], shared.values.clone().requires_grad_(), 8, None))
     opcheck(OPS.steer, (*random_case((), masked=True).edit, None))
     none = random_case(5, F=0)
@@ -72,7 +73,7 @@ def test_opcheck_of_the_corners():
 @pytest.mark.parametrize("lead", [(), (3,), (2, 0, 4)], ids=str)
 def test_meta_tensors_have_the_shapes_of_real_ones(op, lead):
     case = random_case(lead, 33, 65, 4, 2, torch.bfloat16, torch.float16, per_token=True)
-    arguments = calls(case)[op]
+    arguments = calls(case.stored(permutation(65)))[op]
     bare = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments]
     real, meta = (getattr(OPS, op)(*a) for a in (arguments, bare))
     for r, m in zip(*(t if isinstance(t, tuple) else (t,) for t in (real, meta)), strict=True):
@@ -87,8 +88,8 @@ def compiled(function: Callable, **options) -> Callable:
 def all_ops(case: Case, x: torch.Tensor, values: torch.Tensor, mask: torch.Tensor):
     """Every op between ordinary PyTorch."""
     rest = case.edit[1:5]
-    y = ops.steer(2 * x, *rest, values, case.k, mask=mask) + 1
-    acts = ops.feature_acts(y, *case.encoder[1:], case.features, case.k)
+    y = ops.steer(2 * x, *rest, values, case.k, mask=mask, order=case.order) + 1
+    acts = ops.feature_acts(y, *case.encoder[1:], case.features, case.k, order=case.order)
     top, indices = ops.encode(y, *case.encoder[1:], case.k)
     recon = ops.decode(top, indices, case.W_dec, case.b_dec)
     p = ops.project(y, case.W_enc[:3], case.b_enc[:3])
@@ -97,7 +98,7 @@ def all_ops(case: Case, x: torch.Tensor, values: torch.Tensor, mask: torch.Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_compiles_in_one_graph(dtype):
-    case = random_case((3, 5), 33, 65, 4, 2, dtype, dtype, masked=True)
+    case = random_case((3, 5), 33, 65, 4, 2, dtype, dtype, masked=True).stored(permutation(65))
 
     def run(x, values, mask):
         return all_ops(case, x, values, mask)
@@ -228,6 +229,22 @@ def test_gradients_of_nothing(case):
         grad_x, grad_values = torch.autograd.grad(y.sum(), (x, values))
         assert torch.equal(grad_x, torch.ones_like(x))
         assert torch.equal(grad_values, torch.zeros_like(values))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_gradients_do_not_depend_on_the_order_of_rows(impl):
+    """Where ties decide what is live."""
+    natural = integer_case(F=65, per_token=True)
+    stored = natural.stored(permutation(130))
+    assert not torch.equal(stored.acts() > 0, stored.but(order=None).acts() > 0)
+    found = []
+    for case in (natural, stored):
+        x, values = case.x.clone().requires_grad_(), case.values.clone().requires_grad_()
+        y = case.but(x=x, values=values).steer(impl)
+        of_acts = torch.autograd.grad(case.but(x=x).acts(impl).square().sum(), x)
+        found.append((*torch.autograd.grad(y.square().sum(), (x, values)), *of_acts))
+    for ours, other in zip(*found, strict=True):
+        assert same_bits(ours + 0.0, other + 0.0)
 
 
 def test_reference_has_the_same_gradients():

@@ -57,6 +57,11 @@ def check_steer(
         _shape(op, "mask", mask, mask.shape == x.shape[:-1], "x's leading sizes")
 
 
+def check_no_order(op: str, order: Tensor | None) -> None:
+    if order is not None:
+        raise _error(op, "order is not supported by Triton's kernels yet")
+
+
 def check_add(op: str, x: Tensor, directions: Tensor, name: str, coef: Tensor) -> None:
     _dtype(op, "x", x, *FLOATS)
     _shape(op, "x", x, x.dim() >= 1, "[..., d]")

@@ -13,7 +13,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .add import add
-from .check import check_add, check_decode, check_encoder, check_features, check_rows, check_steer
+from .check import (
+    check_add,
+    check_decode,
+    check_encoder,
+    check_features,
+    check_no_order,
+    check_rows,
+    check_steer,
+)
 from .configs import Tile
 from .count import count
 from .decode import decode as decode_kernel
@@ -56,6 +64,7 @@ def steer(
     values: Tensor,
     k: int,
     mask: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """x' = x + sum_f (value_f - a_f) directions_f; see `ops.steer`.
 
@@ -63,6 +72,7 @@ def steer(
     named twice both edits are added.
     """
     check_steer(x, W_enc, b_enc, directions, features, values, k, mask)
+    check_no_order("steer", order)
     (F, d), shared = directions.shape, values.shape == features.shape
     rows = x.reshape(-1, d).contiguous()
     directions, features = directions.contiguous(), features.contiguous()
@@ -82,13 +92,21 @@ def steer(
     return y.reshape(x.shape)
 
 
-def feature_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int) -> Tensor:
+def feature_acts(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    features: Tensor,
+    k: int,
+    order: Tensor | None = None,
+) -> Tensor:
     """a_f = p_f if p_f > 0 and fewer than k latents beat f, else 0; see `ops.feature_acts`.
 
     NaN for a feature that is no latent.
     """
     check_encoder("feature_acts", x, W_enc, b_enc, k)
     check_features("feature_acts", x, features)
+    check_no_order("feature_acts", order)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     features = features.contiguous()
     acts = x.new_empty((rows.shape[0], features.shape[0]), dtype=torch.float32)

@@ -96,13 +96,28 @@ class Ranks {
   }
 
   // The latents of the block that beat feature f, which itself is left out by its index.
-  static uint64_t beaters(const Block& block, const float* p, float p_f, int64_t f) {
+  uint64_t beaters(const Block& block, const float* p, float p_f, int64_t f) const {
     const auto beats = kernels().beats;
+    if (encoder_.order != nullptr) {
+      const uint64_t larger = beats(p, block.count, p_f, false);
+      const uint64_t ties = beats(p, block.count, p_f, true) & ~larger;
+      return (larger & ~block.bit(f)) | lower(ties, block.first, f);
+    }
     if (f >= block.first + block.count) return beats(p, block.count, p_f, true);
     if (f < block.first) return beats(p, block.count, p_f, false);
-    const uint64_t self = uint64_t{1} << (f - block.first), below = self - 1;
+    const uint64_t self = block.bit(f), below = self - 1;
     return (beats(p, block.count, p_f, true) & below) |
            (beats(p, block.count, p_f, false) & ~(below | self));
+  }
+
+  // Of these rows, counted from `first`, those whose latents come before that of row f.
+  uint64_t lower(uint64_t rows, int64_t first, int64_t f) const {
+    uint64_t found = 0;
+    for (; rows; rows &= rows - 1) {
+      const int j = __builtin_ctzll(rows);
+      found |= uint64_t{encoder_.order[first + j] < encoder_.order[f]} << j;
+    }
+    return found;
   }
 
   const Rows x_;

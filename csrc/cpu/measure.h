@@ -2,7 +2,7 @@
 //
 //     p_j = W_enc[j] . x + b_j
 //     a_f = p_f if p_f > 0 and fewer than k latents beat f, else 0      (NaN if p_f is not finite)
-//     j beats f if p_j > p_f, or p_j = p_f and j < f
+//     j beats f if p_j > p_f, or p_j = p_f and order_j < order_f      (j and f rows of W_enc)
 //
 // L0: a token whose p_f are all <= 0 is done after one dot product a feature.
 // L1: for the others latents are counted until k of them beat f, and then a_f = 0.

@@ -77,6 +77,11 @@ struct Block {
     for (int j = 0; j < count + kAhead; ++j)
       rows[j] = encoder.W[std::min(first + j, encoder.count - 1)];
   }
+
+  // Row j's place in a word of this block's comparisons; 0 if it lies outside.
+  uint64_t bit(int64_t j) const {
+    return j >= first && j < first + count ? uint64_t{1} << (j - first) : 0;
+  }
 };
 
 inline int64_t blocks(const Encoder& encoder) { return (encoder.count + kBlock - 1) / kBlock; }

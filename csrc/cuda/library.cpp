@@ -41,6 +41,7 @@ OutRows like(Tensor& y, const Rows& x) { return {y.mutable_data_ptr(), x.dtype, 
 Encoder checked(const char* op, const Encoder& encoder) {
   check(encoder.count < int64_t{1} << 31, op, "W_enc has ", encoder.count,
         " rows; accepted on CUDA: fewer than 2^31");
+  check(encoder.order == nullptr, op, "order is not supported by the CUDA kernels yet");
   return encoder;
 }
 
@@ -53,13 +54,13 @@ Features checked(const char* op, const Features& features) {
 
 Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
              const Tensor& directions_in, const Tensor& features_in, const Tensor& values_in,
-             int64_t k, std::optional<Tensor> mask_in) {
+             int64_t k, std::optional<Tensor> mask_in, std::optional<Tensor> order) {
   const Device device("steer", "x", x_in);
   const Tensor x = packed(x_in), features = packed(features_in), directions = packed(directions_in),
                values = packed(values_in), mask = mask_in ? packed(*mask_in) : Tensor();
   const Arguments given("steer", x);
   const Rows rows = given.x();
-  const Encoder encoder = checked("steer", given.encoder(W_enc, b_enc, k));
+  const Encoder encoder = checked("steer", given.encoder(W_enc, b_enc, k, order));
   const Features chosen = checked("steer", given.features(features));
   const Rows added = given.directions(directions, chosen.count);
   const Values held = given.values("values", values, chosen.count);
@@ -74,12 +75,12 @@ Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
 }
 
 Tensor feature_acts(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
-                    const Tensor& features_in, int64_t k) {
+                    const Tensor& features_in, int64_t k, std::optional<Tensor> order) {
   const Device device("feature_acts", "x", x_in);
   const Tensor x = packed(x_in), features = packed(features_in);
   const Arguments given("feature_acts", x);
   const Rows rows = given.x();
-  const Encoder encoder = checked("feature_acts", given.encoder(W_enc, b_enc, k));
+  const Encoder encoder = checked("feature_acts", given.encoder(W_enc, b_enc, k, order));
   const Features chosen = checked("feature_acts", given.features(features));
 
   const int64_t tokens = tokens_of(x);
