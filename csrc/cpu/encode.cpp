@@ -75,8 +75,10 @@ class Selection {
     Tokens tile(x_, encoder_.W);
     Block block;
     float p[Tokens::kMost * kBlock];
-    for (int64_t b; pieces.take(b);) {
-      block.select(encoder_, b);
+    int64_t b, next;
+    for (bool more = pieces.take(b); more; b = next) {
+      more = pieces.take(next);
+      block.select(encoder_, b, next);
       for (int64_t t = begin; t < end; t += tile.count()) {
         tile.load_from(t, end);
         tile.dots(block.rows, encoder_.W.dtype, block.count, encoder_.bias + block.first, p,

@@ -68,11 +68,13 @@ class Ranks {
     for (size_t t = 0; t < open.size(); ++t) open[t] = t;
     Tokens tile(x_, encoder_.W);
     Block block;
-    for (int64_t b; pieces.take(b);) {
+    int64_t b, next;
+    for (bool more = pieces.take(b); more; b = next) {
+      more = pieces.take(next);
       open.erase(std::remove_if(open.begin(), open.end(), [this](size_t t) { return decided(t); }),
                  open.end());
       if (open.empty()) return;
-      block.select(encoder_, b);
+      block.select(encoder_, b, next);
       for (size_t first = 0; first < open.size(); first += kernels().tokens)
         count(block, open.data() + first,
               static_cast<int>(std::min<size_t>(kernels().tokens, open.size() - first)), tile,

@@ -15,7 +15,7 @@ void project(const Rows& x, int64_t tokens, const Rows& rows, int64_t count, con
       for (; from < to; from += tile.count()) {
         tile.load_from(from, to);
         for (int64_t b = 0; b < blocks(encoder); ++b) {
-          block.select(encoder, b);
+          block.select(encoder, b, b + 1);
           tile.dots(block.rows, rows.dtype, block.count, bias + block.first, p, false);
           for (int i = 0; i < tile.count(); ++i)
             std::copy_n(p + i * kBlock, block.count, out + (from + i) * count + block.first);

@@ -106,11 +106,13 @@ struct Block {
   int count;
   const void* rows[kBlock + kAhead];
 
-  void select(const Encoder& encoder, int64_t block) {
+  // Takes a block, and of `next`, which the same thread will take then, what is read ahead.
+  void select(const Encoder& encoder, int64_t block, int64_t next) {
     first = block * kBlock;
     count = static_cast<int>(std::min<int64_t>(kBlock, encoder.count - first));
-    for (int j = 0; j < count + kAhead; ++j)
-      rows[j] = encoder.W[std::min(first + j, encoder.count - 1)];
+    for (int j = 0; j < count; ++j) rows[j] = encoder.W[first + j];
+    for (int j = 0; j < kAhead; ++j)
+      rows[count + j] = encoder.W[std::min(next * kBlock + j, encoder.count - 1)];
   }
 
   // Row j's place in a word of this block's comparisons; 0 if it lies outside.
