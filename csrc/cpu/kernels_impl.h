@@ -142,6 +142,7 @@ void dots(const void* const* x, Dtype x_dtype, int m, const void* const* w, Dtyp
   }
 }
 
+// Kernels::dots_and_add for one type of x and of w, and at most N rows.
 template <class V, class P, int N>
 void few_dots_and_add(const void* const* x, const void* const* w, int n, int64_t d,
                       const float* bias, float* out, const float* sum, void* const* y) {
@@ -150,41 +151,39 @@ void few_dots_and_add(const void* const* x, const void* const* w, int n, int64_t
   using X = typename P::x_type;
   using W = typename P::w_type;
   constexpr int M = kTogether;
+  X* to[M];
   typename V::reg acc[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) acc[i][j] = V::set1(0.f);
 
-  // Elements c ... of x and y, and what they meet: the same elements of w and sum, loaded by
-  // `load`.
-  auto pass = [&](auto&& load, const float* sum, X* const(&to)[M], int64_t c)
-                  __attribute__((always_inline)) {
-                    const auto added = P::load_sum(sum);
-                    typename P::reg b[N];
+  // The elements from c on; `part` is sum there, `to` takes what is written.
+  auto pass = [&](auto&& load, int64_t c, const float* part) __attribute__((always_inline)) {
+    const auto added = P::load_sum(part);
+    typename P::reg b[N];
 #pragma GCC unroll 8
-                    for (int j = 0; j < N; ++j) b[j] = load(static_cast<const W*>(w[j]) + c);
+    for (int j = 0; j < N; ++j) b[j] = load(static_cast<const W*>(w[j]) + c);
 #pragma GCC unroll 8
-                    for (int i = 0; i < M; ++i) {
-                      const typename P::reg a = load(static_cast<const X*>(x[i]) + c);
+    for (int i = 0; i < M; ++i) {
+      const typename P::reg a = load(static_cast<const X*>(x[i]) + c);
 #pragma GCC unroll 8
-                      for (int j = 0; j < N; ++j) acc[i][j] = P::mul_add(a, b[j], acc[i][j]);
-                      P::store_added(to[i], a, added);
-                    }
-                  };
+      for (int j = 0; j < N; ++j) acc[i][j] = P::mul_add(a, b[j], acc[i][j]);
+      P::store_added(to[i], a, added);
+    }
+  };
   int64_t c = 0;
-  X* to[M];
   for (; c + P::step <= d; c += P::step) {
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) to[i] = static_cast<X*>(y[i]) + c;
-    pass([](const auto* p) { return P::load(p); }, sum + c, to, c);
+    pass([](const auto* p) { return P::load(p); }, c, sum + c);
   }
   if (const int rest = static_cast<int>(d - c)) {
-    float sums[P::step] = {};
+    float part[P::step] = {};
     X rows[M][P::step];
-    std::memcpy(sums, sum + c, rest * sizeof(float));
+    std::memcpy(part, sum + c, rest * sizeof(float));
     for (int i = 0; i < M; ++i) to[i] = rows[i];
-    pass([rest](const auto* p) { return P::load_part(p, rest); }, sums, to, c);
+    pass([rest](const auto* p) { return P::load_part(p, rest); }, c, part);
     for (int i = 0; i < M; ++i) std::memcpy(static_cast<X*>(y[i]) + c, rows[i], rest * sizeof(X));
   }
   store_dots<V>(acc, bias, out);
@@ -296,20 +295,17 @@ void to_f32(const void* src, Dtype dtype, int64_t n, float* dst) {
   });
 }
 
-template <class V>
-void copy(const void* src, int64_t bytes, void* dst) {
-  constexpr int64_t kStep = sizeof(typename V::reg);
+inline void copy(const void* src, int64_t bytes, void* dst) {
+  constexpr int64_t kLine = 64;
   const auto* from = static_cast<const char*>(src);
   auto* to = static_cast<char*>(dst);
-  for (; bytes >= kStep; bytes -= kStep, from += kStep, to += kStep)
-    V::store(reinterpret_cast<float*>(to), V::load(reinterpret_cast<const float*>(from)));
+  for (; bytes >= kLine; bytes -= kLine, from += kLine, to += kLine) std::memcpy(to, from, kLine);
   std::memcpy(to, from, bytes);
 }
 
 template <class V>
 constexpr Kernels table{
-    V::tokens, V::Bf16Product::native, dots<V>, dots_and_add<V>, beats<V>, add<V>, to_f32<V>,
-    copy<V>};
+    V::tokens, V::Bf16Product::native, dots<V>, dots_and_add<V>, beats<V>, add<V>, to_f32<V>, copy};
 
 }  // namespace
 }  // namespace saesteer::cpu

@@ -210,9 +210,8 @@ class Ladder {
     for (int i = 0; i < kTogether; ++i) {
       keep(tokens[i], 0, n, p + i * kBlock);
       const float* acts = acts_of(tokens[i]);
-      if (std::any_of(acts, acts + n, [](float a) { return std::isnan(a); }) &&
-          !open_[tokens[i] - begin_])
-        settled_(tokens[i], acts);
+      const bool dead = std::all_of(acts, acts + n, [](float a) { return a == 0; });
+      if (!dead && !open_[tokens[i] - begin_]) settled_(tokens[i], acts);  // NaN
     }
   }
 
