@@ -151,16 +151,15 @@ void few_dots_and_add(const void* const* x, const void* const* w, int n, int64_t
   using X = typename P::x_type;
   using W = typename P::w_type;
   constexpr int M = kTogether;
-  X* to[M];
   typename V::reg acc[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) acc[i][j] = V::set1(0.f);
 
-  // The elements from c on; `part` is sum there, `to` takes what is written.
-  auto pass = [&](auto&& load, int64_t c, const float* part) __attribute__((always_inline)) {
-    const auto added = P::load_sum(part);
+  // The elements from c on; s is sum there, `to` takes what is written.
+  auto pass = [&](auto&& load, int64_t c, const float* s, X** to) __attribute__((always_inline)) {
+    const auto added = P::load_sum(s);
     typename P::reg b[N];
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) b[j] = load(static_cast<const W*>(w[j]) + c);
@@ -174,16 +173,17 @@ void few_dots_and_add(const void* const* x, const void* const* w, int n, int64_t
   };
   int64_t c = 0;
   for (; c + P::step <= d; c += P::step) {
+    X* to[M];
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) to[i] = static_cast<X*>(y[i]) + c;
-    pass([](const auto* p) { return P::load(p); }, c, sum + c);
+    pass([](const auto* p) { return P::load(p); }, c, sum + c, to);
   }
   if (const int rest = static_cast<int>(d - c)) {
     float part[P::step] = {};
-    X rows[M][P::step];
+    X rows[M][P::step], *to[M];
     std::memcpy(part, sum + c, rest * sizeof(float));
     for (int i = 0; i < M; ++i) to[i] = rows[i];
-    pass([rest](const auto* p) { return P::load_part(p, rest); }, c, part);
+    pass([rest](const auto* p) { return P::load_part(p, rest); }, c, part, to);
     for (int i = 0; i < M; ++i) std::memcpy(static_cast<X*>(y[i]) + c, rows[i], rest * sizeof(X));
   }
   store_dots<V>(acc, bias, out);
