@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_edits import EDITED, MEASURES, build, stream
+from support import EDITED, MEASURES, build, stream
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import saesteer_fast as sf

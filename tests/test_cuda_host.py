@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import math
-import platform
-import shutil
 from itertools import pairwise, product
 
 import pytest
 import torch
-from emulator import CSRC, Machine, compile_kernels, link
+from emulator import COMPILER, CSRC, Machine, compile_kernels, link
 from ops_cases import (
     DTYPES,
     Case,
@@ -26,21 +24,8 @@ from ops_cases import (
 
 from saesteer_fast import reference
 
-COMPILER = shutil.which("g++")
 F32, BF16, F16 = DTYPES
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    if COMPILER is None or platform.machine() != "x86_64":
-        pytest.skip("the emulated GPU needs g++ and an x86-64 processor")
-    return compile_kernels(tmp_path_factory.mktemp("emulated"), COMPILER)
-
-
-@pytest.fixture(scope="module")
-def library(objects, tmp_path_factory):
-    return Machine(link(objects, tmp_path_factory.mktemp("emulated"), COMPILER))
 
 
 class Gpu:
@@ -65,8 +50,8 @@ def there(t: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(params=["ampere", "hopper", pytest.param("gpu", marks=pytest.mark.gpu)])
 def machine(request):
     if request.param != "gpu":
-        library = request.getfixturevalue("library")
-        return library.settle(hopper=request.param == "hopper")
+        emulated_gpu = request.getfixturevalue("emulated_gpu")
+        return emulated_gpu.settle(hopper=request.param == "hopper")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return Gpu()
@@ -97,10 +82,10 @@ NUMBERS = [NAN, INF, -INF, 0.0, -0.0, 2.0**-149, 2.0**-148, 2.0**-126, -1.0, 1.0
 NUMBERS += [1 - 2.0**-24, 3.4028234e38, -3.4028234e38]
 
 
-def test_beats_is_the_order_of_the_reference(library):
+def test_beats_is_the_order_of_the_reference(emulated_gpu):
     """Every pair of numbers, with the other latent before and after f."""
     for p_j, p_f, before in product(NUMBERS, NUMBERS, (True, False)):
-        if not library.pure("is_undecided", ctypes.c_bool, ctypes.c_float(p_f)):
+        if not emulated_gpu.pure("is_undecided", ctypes.c_bool, ctypes.c_float(p_f)):
             assert not (p_f > 0 and math.isfinite(p_f))
             continue
         assert p_f > 0 and math.isfinite(p_f)
@@ -108,34 +93,34 @@ def test_beats_is_the_order_of_the_reference(library):
         f = 1 if before else 0
         expected = reference.rank(pair, torch.tensor([f])).item() == 1
         numbers = ctypes.c_float(p_j), ctypes.c_float(p_f)
-        beats = library.pure("is_beaten", ctypes.c_bool, numbers[0], 1 - f, numbers[1], f)
-        side = library.pure(
+        beats = emulated_gpu.pure("is_beaten", ctypes.c_bool, numbers[0], 1 - f, numbers[1], f)
+        side = emulated_gpu.pure(
             "is_beaten_from_one_side", ctypes.c_bool, *numbers, ctypes.c_bool(before)
         )
         assert beats == side == expected, (p_j, p_f, before)
-        assert not library.pure("is_beaten", ctypes.c_bool, numbers[0], f, numbers[1], f)
+        assert not emulated_gpu.pure("is_beaten", ctypes.c_bool, numbers[0], f, numbers[1], f)
 
 
-def test_what_is_settled(library):
+def test_what_is_settled(emulated_gpu):
     def settled(p: float, beaten: int) -> float:
         rank = ctypes.c_int64(beaten), ctypes.c_int64(4)
-        return library.pure("settled", ctypes.c_float, ctypes.c_float(p), *rank)
+        return emulated_gpu.pure("settled", ctypes.c_float, ctypes.c_float(p), *rank)
 
     assert settled(2.5, 3) == 2.5 and settled(2.5, 4) == 0 == settled(-1.0, 0) == settled(0.0, 0)
     assert all(math.isnan(settled(p, n)) for p in (NAN, INF, -INF) for n in (0, 4))
 
 
-def test_keys_sort_as_the_reference_does(library):
+def test_keys_sort_as_the_reference_does(emulated_gpu):
     p = torch.tensor([*NUMBERS, *NUMBERS], dtype=torch.float32)
     keys = [
-        library.pure("key_of", ctypes.c_uint64, ctypes.c_float(v), ctypes.c_uint32(i))
+        emulated_gpu.pure("key_of", ctypes.c_uint64, ctypes.c_float(v), ctypes.c_uint32(i))
         for i, v in enumerate(p.tolist())
     ]
     ours = sorted(range(len(p)), key=keys.__getitem__, reverse=True)
     assert ours == p.sort(descending=True, stable=True).indices.tolist()
     for i, key in enumerate(keys):
-        assert library.pure("index_of", ctypes.c_int64, ctypes.c_uint64(key)) == i
-        value = library.pure("value_of", ctypes.c_float, ctypes.c_uint64(key))
+        assert emulated_gpu.pure("index_of", ctypes.c_int64, ctypes.c_uint64(key)) == i
+        value = emulated_gpu.pure("value_of", ctypes.c_float, ctypes.c_uint64(key))
         expected = p[i].clamp(min=0).item()
         assert value == expected or (math.isnan(value) and math.isnan(expected))
 
@@ -281,29 +266,29 @@ def test_unaligned_rows(machine, dtype):
         assert same_bits(machine.steer(*case.edit), y)
 
 
-def test_in_place(library):
+def test_in_place(emulated_gpu):
     for T, dtype, hopper in product((50, 150), (F32, BF16), (False, True)):
-        machine = library.settle(hopper=hopper)
+        machine = emulated_gpu.settle(hopper=hopper)
         case = random_case(T, 40, 129, 8, 3, dtype, dtype, masked=True)
         y = machine.steer(*case.edit, case.mask)
         assert same_bits(machine.steer(*case.edit, case.mask, in_place=True), y)
 
 
-def test_the_same_however_the_work_is_cut(library):
+def test_the_same_however_the_work_is_cut(emulated_gpu):
     """More or fewer blocks, other orders of threads, tokens alone: no bit changes."""
     for dtype in (F32, BF16):
         case = random_case(150, 72, 700, 8, 3, dtype, dtype, per_token=True, masked=True)
         for hopper in (False, True):
             ys = [
-                library.settle(hopper=hopper, multiprocessors=m, seed=s).steer(
+                emulated_gpu.settle(hopper=hopper, multiprocessors=m, seed=s).steer(
                     *case.edit, case.mask
                 )
                 for m, s in ((1, 1), (5, 2), (100, 3))
             ]
             assert same_bits(ys[0], ys[1]) and same_bits(ys[0], ys[2])
-        whole = library.steer(*case.edit, case.mask)
+        whole = emulated_gpu.steer(*case.edit, case.mask)
         parts = [case.rows(slice(a, b)) for a, b in pairwise([0, 1, 17, 80, 150])]
-        pieces = torch.cat([library.steer(*part.edit, part.mask) for part in parts])
+        pieces = torch.cat([emulated_gpu.steer(*part.edit, part.mask) for part in parts])
         settled = ~case.undecided().any(-1)
         assert same_bits(whole[settled], pieces[settled])
 
@@ -318,9 +303,11 @@ def test_more_tokens_than_the_workspace_holds(machine):
     assert same_bits(y[case.mask], machine.steer(*case.rows(case.mask).edit))
 
 
-def test_the_workspace_is_at_most_a_megabyte(library):
+def test_the_workspace_is_at_most_a_megabyte(emulated_gpu):
     for tokens, F in product((1, 64, 10**3, 10**6, 10**9), (0, 1, 4, 16, 1000)):
-        assert library._workspace("ladder_workspace", min(tokens, 10**6), F).numel() <= 2**20 + 16
+        assert (
+            emulated_gpu._workspace("ladder_workspace", min(tokens, 10**6), F).numel() <= 2**20 + 16
+        )
 
 
 # ---- project, add_directions, encode, decode ----
@@ -400,12 +387,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_show(objects, tmp_path, mistake):
+def test_mistakes_show(emulated_kernels, tmp_path, mistake):
     name, right, wrong = MISTAKES[mistake]
     text = (CSRC / "cuda" / name).read_text()
     assert text.count(right) == 1
     changed = compile_kernels(tmp_path, COMPILER, {name: text.replace(right, wrong)})
-    machine = Machine(link(objects | changed, tmp_path, COMPILER))
+    machine = Machine(link(emulated_kernels | changed, tmp_path, COMPILER))
     case = integer_case(150, 392, 300, 20, 3, BF16, BF16)
     with pytest.raises((AssertionError, RuntimeError)):
         for hopper in (False, True):

@@ -9,121 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import (
+    EDITED,
+    LATENTS,
+    MEASURES,
+    D,
+    N,
+    assert_rounded,
+    build,
+    given_edits,
+    stream,
+    true_acts,
+    truth,
+)
 
 import saesteer_fast as sf
-
-D, N, K = 24, 96, 6
-LATENTS = [3, 40, 41, 95]
-
-EDITED = {
-    "set": (lambda v: v, lambda a, v: 0 * a + v),
-    "set_if_active": (sf.set_if_active, lambda a, v: torch.where(a > 0, v, a)),
-    "add": (sf.add, lambda a, v: a + v),
-    "scale": (sf.scale, lambda a, v: a * v),
-    "at_least": (sf.at_least, lambda a, v: a.clamp(min=v)),
-    "at_most": (sf.at_most, lambda a, v: a.clamp(max=v)),
-}
-MEASURES = ["topk", "groupmax", "threshold", "relu", "gated", "projection"]
-
-
-def build(measure="topk", dtype=torch.float32, seed=0, **options) -> sf.SAE:
-    random = torch.Generator().manual_seed(seed)
-    noise, W_dec = torch.randn(2, N, D, generator=random)
-    W_dec *= torch.rand(N, 1, generator=random) + 0.5
-    bias, r_mag, b_mag = 0.1 * torch.randn(3, N, generator=random)
-    weights = {
-        "W_enc": W_dec + 0.1 * noise,
-        "bias": bias,
-        "W_dec": W_dec,
-        "b_dec": 0.3 * torch.randn(D, generator=random),
-    }
-    if measure == "threshold":
-        weights["threshold"] = torch.rand(N, generator=random)
-    if measure == "gated":
-        weights |= {"r_mag": r_mag, "b_mag": b_mag}
-    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    k = K if measure in ("topk", "groupmax") else None
-    own = "relu" if measure == "projection" else measure
-    return sf.SAE(**weights, k=k, measure=own, **options)
-
-
-def true_acts(x, sae):
-    """Dense activations in fp64."""
-    W_enc, bias, b_dec = (t.double() for t in (sae.W_enc, sae.bias, sae.b_dec))
-    p = (x - b_dec) @ W_enc.T + bias
-    if sae.measure == "topk":
-        top = p.relu().topk(sae.k, dim=-1)
-        return torch.zeros_like(p).scatter(-1, top.indices, top.values)
-    if sae.measure == "groupmax":
-        groups = p.relu().unflatten(-1, (sae.k, -1))
-        return torch.where(groups == groups.amax(-1, keepdim=True), groups, 0).flatten(-2)
-    if sae.measure == "threshold":
-        return torch.where(p > sae.threshold.double(), p, 0).relu()
-    if sae.measure == "gated":
-        return torch.where(p > 0, (sae.r_mag.double().exp() * (p - bias) + sae.b_mag).relu(), 0)
-    return p.relu()
-
-
-def truth(x, sae, edits, mask=None, error="keep", projection=False):
-    """x' in fp64, by way of all activations and dense decodes; edits {latent: (kind, value)}."""
-    stream, W_dec, b_dec = x.double(), sae.W_dec.double(), sae.b_dec.double()
-    if projection:
-        steered = stream.clone()
-        for latent, (kind, value) in edits.items():
-            unit = W_dec[latent] / W_dec[latent].norm()
-            a = (stream - b_dec) @ unit
-            steered += (EDITED[kind][1](a, value) - a)[..., None] * unit
-    else:
-        acts = true_acts(stream, sae)
-        edited = acts.clone()
-        for latent, (kind, value) in edits.items():
-            edited[..., latent] = EDITED[kind][1](acts[..., latent], value)
-        kept = 0 if error == "drop" else stream - (acts @ W_dec + b_dec)
-        steered = edited @ W_dec + b_dec + kept
-    return steered if mask is None else torch.where(mask[..., None], steered, stream)
-
-
-def given_edits(edits):
-    return {latent: EDITED[kind][0](value) for latent, (kind, value) in edits.items()}
-
-
-def assert_rounded(y, expected, roundings=1):
-    """y is the truth, rounded to its dtype after fp32 sums of D terms about as large."""
-    ulp = torch.finfo(y.dtype).eps / 2
-    size = expected.abs().amax() + 20
-    bound = roundings * ulp * expected.abs() + 4 * D * 2.0**-24 * size
-    assert ((y.double() - expected).abs() <= bound).all()
-
-
-def stream(*shape, seed=1, dtype=torch.float32):
-    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("kind", EDITED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_edit_of_every_measure(measure, kind, dtype, poisoned_memory):
-    sae, x = build(measure), stream(40, dtype=dtype)
-    value = {"scale": 0.5, "at_most": 0.7}.get(kind, 1.5)
-    edits = {latent: (kind, value) for latent in LATENTS}
-    projection = measure == "projection"
-    named = {"measure": "projection"} if projection else {}
-    y = sf.steer(x, sae, given_edits(edits), **named)
-    assert y.dtype == dtype
-    assert_rounded(y, truth(x, sae, edits, projection=projection))
-    assert not torch.equal(y, x)
-    reference = sf.steer(x, sae, given_edits(edits), **named, impl="reference")
-    assert_rounded(reference, y.double(), roundings=2)
-
-
-@pytest.mark.parametrize("measure", MEASURES[:-1])
-@pytest.mark.parametrize("kind", EDITED)
-def test_every_edit_without_the_error(measure, kind):
-    sae, x = build(measure), stream(40)
-    edits = {latent: (kind, 1.5) for latent in LATENTS}
-    y = sf.steer(x, sae, given_edits(edits), error="drop")
-    assert_rounded(y, truth(x, sae, edits, error="drop"))
-    assert (y - sf.steer(x, sae, given_edits(edits))).abs().max() > 0.1
 
 
 def test_dropping_the_error_spares_what_is_not_edited():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_edits import EDITED, LATENTS, MEASURES, N, build, given_edits, stream, truth
+from support import EDITED, LATENTS, MEASURES, N, build, given_edits, stream, truth
 
 import saesteer_fast as sf
 from saesteer_fast import reference

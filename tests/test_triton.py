@@ -12,7 +12,9 @@ import torch
 
 from saesteer_fast import ops
 
-KERNELS = Path(__file__).with_name("test_triton_kernels.py")
+KERNELS = [
+    str(Path(__file__).with_name(f"test_{name}.py")) for name in ("triton_kernels", "support")
+]
 ON_CPU = """
 import sys, torch, saesteer_fast as sf
 from saesteer_fast import ops
@@ -34,7 +36,7 @@ def test_kernels_in_the_interpreter(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     here = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     here["SAESTEER_TILES"] = str(tmp_path / "none.json")
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNELS), **here)
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNELS, **here)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
 

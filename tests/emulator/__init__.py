@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+COMPILER = shutil.which("g++") if platform.machine() == "x86_64" else None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _libc = ctypes.CDLL(None, use_errno=True)

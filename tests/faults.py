@@ -1,0 +1,2 @@
+def faults_page(root):
+    return ""
