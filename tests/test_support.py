@@ -7,7 +7,6 @@ from itertools import product
 from types import SimpleNamespace
 
 import pytest
-import torch
 from ops_cases import DTYPES
 from support import (
     EDITED,
