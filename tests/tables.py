@@ -1,11 +1,12 @@
-"""README's tables that stand in the tests, and docs/faults.md: `python -m tests.tables [--write |
---check]` puts them there, or fails unless they are there already.
+"""What README and docs/ say of the tests: `python -m tests.tables [--write | --check]` puts it there,
+or fails unless it is there already.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench.report import placed
@@ -15,33 +16,40 @@ from tests.support import support_table
 ROOT = Path(__file__).parents[1]
 
 
-def wanted(root: Path = ROOT) -> dict[Path, str]:
+BLOCKS = {"support": support_table}
+"""What README.md holds between `<!-- name -->` and `<!-- /name -->`."""
+PAGES = {"faults": lambda: faults_page(ROOT / "tests")}
+"""The files of docs/."""
+if find_spec("tests.families"):
+    from tests.families import families_line, families_page
+
+    BLOCKS["families"] = families_line
+    PAGES["families"] = families_page
+
+
+def wanted() -> dict[Path, str]:
     """Each file that holds a table, as it ought to be."""
-    readme = (root / "README.md").read_text()
-    for name, block in blocks().items():
-        readme = placed(readme, name, block)
-    return {root / "README.md": readme, root / "docs" / "faults.md": faults_page(root)}
+    readme = (ROOT / "README.md").read_text()
+    for name, block in BLOCKS.items():
+        readme = placed(readme, name, block())
+    pages = {ROOT / "docs" / f"{name}.md": page() for name, page in PAGES.items()}
+    return {ROOT / "README.md": readme, **pages}
 
 
-def blocks() -> dict[str, str]:
-    """What README holds between `<!-- name -->` and `<!-- /name -->`."""
-    found = {"support": support_table()}
-    return found
-
-
-def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.tables", description=__doc__)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--write", action="store_true", help="put the tables where they belong")
     mode.add_argument("--check", action="store_true", help="fail if other tables are there")
     options = parser.parse_args(arguments)
-    for path, text in wanted(root).items():
+    for path, text in wanted().items():
         if options.write:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
         elif not options.check:
             print(text)
         elif not path.exists() or path.read_text() != text:
-            sys.exit(f"{path.relative_to(root)} differs: `python -m tests.tables --write`")
+            sys.exit(f"{path.relative_to(ROOT)} differs: `python -m tests.tables --write`")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def generate(model, ids, **options):
     return model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, **options)
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize(
     ("name", "cache"),
     [

@@ -168,6 +168,7 @@ def test_integers_are_exact(machine, dtype, T):
         assert torch.equal(machine.decode(*ours, case.W_dec, case.b_dec), recon)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_ties_go_to_the_lower_latent(machine, dtype):
     """All latents alike: the k first are live, wherever they lie in a tile."""
@@ -191,6 +192,7 @@ def test_every_latent_may_be_live(machine):
         )
 
 
+@pytest.mark.fault(22, 28)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_to_change_changes_no_bit(machine, dtype):
     case = random_case(90, 40, 129, 16, 5, dtype, dtype)
@@ -207,6 +209,7 @@ def test_nothing_to_change_changes_no_bit(machine, dtype):
     assert all(t.shape == (0, 16) for t in machine.encode(*empty.encoder, 16))
 
 
+@pytest.mark.fault(1, 2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_bad_row_spoils_no_other(machine, dtype, bad):
@@ -226,6 +229,7 @@ def test_a_bad_row_spoils_no_other(machine, dtype, bad):
     assert torch.equal(indices[rows], places[rows])
 
 
+@pytest.mark.fault(20)
 def test_latents_that_do_not_exist_spoil_what_depends_on_them(machine):
     case = random_case(80, 40, 129, 8, 3, BF16, BF16)
     for index in (-1, 129, 2**40, -(2**63)):
@@ -243,6 +247,7 @@ def test_latents_that_do_not_exist_spoil_what_depends_on_them(machine):
         assert torch.equal(y.isnan().any(-1), torch.tensor([False, True, False]))
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_rows(machine, dtype):
     for d in (40, 39):
@@ -274,6 +279,7 @@ def test_in_place(emulated_gpu):
         assert same_bits(machine.steer(*case.edit, case.mask, in_place=True), y)
 
 
+@pytest.mark.fault(31)
 def test_the_same_however_the_work_is_cut(emulated_gpu):
     """More or fewer blocks, other orders of threads, tokens alone: no bit changes."""
     for dtype in (F32, BF16):

@@ -87,6 +87,7 @@ def view(x, strides):
     return x
 
 
+@pytest.mark.fault(7, 10)
 @given(cases())
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_any_case_is_the_truth(case):
@@ -147,6 +148,7 @@ def test_silent_latents_leave_their_tokens_alone(edit):
     assert not (y[~silent] == x[~silent]).all(-1).any()
 
 
+@pytest.mark.fault(1, 2)
 @pytest.mark.parametrize("kind", [kind for kind in EDITED if kind != "add"])
 def test_a_broken_token_breaks_no_other(kind):
     sae, x = build(), stream(30)
@@ -168,6 +170,7 @@ def test_add_reads_no_activation(monkeypatch):
     assert_rounded(y, x.double() + 2 * sae.W_dec[3].double() - sae.W_dec[40].double())
 
 
+@pytest.mark.fault(29)
 def test_two_latents_of_one_direction():
     sae = build()
     sae.W_dec[40] = sae.W_dec[3]
@@ -187,6 +190,7 @@ def test_edits_are_values():
     assert pickle.loads(pickle.dumps(sf.at_most(1.0))) == copy.deepcopy(sf.at_most(1.0))
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     ("edits", "error", "message"),
     [

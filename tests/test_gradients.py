@@ -23,6 +23,7 @@ def close(gradient, expected):
     return gradient is not None and ((gradient.double() - expected).abs() <= bound).all()
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_path_in_double_precision(kind):
     """gradcheck of measuring, editing and writing back, each in fp64."""
@@ -48,6 +49,7 @@ def gradients(y, x, strengths):
     return torch.autograd.grad((y * weights.to(y.dtype)).sum(), [x, *strengths])
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("kind", EDITED)
 @pytest.mark.parametrize(
@@ -146,6 +148,7 @@ def test_strengths_of_a_steered_model(make_phi3, make_sae):
         assert strengths.requires_grad and handle.strengths[0] == 1.0
 
 
+@pytest.mark.fault(63)
 @pytest.mark.parametrize("edits", [{3: 4.0}, {3: sf.scale(2.0), 40: sf.at_least(1.0)}])
 def test_gradient_checkpointing(make_phi3, make_sae, edits):
     """What is computed again is steered again."""
@@ -176,6 +179,7 @@ def test_strengths_that_are_not_leaves_of_the_steering(make_phi3, make_sae):
         assert handle.strengths.tolist() == [2.0]
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("edits", [{3: 2.0}, {3: sf.scale(2.0)}, {3: sf.add(1.0)}])
 def test_forward_mode_is_refused(edits):
     """The ops have no rule for it, and would give zero."""
@@ -186,6 +190,7 @@ def test_forward_mode_is_refused(edits):
         torch.func.jvp(lambda v: sf.steer(stream(3), build(), {3: v}), strength, strength)
 
 
+@pytest.mark.fault(15)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("measure", MEASURES)
 def test_vmap(measure):

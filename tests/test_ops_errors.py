@@ -135,6 +135,7 @@ def call(op: str, **changed):
     return getattr(torch.ops.saesteer, op)(*(arguments[name] for name in TAKES[op]))
 
 
+@pytest.mark.fault(8, 9, 20, 21, 24, 30)
 @pytest.mark.parametrize(
     ("op", "kind"),
     [
@@ -215,12 +216,14 @@ def test_the_error_of_add_directions_names_the_argument(kind):
         torch.ops.saesteer.add_directions(*(good | {argument: bad}).values())
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("k", [2.0, "3", None])
 def test_k_must_be_an_integer(k):
     with pytest.raises((RuntimeError, TypeError), match=r"'k'|argument k"):
         call("steer", k=k)
 
 
+@pytest.mark.fault(19, 30)
 @pytest.mark.parametrize("op", TAKES)
 def test_tensors_on_two_devices_are_refused(op):
     """A tensor without data, as loading on "meta" leaves it, must not give a result without one."""
@@ -231,6 +234,7 @@ def test_tensors_on_two_devices_are_refused(op):
                 call(op, **{name: GOOD[name].to("meta")})
 
 
+@pytest.mark.fault(19)
 def test_decode_on_two_devices_is_refused():
     good = (VALUES, INDICES, CASE.W_dec, CASE.b_dec)
     for i in range(4):

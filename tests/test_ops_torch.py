@@ -44,6 +44,7 @@ def test_every_op_is_tested_here():
     assert op_names() == set(OP_NAMES)
 
 
+@pytest.mark.fault(19, 22)
 @EVERY_DTYPE
 @pytest.mark.parametrize("op", OP_NAMES)
 def test_opcheck(op, dtype):
@@ -55,6 +56,7 @@ def test_opcheck(op, dtype):
     opcheck(getattr(OPS, op), (first, *arguments[1:]))
 
 
+@pytest.mark.fault(5, 22)
 def test_opcheck_of_the_corners():
     shared = random_case(5)
     opcheck(OPS.steer, (*shared.edit, None))
@@ -69,6 +71,7 @@ def test_opcheck_of_the_corners():
     opcheck(OPS.encode, (*empty.encoder, 4))
 
 
+@pytest.mark.fault(5, 19)
 @pytest.mark.parametrize("op", OP_NAMES)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 0, 4)], ids=str)
 def test_meta_tensors_have_the_shapes_of_real_ones(op, lead):
@@ -152,6 +155,7 @@ def textbook(case: Case, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return changed if case.mask is None else torch.where(case.mask[..., None], changed, x)
 
 
+@pytest.mark.fault(14)
 @EVERY_DTYPE
 @pytest.mark.parametrize("lead", [(), (63,), (3, 7)], ids=str)
 @pytest.mark.parametrize("per_token", [False, True], ids=["shared", "per_token"])
@@ -177,6 +181,7 @@ def test_gradients_of_steer(dtype, lead, per_token, masked):
     assert case.acts().gt(0).any() or lead == ()
 
 
+@pytest.mark.fault(14)
 def test_gradients_of_the_others():
     """Against autograd through dense fp64 forms."""
     case = random_case((3, 7), 33, 65, 8, 5)
@@ -258,6 +263,7 @@ def test_reference_has_the_same_gradients():
         torch.testing.assert_close(ours, other)
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode):
     case = random_case()
@@ -269,12 +275,14 @@ def test_without_gradients(mode):
     assert case.but(x=x).steer().requires_grad
 
 
+@pytest.mark.fault(15)
 def test_vmap_is_a_loop():
     case = random_case(7)
     rows = torch.vmap(lambda row: OPS.steer(row, *case.edit[1:]))(case.x)
     assert same_bits(rows, case.steer())
 
 
+@pytest.mark.fault(31)
 def test_python_threads_do_not_disturb_each_other():
     cases = [random_case(200, 67, 300, 8, 3, seed=seed, per_token=True) for seed in range(8)]
     alone = [case.steer() for case in cases]

@@ -103,6 +103,7 @@ def test_integers_are_exact(dtype, weights):
         assert torch.equal(ops.project(*few, impl="triton").double(), reference.preacts(*few))
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("T", [1, 9, 20])
 def test_ties_go_to_the_lower_latent(T):
     """All latents alike: exactly the k first are live, wherever in its tile a feature lies."""
@@ -140,6 +141,7 @@ def test_project_is_what_is_ranked():
     assert (p > 0).any() and torch.equal(acts, p.clamp(min=0))
 
 
+@pytest.mark.fault(31)
 def test_a_batch_is_its_tokens():
     case = here(random_case(40, 48, 129, 24, 4, per_token=True))
     assert not case.undecided().any()
@@ -171,6 +173,7 @@ def test_any_leading_sizes(shape):
         assert case.acts("triton").shape == (*shape, 2)
 
 
+@pytest.mark.fault(7)
 def test_any_strides():
     case = here(random_case(20, 33, 65, 8, 2))
     y = case.steer("triton")
@@ -187,6 +190,7 @@ def test_any_strides():
 # ---- bad numbers, and tokens that nothing changes ----
 
 
+@pytest.mark.fault(1, 2)
 @pytest.mark.parametrize("T", [4, 20])
 def test_a_bad_token_is_its_own(T):
     case = here(random_case(T, 48, 129, 8, 3))
@@ -213,6 +217,7 @@ def test_a_latent_that_is_nan_beats_every_number():
     assert torch.equal(indices[:, :2], torch.tensor([[7, 100]], device=DEVICE).expand(20, 2))
 
 
+@pytest.mark.fault(22, 28)
 def test_what_nothing_changes_is_bit_identical():
     case = here(random_case(20, 33, 65, 8, 1, masked=True))
     case.x[:, :8], case.x[2] = -0.0, float("nan")
@@ -226,6 +231,7 @@ def test_what_nothing_changes_is_bit_identical():
     assert same_bits(held.but(values=held.acts("triton")).steer("triton"), held.x)
 
 
+@pytest.mark.fault(20)
 def test_a_feature_that_is_no_latent_shows():
     case = here(random_case(20, 33, 65, 8, 3))
     for wrong in (-1, 65, 1 << 40):
