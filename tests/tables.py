@@ -1,5 +1,5 @@
-"""What README and docs/ say of the tests: `python -m tests.tables [--write | --check]` puts it there,
-or fails unless it is there already.
+"""What README and docs/ say of the tests: `python -m tests.tables [--write | --check]` puts it
+there, or fails unless it is there already.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_the_table_is_followed_at_its_edges(monkeypatch):
     monkeypatch.setattr(ops, "_HAS_TRITON", True)
     table = (0, ("reference",)), (17, ("cuda", "triton")), (64, ("triton",))
     monkeypatch.setattr(ops, "_ON_GPU", table)
-    reference, cuda, triton = ops.reference.steer, ops._BY_CUDA.steer, ops._TRITON.steer
+    reference, cuda, triton = ops._REFERENCE.steer, ops._BY_CUDA.steer, ops._TRITON.steer
     for has_cuda, middle in ((ops._NAMES, cuda), ((), triton)):
         monkeypatch.setattr(ops, "_CUDA", frozenset(has_cuda))
         for tokens, expected in (
@@ -91,7 +91,7 @@ def test_a_gpu_always_has_an_implementation(name, monkeypatch):
     for has_triton in (True, False):
         monkeypatch.setattr(ops, "_HAS_TRITON", has_triton)
         for tokens in (0, 1, 8192):
-            assert on_gpu(tokens, name) is getattr(ops.reference, name)
+            assert on_gpu(tokens, name) is getattr(ops._REFERENCE, name)
 
 
 def test_without_triton_the_report_says_so(monkeypatch):

@@ -329,7 +329,7 @@ BAD = {
     "b_enc is bfloat16; accepted: float32": {"b_enc": torch.zeros(9).bfloat16()},
     r"features is int32; accepted: int64": {"features": torch.zeros(2, dtype=torch.int32)},
     r"directions has shape \[3, 6\]": {"directions": torch.zeros(3, 6), "values": torch.zeros(3)},
-    r"values has shape \[3\]; accepted: \[2\]": {"values": torch.zeros(3)},
+    r"values has shape \[3\]; accepted: \[F\]": {"values": torch.zeros(3)},
     "k is 10; accepted: 1 to 9": {"k": 10},
     "k is 0; accepted: 1 to 9": {"k": 0},
     r"mask has shape \[4\]": {"mask": torch.zeros(4, dtype=torch.bool)},

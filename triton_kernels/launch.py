@@ -11,17 +11,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import checks
 from . import configs
 from .add import add
-from .check import (
-    check_add,
-    check_decode,
-    check_encoder,
-    check_features,
-    check_no_order,
-    check_rows,
-    check_steer,
-)
+from .check import check_no_order
 from .configs import Tile
 from .count import count
 from .decode import decode as decode_kernel
@@ -71,7 +64,7 @@ def steer(
     What only the device knows is not raised: a feature that is no latent makes x' NaN, and of one
     named twice both edits are added.
     """
-    check_steer(x, W_enc, b_enc, directions, features, values, k, mask)
+    checks.steer(x, W_enc, b_enc, directions, features, values, k, mask, order)
     check_no_order("steer", order)
     (F, d), shared = directions.shape, values.shape == features.shape
     rows = x.reshape(-1, d).contiguous()
@@ -104,8 +97,7 @@ def feature_acts(
 
     NaN for a feature that is no latent.
     """
-    check_encoder("feature_acts", x, W_enc, b_enc, k)
-    check_features("feature_acts", x, features)
+    checks.feature_acts(x, W_enc, b_enc, features, k, order)
     check_no_order("feature_acts", order)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     features = features.contiguous()
@@ -120,7 +112,7 @@ def feature_acts(
 
 def project(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     """p = W_enc x + b_enc for a few rows; see `ops.project`."""
-    check_rows("project", x, W_enc, b_enc)
+    checks.project(x, W_enc, b_enc)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     p = x.new_empty((rows.shape[0], W_enc.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -130,7 +122,7 @@ def project(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
 
 def add_directions(x: Tensor, directions: Tensor, coef: Tensor) -> Tensor:
     """x' = x + sum_f coef_f directions_f; see `ops.add_directions`."""
-    check_add("add_directions", x, directions, "coef", coef)
+    checks.add_directions(x, directions, coef)
     (F, d), shared = directions.shape, coef.dim() == 1
     rows = x.reshape(-1, d).contiguous()
     y = torch.empty_like(rows)
@@ -142,7 +134,7 @@ def add_directions(x: Tensor, directions: Tensor, coef: Tensor) -> Tensor:
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest p, descending, ties to the lower index; see `ops.encode`."""
-    check_encoder("encode", x, W_enc, b_enc, k)
+    checks.encode(x, W_enc, b_enc, k)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     T, shape = rows.shape[0], (*x.shape[:-1], k)
     values = x.new_empty((T, k), dtype=torch.float32)
@@ -176,7 +168,7 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
 
     NaN where an index is no latent's.
     """
-    check_decode(values, indices, W_dec, b_dec)
+    checks.decode(values, indices, W_dec, b_dec)
     *leading, k = values.shape
     N, d = W_dec.shape
     y = W_dec.new_empty((*leading, d))
