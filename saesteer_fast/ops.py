@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, reference, transforms
 
 _LIBRARY = Path(__file__).with_name("libsaesteer_ops.so")
 try:
@@ -328,7 +328,7 @@ def _shared(x: Tensor, values: Tensor) -> bool:
 
 
 def _sum_to(slope: Tensor, shared: bool) -> Tensor:
-    return slope.flatten(0, -2).sum(0) if shared else slope
+    return slope.sum(tuple(range(slope.dim() - 1))) if shared else slope
 
 
 def _require_constant(ctx, op: str, names: tuple[str, ...], differentiable: set[str]) -> None:
@@ -431,6 +431,6 @@ for _name, _backward, _save in (
     ("decode", _decode_backward, _save_decode),
 ):
     for _space in _SPACES:
-        torch.library.register_autograd(f"{_space}::{_name}", _backward, setup_context=_save)
+        transforms.register(f"{_space}::{_name}", _save, _backward)
     torch.library.impl(f"saesteer_triton::{_name}", ("cpu", "cuda"), _by_triton(_name))
     torch.library.impl(f"saesteer::{_name}", "cuda", _best_on_gpu(_name))
