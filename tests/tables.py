@@ -13,18 +13,43 @@ from bench.report import placed
 from tests.faults import faults_page
 from tests.support import support_table
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+
+def families_line() -> str:
+    """README's list of the model families that are tried."""
+    names = "; ".join(family.name for family in FAMILIES)
+    return (
+        f"Model families, each tried in tiny against a plain hook ([docs/families.md](docs/"
+        f"families.md)): {names}."
+    )
+
+
+def families_page() -> str:
+    """docs/families.md."""
+    lines = [
+        "# Model families",
+        "",
+        "Each is built in tiny, with random weights, by transformers, and steered at decoder layer "
+        "1: in one call, in `generate`, and in padded batches it gives what a plain hook gives "
+        "(`tests/test_families.py`).",
+        "",
+        "| family | class | layer 1 | |",
+        "| --- | --- | --- | --- |",
+        *(f"| {f.name} | `{f.model}` | `{f.layer}` | {f.notes} |" for f in FAMILIES),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 BLOCKS = {"support": support_table}
 """What README.md holds between `<!-- name -->` and `<!-- /name -->`."""
-PAGES = {"faults": lambda: faults_page(ROOT / "tests")}
+PAGES = {"faults": lambda: faults_page(TESTS)}
 """The files of docs/."""
 if find_spec("tests.families"):
-    from tests.families import families_line, families_page
+    from tests.families import FAMILIES
 
-    BLOCKS["families"] = families_line
-    PAGES["families"] = families_page
+    BLOCKS["families"], PAGES["families"] = families_line, families_page
 
 
 def wanted() -> dict[Path, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,30 +25,33 @@ from support import (
 from torch import Tensor, nn
 
 import saesteer_fast as sf
+from saesteer_fast.steering import ERRORS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.fault(7, 10)]
 ABOVE = 0.3
+ALLOWED = [both for both in product(MEASURES, ERRORS) if both not in REFUSED]
 
 
 @st.composite
 def steerings(draw, rows: int | None):
     """What to do: one configuration, or one for each of `rows`, to an SAE of any kind."""
-    kinds, values = st.sampled_from(list(EDITED)), st.floats(-8, 8, width=32)
-    any_edits = st.dictionaries(st.integers(0, N - 1), st.tuples(kinds, values), max_size=4)
-    # The fused op sets the same latents in all rows that are edited.
-    one = st.just({}) | values.map(lambda value: {3: ("set", value)}) | any_edits
+    values = st.floats(-8, 8, width=32)
+    latents = st.integers(0, N - 1)
+    if draw(st.booleans()):  # what the fused op takes: the same latents, set or left alone
+        measure, error = "topk", "keep"
+        chosen = draw(st.sets(latents, min_size=3, max_size=6))
+        sets = st.fixed_dictionaries({f: st.tuples(st.just("set"), values) for f in chosen})
+        one = st.just({}) | sets
+    else:
+        measure, error = draw(st.sampled_from(ALLOWED))
+        one = st.dictionaries(latents, st.tuples(st.sampled_from(list(EDITED)), values), max_size=4)
     rowwise = rows and draw(st.booleans())
-    measure, error = draw(
-        st.sampled_from([(m, e) for m in MEASURES for e in ("keep", "drop")]).filter(
-            lambda both: both not in REFUSED
-        )
-    )
     return {
         "edits": draw(st.lists(one, min_size=rows, max_size=rows) if rowwise else one),
         "sae": build(measure, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 3))),
         "error": error,
         "projection": measure == "projection",
-        "when": draw(st.none() | st.integers(0, N - 1)),
+        "when": draw(st.none() | latents),
     }
 
 
