@@ -107,6 +107,16 @@ def make_phi3() -> Callable[..., torch.nn.Module]:
     return make
 
 
+@pytest.fixture(scope="module")
+def sae(make_sae) -> sf.SAE:
+    return make_sae()
+
+
+@pytest.fixture(scope="module")
+def model(make_phi3) -> torch.nn.Module:
+    return make_phi3()
+
+
 @pytest.fixture(scope="session")
 def emulated_kernels(tmp_path_factory) -> dict[str, Path]:
     """csrc/cuda compiled for the emulated GPU: object files by source."""

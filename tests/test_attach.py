@@ -19,11 +19,6 @@ EDITS = {3: 6.0, 77: -2.0}
 PROMPT = torch.tensor([[5, 17, 60, 2, 33, 8, 90]])
 
 
-@pytest.fixture(scope="module")
-def sae(make_sae):
-    return make_sae()
-
-
 @pytest.fixture
 def model(make_phi3):
     return make_phi3()

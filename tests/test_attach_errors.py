@@ -12,16 +12,6 @@ EDITS = {3: 6.0}
 PROMPT = torch.tensor([[5, 17, 60, 2, 33]])
 
 
-@pytest.fixture(scope="module")
-def sae(make_sae):
-    return make_sae()
-
-
-@pytest.fixture(scope="module")
-def model(make_phi3):
-    return make_phi3()
-
-
 def hooks(model):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
     return {

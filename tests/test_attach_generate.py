@@ -26,11 +26,6 @@ FOLLOWING = {
 }
 
 
-@pytest.fixture(scope="module")
-def sae(make_sae):
-    return make_sae()
-
-
 @pytest.fixture
 def model(make_phi3):
     return make_phi3()

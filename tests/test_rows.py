@@ -6,29 +6,13 @@ import copy
 
 import pytest
 import torch
+from prompts import IDS, MASK, generate
 
 import saesteer_fast as sf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = [{3: 6.0, 77: -2.0}, {}, {5: sf.add(2.0), 77: sf.scale(0.5)}]
 TABLE = {"off": {}, "strong": {3: 6.0, 77: -2.0}, "weak": {3: 1.0, 77: 0.0}}
-IDS = torch.tensor([[0, 0, 0, 5, 17, 60], [7, 8, 9, 5, 17, 60], [0, 33, 2, 17, 5, 90]])
-MASK = (IDS != 0).long()
-
-
-@pytest.fixture(scope="module")
-def sae(make_sae):
-    return make_sae()
-
-
-@pytest.fixture(scope="module")
-def model(make_phi3):
-    return make_phi3()
-
-
-def generate(model, ids=IDS, **options):
-    mask = (ids != 0).long()
-    return model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, **options)
 
 
 def stream(*shape, dtype=torch.float32):

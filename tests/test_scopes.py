@@ -12,25 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompts import IDS, MASK, generate
 from torch import nn
 
 import saesteer_fast as sf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EDITS = {3: 6.0, 77: -2.0}
-IDS = torch.tensor([[0, 0, 0, 5, 17, 60], [7, 8, 9, 5, 17, 60], [0, 33, 2, 17, 5, 90]])
-MASK = (IDS != 0).long()
 COLUMNS = IDS.shape[1]
-
-
-@pytest.fixture(scope="module")
-def sae(make_sae):
-    return make_sae()
-
-
-@pytest.fixture(scope="module")
-def model(make_phi3):
-    return make_phi3()
 
 
 @pytest.fixture(autouse=True)
@@ -120,13 +109,6 @@ def textbook_hook(model, textbook, sae, meant, layer=1):
     yield
     for handle in handles:
         handle.remove()
-
-
-def generate(model, ids=IDS, count=6, **options):
-    mask = options.pop("attention_mask", (ids != 0).long())
-    return model.generate(
-        ids, attention_mask=mask, max_new_tokens=count, do_sample=False, **options
-    )
 
 
 @pytest.fixture(scope="module")
