@@ -430,7 +430,7 @@ for _name, _backward, _save in (
     ("encode", _encode_backward, _save_encode),
     ("decode", _decode_backward, _save_decode),
 ):
-    for _space in _SPACES:
-        transforms.register(f"{_space}::{_name}", _save, _backward)
+    for _space in (_OPS, _TRITON, _BY_CUDA):
+        transforms.register(getattr(_space, _name).default, _save, _backward)
     torch.library.impl(f"saesteer_triton::{_name}", ("cpu", "cuda"), _by_triton(_name))
     torch.library.impl(f"saesteer::{_name}", "cuda", _best_on_gpu(_name))

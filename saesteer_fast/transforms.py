@@ -15,14 +15,14 @@ _TOKENWISE = {"x", "values", "coef", "mask", "indices"}
 _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
-def register(name: str, setup_context: Callable, backward: Callable) -> None:
+def register(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> None:
     """Make an op differentiable, as an autograd.Function of these two would be.
 
     grad, vjp, jacrev and vmap of torch.func compose with it. Forward mode raises
     NotImplementedError; the dispatcher on its own would answer 0.
     """
+    name = op._schema.name
     space, short = name.split("::")
-    op = getattr(getattr(torch.ops, space), short).default
     names = [argument.name for argument in op._schema.arguments]
 
     class Gradient(torch.autograd.Function):
