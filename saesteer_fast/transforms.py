@@ -54,9 +54,8 @@ def register(op: torch._ops.OpOverload, setup_context: Callable, backward: Calla
         return Gradient.apply(*args, *[None] * (len(names) - len(args)))
 
     def autograd(keyset, *args):
-        if forward_ad._current_level >= 0:
-            return applied(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if wanted or forward_ad._current_level >= 0:
             return applied(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
