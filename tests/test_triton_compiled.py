@@ -44,6 +44,7 @@ INTEGERS = ("T", "N", "d", "F", "k", "low", "high", "shares", "stride", "count",
 POINTERS = {
     "b": "*fp32",
     "features": "*i64",
+    "order": "*i64",
     "values": "*fp32",
     "acts": "*fp32",
     "beaten": "*i32",

@@ -57,9 +57,14 @@ def check_steer(
         _shape(op, "mask", mask, mask.shape == x.shape[:-1], "x's leading sizes")
 
 
-def check_no_order(op: str, order: Tensor | None) -> None:
-    if order is not None:
-        raise _error(op, "order is not supported by Triton's kernels yet")
+def check_order(op: str, x: Tensor, W_enc: Tensor, order: Tensor | None) -> None:
+    if order is None:
+        return
+    N = W_enc.shape[0]
+    _device(op, x, order=order)
+    _dtype(op, "order", order, torch.int64)
+    wanted = f"[{N}], contiguous, the latent of each row of W_enc"
+    _shape(op, "order", order, order.shape == (N,) and order.is_contiguous(), wanted)
 
 
 def check_add(op: str, x: Tensor, directions: Tensor, name: str, coef: Tensor) -> None:
