@@ -38,7 +38,12 @@ PATIENCE = 60
 """Seconds that a step may take, the start of its process included."""
 SCANS = ("", "mma", "simt")
 """SAESTEER_SCAN: all scans, without the first, and without the first two."""
-SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+SANITIZERS = {
+    **{tool: "" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")},
+    **{f"{tool} without warpgroups": "mma" for tool in ("memcheck", "racecheck")},
+}
+"""compute-sanitizer's tools, and SAESTEER_SCAN: a tool may need registers that scan_wgmma leaves
+none of."""
 NAMES = ("ours", "triton", "naive", "lean", "smart", "compiled", "linear", "copy")
 
 
@@ -180,16 +185,17 @@ def checks(run: Run) -> None:
         "triton, on a GPU only": ["tests/test_triton_gpu.py"],
     }
     if shutil.which("compute-sanitizer"):
-        for tool in SANITIZERS:
-            commands[tool] = ["tests/test_gpu.py", "-k", f"sanitizer and {tool}"]
+        for name in SANITIZERS:
+            commands[name] = ["tests/test_gpu.py", "-k", f"sanitizer and {name.split()[0]}"]
     quiet = {"SAESTEER_IMPL": "auto", "OMP_NUM_THREADS": "2"}
     found: dict[str, dict] = {}
 
     def check(name: str) -> None:
-        code, said = run.call([*pytest, *commands[name]], deadline, **quiet)
+        scan = {"SAESTEER_SCAN": SANITIZERS[name]} if SANITIZERS.get(name) else {}
+        code, said = run.call([*pytest, *commands[name]], deadline, **quiet, **scan)
         found[name] = summary(code, said)
         run.save(checks=dict(found))
-        print(f"checks: {name}: {found[name]['summary']}", flush=True)
+        print(f"checks: {name}: {found[name]['summary']}", *found[name]["failed"], flush=True)
 
     with ThreadPoolExecutor(len(commands) + 1) as pool:
         triton = pool.submit(run.steps, "smoke triton", deadline, "smoke", "--impl=triton")
