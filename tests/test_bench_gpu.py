@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # bench is not installed
 
 import saesteer_fast as sf  # noqa: E402
-from bench import gpu, on_gpu, smoke, steps  # noqa: E402
+from bench import gpu, on_gpu, smoke, steps, verify, workloads  # noqa: E402
 from saesteer_fast import ops  # noqa: E402
 
 # ---- steps ----
@@ -174,6 +174,43 @@ def test_a_decode_step_can_be_captured_and_repeated(make_phi3, make_sae):
             for _ in range(160):  # more often than the cache has places
                 again = steered()
             assert torch.equal(again, moved) and not torch.equal(moved, first)
+
+
+# ---- measures ----
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_contestant_runs(monkeypatch):
+    """On the CPU, in small, without a clock: all but `compiled`."""
+    shape = workloads.Shape(d=256, N=2048, k=16, stream=512, worst=512)
+    built = {w.name: w for w in workloads.build("bf16", on_gpu.SEVERAL, shape, device="cpu")}
+    calls = []
+
+    def seconds(call, inputs):
+        calls.append([tuple(call(x).shape) for x in inputs[:2]])
+        return [1e-6]
+
+    monkeypatch.setattr(on_gpu, "whole", lambda: built)
+    monkeypatch.setattr(on_gpu, "workload", lambda name, F: built[name].first(F))
+    monkeypatch.setattr(on_gpu, "seconds", seconds)
+    monkeypatch.setattr(on_gpu, "KERNELS", {"ours": "cpu", "triton": "cpu"})
+    monkeypatch.setattr(on_gpu, "TOKENS", (1, 512))
+    monkeypatch.setattr(on_gpu, "SEVERAL_TOKENS", (1,))
+    monkeypatch.setattr(on_gpu, "COMPILED_TOKENS", ())
+    found = {}
+    for name, step in on_gpu.measures().items():
+        if (match := gpu.CASE.fullmatch(name)) and match["by"] != "compiled":
+            found[name] = {"found": step()}
+    assert len(calls) == 2 * (2 * 7 + 2) and {len(x) for each in calls for x in each} <= {2}
+    cases = gpu.cases(
+        found | {"floors": {"found": {"copy": 3e12, "product": 8e14, "launch": 2e-6}}}
+    )
+    assert len(cases) == 6 and all(case["floor"] >= 2e-6 and not case["failed"] for case in cases)
+    assert all(0 < case["undecided"] <= 1 for case in cases)
+
+    monkeypatch.setattr(ops, "steer", lambda x, *_, **__: x)
+    with pytest.raises(verify.Disagreement):
+        on_gpu.measures()["worst T=1 F=1 ours"]()
 
 
 # ---- results ----

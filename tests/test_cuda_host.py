@@ -202,21 +202,21 @@ def test_ties_go_to_the_lower_latent(machine, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("T", [9, 50, 150])
+@pytest.mark.parametrize("T", [9, 50, 130])
 def test_rows_in_another_order_change_no_bit(machine, dtype, T):
     """Ties go to the lower latent, wherever its row is; without `order` they would not."""
-    N, k = 300, 131
-    natural = integer_case(T, 40, N, 12, 5, dtype, dtype, per_token=True)
+    N, k = 270, 131
+    natural = integer_case(T, 16, N, 12, 5, dtype, dtype, per_token=True)
     exact = reference.feature_acts(*natural.encoder, natural.features, 12, dtype=torch.float64)
     alike = natural.but(
         x=torch.ones_like(natural.x),
         W_enc=torch.ones_like(natural.W_enc),
         b_enc=torch.zeros(N),
-        features=torch.tensor([0, 63, 130, 131, 299]),
+        features=torch.tensor([0, 63, 130, 131, 269]),
         k=k,
     )
     unsaid = 0
-    for order in (permutation(N), torch.arange(N).flip(0), torch.arange(N)):
+    for order in (permutation(N), torch.arange(N).flip(0)):
         stored = natural.stored(order)
         assert torch.equal(acts(machine, stored).double(), exact)
         assert same_bits(steered(machine, stored) + 0.0, natural.truth().to(dtype) + 0.0)
