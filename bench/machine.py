@@ -17,10 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def facts() -> dict[str, str | int | bool]:
-    """Device, threads, versions, date in UTC, commit (`dirty`: with changes not committed).
-
-    COMMIT in the environment names it where the tree came without its history.
-    """
+    """Device, threads, versions, commit (`dirty`: with changes not committed), date in UTC."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "device": _processor(),
@@ -30,7 +27,7 @@ def facts() -> dict[str, str | int | bool]:
         "torch": torch.__version__,
         "saesteer_fast": saesteer_fast.__version__,
         "python": platform.python_version(),
-        "commit": os.environ.get("COMMIT") or _git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": now.isoformat(timespec="seconds"),
     }

@@ -15,6 +15,7 @@ linear, copy            one encoder pass and nothing else; a copy of x
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import time
@@ -43,13 +44,16 @@ KERNELS = {"ours": "cuda", "triton": "triton"}
 
 
 def facts() -> dict:
+    """COMMIT in the environment names the commit where the tree came without its history."""
     properties = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
     except FileNotFoundError:
         driver = "unknown"
-    return machine.facts() | {
+    found = machine.facts()
+    return found | {
+        "commit": os.environ.get("COMMIT", found["commit"]),
         "device": torch.cuda.get_device_name(0),
         "multiprocessors": properties.multi_processor_count,
         "capability": f"{properties.major}.{properties.minor}",
