@@ -224,7 +224,7 @@ CASE = re.compile(r"(?P<workload>\w+) T=(?P<T>\d+) F=(?P<F>\d+) (?P<by>\w+)")
 def measure(run: Run) -> None:
     found = run.steps("measure", run.end, "measure")
     table_of = cases(found)
-    run.save(cases=table_of)
+    run.save(cases=table_of, machine=found.get("machine", {}).get("found"))
     print(table(table_of))
     for name, each in found.items():
         if not CASE.fullmatch(name):
