@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # bench is not installed
@@ -155,10 +156,14 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
-        if any(
+        waits = any(
             each in name
             for each in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh")
-        ):
+        )
+        if name.startswith("aten::index"):
+            indices = [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor)]
+            waits |= any(t.dtype == torch.bool for t in indices)
+        if waits:
             raise AssertionError(f"{name} waits for the device")
         return func(*args, **kwargs or {})
 
