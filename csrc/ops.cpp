@@ -84,7 +84,7 @@ Tensor feature_acts(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc
   const Features chosen = checked("feature_acts", given.features(features), encoder.count);
   Tensor acts = torch::stable::new_empty(x, like_tokens(x, chosen.count), ScalarType::Float);
   auto* out = static_cast<float*>(acts.mutable_data_ptr());
-  cpu::measure(rows, tokens_of(x), encoder, chosen, nullptr, [&](int64_t t, const float* a) {
+  cpu::measure(rows, tokens_of(x), encoder, chosen, nullptr, {}, [&](int64_t t, const float* a) {
     std::copy(a, a + chosen.count, out + t * chosen.count);
   });
   return acts;

@@ -6,7 +6,7 @@ For a few latents at a time `Measured` does both, and never decodes; `encode`, `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from . import ops
 from .errors import nearest
 from .sae import MEASURES, SAE, TINY, constants, row_norms
 
+TOKENS = 1024
+"""Tokens encoded at once to count what is live."""
 BLOCK = 4096
 """Latents whose pre-activations are held at once where all are needed and no op selects them."""
 
@@ -35,7 +37,8 @@ class Measured:
 
     x is [..., d] fp32, bf16 or fp16. Both methods are differentiable in x, apply in coef too; they
     accumulate in fp32, and x' is rounded once to x's dtype; a token whose coefficients are all 0
-    comes out bit-identical. Elementwise measures keep F rows of W_enc, topk and groupmax all.
+    comes out bit-identical. Elementwise measures keep F rows of W_enc, topk and groupmax all; topk
+    in the SAE's `order`, where `rows` are the latents'.
     """
 
     def __init__(
@@ -57,10 +60,13 @@ class Measured:
         with constants(sae.device):
             features = torch.tensor(self.latents, dtype=torch.int64, device=sae.device)
             unit_rows = sae.decoder_norm or self.measure == "projection"
-            rows = sae.W_dec[features]
-            directions = _unit(rows) if unit_rows else rows
-            parameters = ()
-            if self.measure in ("topk", "groupmax"):
+            directions = sae.W_dec[features]
+            directions = _unit(directions) if unit_rows else directions
+            parameters, order, rows = (), None, features
+            if self.measure == "topk":
+                W_enc, b_enc, order = sae.ranking
+                rows = features if order is None else order.argsort()[features]
+            elif self.measure == "groupmax":
                 W_enc, b_enc = sae.encoder
             elif self.measure == "projection":
                 W_enc, b_enc = directions, -(directions @ sae.b_dec.float())
@@ -70,6 +76,7 @@ class Measured:
                 W_enc, b_enc = sae.encoder_rows(features)
                 parameters = tuple(parameter[features] for parameter in _parameters(sae))
             self.features, self.directions = features.to(device), directions.to(device)
+            self.rows, self.order = rows.to(device), None if order is None else order.to(device)
             self.W_enc, self.b_enc = W_enc.to(device), _over(b_enc, self.scale).to(device)
             self.parameters = tuple(parameter.to(device) for parameter in parameters)
             self.groups = self._grouped() if self.measure == "groupmax" else []
@@ -89,7 +96,7 @@ class Measured:
 
     @property
     def fused(self) -> bool:
-        """Whether ops.steer on W_enc, b_enc, directions, features and k sets these latents."""
+        """Whether ops.steer on W_enc, b_enc, directions, rows, k and order sets these latents."""
         return self.measure == "topk" and self.normalize == "none" and self.scale == 1
 
     def acts(self, x: Tensor, impl: str = "auto") -> Tensor:
@@ -98,7 +105,8 @@ class Measured:
             return x.new_zeros((*x.shape[:-1], len(self.latents)), dtype=torch.float32)
         z, _, _ = _normalised(x, self.normalize)
         if self.measure == "topk":
-            acts = ops.feature_acts(z, self.W_enc, self.b_enc, self.features, self.k, impl=impl)
+            rows, order = self.rows, self.order
+            acts = ops.feature_acts(z, self.W_enc, self.b_enc, rows, self.k, order=order, impl=impl)
             return acts if self.scale == 1 else acts * self.scale
         if self.measure == "groupmax":
             return self._groupmax(z, impl) * self.scale
@@ -119,6 +127,30 @@ class Measured:
             found = ops.feature_acts(z, self.W_enc[rows], self.b_enc[rows], local, 1, impl=impl)
             acts = acts.index_copy(-1, inside, found)
         return acts
+
+
+@torch.no_grad()
+def hot_first(sae: SAE, x: Tensor | Iterable[Tensor]) -> Tensor:
+    """The latents of a topk SAE by how many tokens of x they are live in, most first: [N] int64.
+
+    Latents alike keep their order. x and errors as for SAE.calibrate.
+    """
+    if sae.measure != "topk":
+        raise ValueError(f"calibrate: only topk ranks latents, this SAE has {sae.measure}")
+    live = torch.zeros(sae.num_latents, dtype=torch.int64, device=sae.device)
+    tokens = 0
+    for batch in (x,) if isinstance(x, Tensor) else x:
+        if batch.shape[-1:] != (sae.d,):
+            raise ValueError(f"x: got shape {tuple(batch.shape)}, [..., {sae.d}] is needed")
+        for rows in batch.reshape(-1, sae.d).split(TOKENS):
+            z, _, _ = _normalised(rows.to(sae.device), sae.normalize)
+            values, indices = _largest(sae, z, "auto")
+            live += torch.bincount(indices[values > 0], minlength=sae.num_latents)
+            tokens += len(rows)
+    if tokens == 0:
+        raise ValueError("x: holds no token")
+    with constants(sae.device):
+        return live.argsort(descending=True, stable=True)
 
 
 def encode(sae: SAE, x: Tensor, impl: str = "auto") -> Tensor:

@@ -167,10 +167,11 @@ class Plan:
             measured.W_enc,
             measured.b_enc,
             measured.directions,
-            measured.features,
+            measured.rows,
             values,
             measured.k,
             mask=mask,
+            order=measured.order,
             impl=self.impl,
         )
 
@@ -193,6 +194,7 @@ class Plan:
         ranking = [one for one in readers if one and one.measure in ("topk", "groupmax")]
         for other in ranking[1:]:
             other.W_enc, other.b_enc = ranking[0].W_enc, ranking[0].b_enc
+            other.order = ranking[0].order
 
     def _rows(self, rows: Rows | None) -> Tensor | None:
         table = self.table

@@ -16,6 +16,7 @@ from ops_cases import (
     assert_steered,
     gamma,
     integer_case,
+    permutation,
     preact_bound,
     random_case,
     rounded,
@@ -58,12 +59,16 @@ def machine(request):
 
 
 def acts(machine: Machine, case: Case) -> torch.Tensor:
-    return machine.feature_acts(*case.encoder, case.features, case.k)
+    return machine.feature_acts(*case.encoder, case.features, case.k, case.order)
+
+
+def steered(machine: Machine, case: Case) -> torch.Tensor:
+    return machine.steer(*case.edit, case.mask, case.order)
 
 
 def assert_right(machine: Machine, case: Case) -> torch.Tensor:
     """steer and feature_acts decide as fp64 does, wherever fp32 can tell; who is live."""
-    a, y = acts(machine, case), machine.steer(*case.edit, case.mask)
+    a, y = acts(machine, case), steered(machine, case)
     live, undecided = a > 0, case.undecided()
     exact = reference.feature_acts(*case.encoder, case.features, case.k, dtype=torch.float64) > 0
     assert torch.equal(live[~undecided], exact[~undecided])
@@ -120,9 +125,8 @@ def test_keys_sort_as_the_reference_does(emulated_gpu):
     assert ours == p.sort(descending=True, stable=True).indices.tolist()
     for i, key in enumerate(keys):
         assert emulated_gpu.pure("index_of", ctypes.c_int64, ctypes.c_uint64(key)) == i
-        value = emulated_gpu.pure("value_of", ctypes.c_float, ctypes.c_uint64(key))
-        expected = p[i].clamp(min=0).item()
-        assert value == expected or (math.isnan(value) and math.isnan(expected))
+        value = emulated_gpu.pure("preact_of", ctypes.c_float, ctypes.c_uint64(key))
+        assert value == p[i] or (math.isnan(value) and p[i].isnan())
 
 
 # ---- every path of steer and feature_acts ----
@@ -181,6 +185,43 @@ def test_ties_go_to_the_lower_latent(machine, dtype):
     live = acts(machine, case.but(features=features)) > 0
     assert torch.equal(live, (features < k).expand(70, -1))
     assert torch.equal(machine.encode(*case.encoder, k)[1], torch.arange(k).expand(70, k))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("T", [9, 50, 130])
+def test_rows_in_another_order_change_no_bit(machine, dtype, T):
+    """Ties go to the lower latent, wherever its row is; without `order` they would not."""
+    N, k = 270, 131
+    natural = integer_case(T, 16, N, 12, 5, dtype, dtype, per_token=True)
+    exact = reference.feature_acts(*natural.encoder, natural.features, 12, dtype=torch.float64)
+    alike = natural.but(
+        x=torch.ones_like(natural.x),
+        W_enc=torch.ones_like(natural.W_enc),
+        b_enc=torch.zeros(N),
+        features=torch.tensor([0, 63, 130, 131, 269]),
+        k=k,
+    )
+    unsaid = 0
+    for order in (permutation(N), torch.arange(N).flip(0)):
+        stored = natural.stored(order)
+        assert torch.equal(acts(machine, stored).double(), exact)
+        assert same_bits(steered(machine, stored) + 0.0, natural.truth().to(dtype) + 0.0)
+        unsaid += not torch.equal(acts(machine, stored.but(order=None)).double(), exact)
+        live = acts(machine, alike.stored(order)) > 0
+        assert torch.equal(live, (alike.features < k).expand(T, -1))
+    assert unsaid == 2
+
+
+def test_scans_can_be_left_out(emulated_gpu, monkeypatch):
+    """What each of them gives alone: how one that is wrong is found, and done without."""
+    case = integer_case(150, 200, 300, 20, 3, BF16, BF16)
+    emulated_gpu.settle(hopper=True)
+    for only in ("", "mma", "simt"):
+        monkeypatch.setenv("SAESTEER_SCAN", only)
+        assert same_bits(emulated_gpu.steer(*case.edit) + 0.0, case.truth().to(BF16) + 0.0)
+    monkeypatch.setenv("SAESTEER_SCAN", "wgmm")
+    with pytest.raises(RuntimeError, match="SAESTEER_SCAN is 'wgmm'; accepted: mma, simt"):
+        emulated_gpu.steer(*case.edit)
 
 
 def test_every_latent_may_be_live(machine):

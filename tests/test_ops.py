@@ -273,7 +273,8 @@ def test_three_reasons_to_be_dead_or_live(dtype):
 
 @EVERY_DTYPE
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_core_rounds_to_nearest_even(dtype, tokens):
+@pytest.mark.parametrize("alike", [False, True], ids=["fp32 weights", "weights alike"])
+def test_core_rounds_to_nearest_even(dtype, tokens, alike):
     """Any fp32 sum at all, and those half way between two numbers, in one row and its remainder."""
     random = torch.Generator().manual_seed(0)
     anything = torch.randint(-(2**31), 2**31, (4096,), generator=random).int()
@@ -283,7 +284,7 @@ def test_core_rounds_to_nearest_even(dtype, tokens):
     terms = torch.cat([t.view(torch.float32) for t in (anything, nan, *half)] + [subnormal_half])
     terms = torch.cat([terms, torch.tensor([65519.996, 65520.0, 3.3895314e38, 3.4e38, torch.inf])])
     d = len(terms)
-    dead = torch.zeros(1, d), torch.full((1,), -1.0)
+    dead = torch.zeros(1, d, dtype=dtype if alike else torch.float32), torch.full((1,), -1.0)
     x = torch.zeros(tokens, d, dtype=dtype)
     one = torch.ones(1)
     y = ops.steer(x, *dead, terms[None], torch.zeros(1).long(), one, 1)

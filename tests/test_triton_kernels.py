@@ -7,7 +7,16 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from ops_cases import DTYPES, Case, assert_steered, bits, integer_case, random_case, same_bits
+from ops_cases import (
+    DTYPES,
+    Case,
+    assert_steered,
+    bits,
+    integer_case,
+    permutation,
+    random_case,
+    same_bits,
+)
 from torch import Tensor
 
 from saesteer_fast import ops, reference
@@ -117,18 +126,33 @@ def test_ties_go_to_the_lower_latent(T):
     assert torch.equal(indices, torch.arange(k, device=DEVICE).expand(T, k))
 
 
+@pytest.mark.parametrize("T", [1, 9, 20])
+def test_rows_in_another_order_change_no_bit(T):
+    """Ties go to the lower latent, wherever its row is; without `order` they would not."""
+    natural = here(integer_case(T, 31, 130, 40, 9, per_token=True))
+    flipped = torch.arange(130).flip(0)
+    for order in (permutation(130), flipped):
+        stored = natural.stored(order.to(DEVICE))
+        assert torch.equal(stored.acts("triton").double(), exact_acts(natural))
+        assert same_bits(stored.steer("triton") + 0.0, natural.truth().float() + 0.0)
+    unsaid = stored.but(order=None)
+    assert not torch.equal(unsaid.acts("triton").double(), exact_acts(natural))
+    absent = stored.but(features=torch.tensor([-1, 130, 0], device=DEVICE))
+    assert absent.acts("triton").isnan().any(0).tolist() == [True, True, False]
+
+
 def test_counting_stops_at_k():
     T, N, k = 2, 1000, 3
     case = here(random_case(T, 16, N, k, 1)).but(features=torch.tensor([5], device=DEVICE))
     p = reference.preacts(case.x, case.W_enc, case.b_enc)
     case.b_enc[5] += (0.01 - p[:, 5]).max()
     args = case.x, case.W_enc, case.b_enc, case.features
-    measured = launch._measure(*args, k, launch._Edit())
+    measured = launch._measure(*args, k, None, launch._Edit())
     counted = measured.beaten[measured.acts > 0]
     assert len(counted) and (counted >= k).all()
     if INTERPRETED:  # one program after the other, so all but the first find everything decided
         assert (counted < 100).all()
-    whole = launch._measure(*args, N, launch._Edit())
+    whole = launch._measure(*args, N, None, launch._Edit())
     rank = reference.rank(reference.preacts(*args[:3]), case.features)
     assert torch.equal(whole.beaten[whole.acts > 0], rank[whole.acts > 0].int())
 

@@ -14,7 +14,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import checks
 from . import configs
 from .add import add
-from .check import check_no_order
 from .configs import Tile
 from .count import count
 from .decode import decode as decode_kernel
@@ -65,7 +64,6 @@ def steer(
     named twice both edits are added.
     """
     checks.steer(x, W_enc, b_enc, directions, features, values, k, mask, order)
-    check_no_order("steer", order)
     (F, d), shared = directions.shape, values.shape == features.shape
     rows = x.reshape(-1, d).contiguous()
     directions, features = directions.contiguous(), features.contiguous()
@@ -81,7 +79,8 @@ def steer(
                 mask if mask is None else mask[part],
                 y[part],
             )
-            _add(rows[part], F, k, edit, _measure(rows[part], W_enc, b_enc, features, k, edit))
+            measured = _measure(rows[part], W_enc, b_enc, features, k, order, edit)
+            _add(rows[part], F, k, edit, measured)
     return y.reshape(x.shape)
 
 
@@ -98,13 +97,12 @@ def feature_acts(
     NaN for a feature that is no latent.
     """
     checks.feature_acts(x, W_enc, b_enc, features, k, order)
-    check_no_order("feature_acts", order)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     features = features.contiguous()
     acts = x.new_empty((rows.shape[0], features.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(x):
         for part in _parts(rows.shape[0], features.shape[0]):
-            measured = _measure(rows[part], W_enc, b_enc, features, k, _Edit())
+            measured = _measure(rows[part], W_enc, b_enc, features, k, order, _Edit())
             # NaN * 0 is NaN, as it should be.
             torch.mul(measured.acts, measured.beaten < k, out=acts[part])
     return acts.reshape(*x.shape[:-1], features.shape[0])
@@ -190,7 +188,13 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
 
 
 def _measure(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int, edit: _Edit
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    features: Tensor,
+    k: int,
+    order: Tensor | None,
+    edit: _Edit,
 ) -> Measured:
     """Counts all that has to be counted; writes the tokens for which nothing has."""
     T, F = x.shape[0], features.shape[0]
@@ -205,7 +209,7 @@ def _measure(
     measured = Measured(acts, beaten, decided, waiting, length)
     _project(x, W_enc, b_enc, features, edit, measured)
     for low, tile in launches:
-        count_beaten(x, W_enc, b_enc, features, k, measured, low, tile)
+        count_beaten(x, W_enc, b_enc, features, k, order, measured, low, tile)
     return measured
 
 
@@ -242,6 +246,7 @@ def count_beaten(
     b_enc: Tensor,
     features: Tensor,
     k: int,
+    order: Tensor | None,
     measured: Measured,
     low: int,
     tile: Tile,
@@ -256,6 +261,7 @@ def count_beaten(
         W,
         b_enc,
         features,
+        order,
         *measured,
         T,
         N,

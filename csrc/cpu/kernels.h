@@ -11,6 +11,8 @@ namespace saesteer::cpu {
 constexpr int kBlock = 64;
 // Rows beyond the last that `dots` may prefetch.
 constexpr int kAhead = 8;
+// Tokens that `dots_and_add` takes, and the most rows of w.
+constexpr int kTogether = 4, kFew = 4;
 
 struct Kernels {
   // Most tokens that `dots` takes at once.
@@ -24,11 +26,17 @@ struct Kernels {
   void (*dots)(const void* const* x, Dtype x_dtype, int m, const void* const* w, Dtype w_dtype,
                int n, int64_t d, const float* bias, float* out, bool cold);
 
+  // As `dots` for kTogether tokens and n <= kFew rows, x as it is stored; and, in the same pass
+  // over x, y[i] = round(x[i] + sum) as `add` makes it.
+  void (*dots_and_add)(const void* const* x, Dtype x_dtype, const void* const* w, Dtype w_dtype,
+                       int n, int64_t d, const float* bias, float* out, const float* sum,
+                       void* const* y);
+
   // Bit j: p[j] beats `threshold`; NaN does, and an equal p[j] does if `ties`. n <= kBlock.
   uint64_t (*beats)(const float* p, int n, float threshold, bool ties);
 
   // y = round(base + sum_i coef[i] rows[i]), summed in fp32 in the order of i; base in y's dtype,
-  // or fp32.
+  // or fp32. One row without coef is the sum.
   void (*add)(const void* base, Dtype base_dtype, const void* const* rows, Dtype rows_dtype,
               const float* coef, int64_t count, int64_t d, void* y, Dtype y_dtype);
 

@@ -36,7 +36,30 @@ struct Widened {
     return V::load_part(p, n);
   }
   static typename V::reg mul_add(reg x, reg w, typename V::reg acc) { return V::fma(x, w, acc); }
+
+  using Sum = reg;
+  static Sum load_sum(const float* p) { return V::load(p); }
+  static void store_added(X* y, reg x, Sum sum) { V::store(y, V::add(x, sum)); }
 };
+
+// out[i * kBlock + j] = the sum of acc[i][j] + bias[j]
+template <class V, int M, int N>
+inline void store_dots(const typename V::reg (&acc)[M][N], const float* bias, float* out) {
+  const auto none = V::set1(0.f);
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j += 4) {
+      float4 p =
+          V::sums(acc[i][j], j + 1 < N ? acc[i][(j + 1) % N] : none,
+                  j + 2 < N ? acc[i][(j + 2) % N] : none, j + 3 < N ? acc[i][(j + 3) % N] : none);
+      constexpr int width = N < 4 ? N : 4;
+      float4 b = {};
+      std::memcpy(&b, bias + j, width * sizeof(float));
+      p += b;
+      std::memcpy(out + i * kBlock + j, &p, width * sizeof(float));
+    }
+}
 
 // out[i * kBlock + j] = x[i] . w[j] + bias[j], i < M, j < N.
 template <class V, class P, int M, int N, bool Cold>
@@ -68,21 +91,7 @@ inline void tile(const void* const* x, const void* const* w, int64_t d, const fl
   for (; c + P::step <= d; c += P::step) accumulate([](const auto* p) { return P::load(p); }, c);
   if (const int rest = static_cast<int>(d - c))
     accumulate([rest](const auto* p) { return P::load_part(p, rest); }, c);
-
-  const auto none = V::set1(0.f);
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < N; j += 4) {
-      float4 p =
-          V::sums(acc[i][j], j + 1 < N ? acc[i][(j + 1) % N] : none,
-                  j + 2 < N ? acc[i][(j + 2) % N] : none, j + 3 < N ? acc[i][(j + 3) % N] : none);
-      constexpr int width = N < 4 ? N : 4;
-      float4 b = {};
-      std::memcpy(&b, bias + j, width * sizeof(float));
-      p += b;
-      std::memcpy(out + i * kBlock + j, &p, width * sizeof(float));
-    }
+  store_dots<V>(acc, bias, out);
 }
 
 template <class V, class P, int M>
@@ -129,6 +138,54 @@ void dots(const void* const* x, Dtype x_dtype, int m, const void* const* w, Dtyp
   }
 }
 
+template <class V, class P, int N>
+void few_dots_and_add(const void* const* x, const void* const* w, int n, int64_t d,
+                      const float* bias, float* out, const float* sum, void* const* y) {
+  if constexpr (N > 1)
+    if (n < N) return few_dots_and_add<V, P, N - 1>(x, w, n, d, bias, out, sum, y);
+  using X = typename P::x_type;
+  using W = typename P::w_type;
+  constexpr int M = kTogether;
+  typename V::reg acc[M][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) acc[i][j] = V::set1(0.f);
+
+  // Elements c ... of x and y, and what they meet: the same elements of w and sum, loaded by
+  // `load`.
+  auto pass = [&](auto&& load, const float* sum, X* const(&to)[M], int64_t c)
+                  __attribute__((always_inline)) {
+                    const auto added = P::load_sum(sum);
+                    typename P::reg b[N];
+#pragma GCC unroll 8
+                    for (int j = 0; j < N; ++j) b[j] = load(static_cast<const W*>(w[j]) + c);
+#pragma GCC unroll 8
+                    for (int i = 0; i < M; ++i) {
+                      const typename P::reg a = load(static_cast<const X*>(x[i]) + c);
+#pragma GCC unroll 8
+                      for (int j = 0; j < N; ++j) acc[i][j] = P::mul_add(a, b[j], acc[i][j]);
+                      P::store_added(to[i], a, added);
+                    }
+                  };
+  int64_t c = 0;
+  X* to[M];
+  for (; c + P::step <= d; c += P::step) {
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) to[i] = static_cast<X*>(y[i]) + c;
+    pass([](const auto* p) { return P::load(p); }, sum + c, to, c);
+  }
+  if (const int rest = static_cast<int>(d - c)) {
+    float sums[P::step] = {};
+    X rows[M][P::step];
+    std::memcpy(sums, sum + c, rest * sizeof(float));
+    for (int i = 0; i < M; ++i) to[i] = rows[i];
+    pass([rest](const auto* p) { return P::load_part(p, rest); }, sums, to, c);
+    for (int i = 0; i < M; ++i) std::memcpy(static_cast<X*>(y[i]) + c, rows[i], rest * sizeof(X));
+  }
+  store_dots<V>(acc, bias, out);
+}
+
 template <class V>
 uint64_t beats(const float* p, int n, float threshold, bool ties) {
   const auto t = V::set1(threshold);
@@ -156,13 +213,14 @@ template <class V, class B, class R, class Y>
 void add_of(const B* base, const void* const* rows, const float* coef, int64_t count, int64_t d,
             Y* y) {
   constexpr int U = 4;
+  const bool summed = coef == nullptr && count == 1;
   auto row = [rows](int64_t i) { return static_cast<const R*>(rows[i]); };
   int64_t c = 0;
   for (; c + U * V::lanes <= d; c += U * V::lanes) {
     typename V::reg s[U];
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) s[u] = V::set1(0.f);
-    for (int64_t i = 0; i < count; ++i)
+    for (int u = 0; u < U; ++u) s[u] = summed ? V::load(row(0) + c + u * V::lanes) : V::set1(0.f);
+    for (int64_t i = summed; i < count; ++i)
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u)
         s[u] = V::fma(V::set1(coef[i]), V::load(row(i) + c + u * V::lanes), s[u]);
@@ -173,8 +231,8 @@ void add_of(const B* base, const void* const* rows, const float* coef, int64_t c
   }
   for (; c < d; c += V::lanes) {
     const int n = static_cast<int>(d - c < V::lanes ? d - c : V::lanes);
-    auto s = V::set1(0.f);
-    for (int64_t i = 0; i < count; ++i)
+    auto s = summed ? V::load_part(row(0) + c, n) : V::set1(0.f);
+    for (int64_t i = summed; i < count; ++i)
       s = V::fma(V::set1(coef[i]), V::load_part(row(i) + c, n), s);
     V::store_part(y + c, V::add(V::load_part(base + c, n), s), n);
   }
@@ -210,6 +268,20 @@ void add(const void* base, Dtype base_dtype, const void* const* rows, Dtype rows
 }
 
 template <class V>
+void dots_and_add(const void* const* x, Dtype x_dtype, const void* const* w, Dtype w_dtype, int n,
+                  int64_t d, const float* bias, float* out, const float* sum, void* const* y) {
+  if (V::Bf16Product::native && x_dtype == Dtype::bf16 && w_dtype == Dtype::bf16)
+    return few_dots_and_add<V, typename V::Bf16Product, kFew>(x, w, n, d, bias, out, sum, y);
+  with_type(x_dtype, [&](auto* x_tag) {
+    with_type(w_dtype, [&](auto* w_tag) {
+      using P = Widened<V, std::remove_pointer_t<decltype(x_tag)>,
+                        std::remove_pointer_t<decltype(w_tag)>>;
+      few_dots_and_add<V, P, kFew>(x, w, n, d, bias, out, sum, y);
+    });
+  });
+}
+
+template <class V>
 void to_f32(const void* src, Dtype dtype, int64_t n, float* dst) {
   with_type(dtype, [&](auto* tag) {
     const auto* p = static_cast<const std::remove_pointer_t<decltype(tag)>*>(src);
@@ -220,17 +292,20 @@ void to_f32(const void* src, Dtype dtype, int64_t n, float* dst) {
   });
 }
 
-inline void copy(const void* src, int64_t bytes, void* dst) {
-  constexpr int64_t kLine = 64;
+template <class V>
+void copy(const void* src, int64_t bytes, void* dst) {
+  constexpr int64_t kStep = sizeof(typename V::reg);
   const auto* from = static_cast<const char*>(src);
   auto* to = static_cast<char*>(dst);
-  for (; bytes >= kLine; bytes -= kLine, from += kLine, to += kLine) std::memcpy(to, from, kLine);
+  for (; bytes >= kStep; bytes -= kStep, from += kStep, to += kStep)
+    V::store(reinterpret_cast<float*>(to), V::load(reinterpret_cast<const float*>(from)));
   std::memcpy(to, from, bytes);
 }
 
 template <class V>
-constexpr Kernels table{V::tokens, V::Bf16Product::native, dots<V>, beats<V>, add<V>, to_f32<V>,
-                        copy};
+constexpr Kernels table{
+    V::tokens, V::Bf16Product::native, dots<V>, dots_and_add<V>, beats<V>, add<V>, to_f32<V>,
+    copy<V>};
 
 }  // namespace
 }  // namespace saesteer::cpu

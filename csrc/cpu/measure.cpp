@@ -132,11 +132,12 @@ class Ranks {
 class Ladder {
  public:
   Ladder(const Rows& x, const Encoder& encoder, const Features& features, const bool* mask,
-         const Settled& settled, int64_t most)
+         const Dead& dead, const Settled& settled, int64_t most)
       : x_(x),
         encoder_(encoder),
         features_(features),
         mask_(mask),
+        dead_(dead),
         settled_(settled),
         rows_(encoder, features),
         acts_(most * features.count),
@@ -145,7 +146,7 @@ class Ladder {
   void climb(int64_t begin, int64_t end) {
     begin_ = begin;
     std::fill(open_.begin(), open_.end(), 0);
-    in_pieces(end - begin, [this](int64_t from, int64_t to) { project(from, to); });
+    over_tokens(end - begin, [this](Spans& spans) { project(spans); });
 
     std::vector<int64_t> tokens;
     std::vector<float*> acts;
@@ -154,54 +155,79 @@ class Ladder {
     if (tokens.empty()) return;
     // With k = N no rank is too low.
     if (encoder_.k < encoder_.count) Ranks(x_, encoder_, features_, tokens, acts).settle();
-    in_pieces(tokens.size(), [&](int64_t from, int64_t to) {
-      for (; from < to; ++from) settled_(tokens[from], acts[from]);
+    over_tokens(tokens.size(), [&](Spans& spans) {
+      for (int64_t from, to; spans.take(from, to);)
+        for (; from < to; ++from) settled_(tokens[from], acts[from]);
     });
   }
 
  private:
   float* acts_of(int64_t token) { return acts_.data() + (token - begin_) * features_.count; }
 
-  // L0 for the tokens begin_ + from ... begin_ + to - 1.
-  void project(int64_t from, int64_t to) {
+  // L0 for the tokens begin_ + from ... begin_ + to - 1 of each span.
+  void project(Spans& spans) {
     Tokens tile(x_, encoder_.W);
+    const bool writing = dead_.sum != nullptr && features_.count <= kFew;
+    const int most = writing ? kTogether : kernels().tokens;
     int64_t taken[Tokens::kMost];
-    int m = 0;
-    for (int64_t t = begin_ + from; t < begin_ + to; ++t) {
-      if (mask_ && !mask_[t])
-        settled_(t, nullptr);
-      else
-        taken[m++] = t;
-      if (m == kernels().tokens) project(tile, taken, m), m = 0;
+    for (int64_t from, to; spans.take(from, to);) {
+      int m = 0;
+      for (int64_t t = begin_ + from; t < begin_ + to; ++t) {
+        if (mask_ && !mask_[t])
+          settled_(t, nullptr);
+        else
+          taken[m++] = t;
+        if (m == most) writing ? write(taken) : project(tile, taken, m), m = 0;
+      }
+      const int tokens = kernels().tokens;
+      for (int i = 0; i < m; i += tokens) project(tile, taken + i, std::min(tokens, m - i));
     }
-    if (m) project(tile, taken, m);
   }
 
   void project(Tokens& tile, const int64_t* tokens, int m) {
     tile.load(tokens, m);
     float p[Tokens::kMost * kBlock];
-    bool positive[Tokens::kMost] = {};
     for (int64_t f0 = 0; f0 < features_.count; f0 += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, features_.count - f0));
       tile.dots(rows_.rows.data() + f0, encoder_.W.dtype, n, rows_.bias.data() + f0, p, false);
-      for (int i = 0; i < m; ++i)
-        for (int f = 0; f < n; ++f) {
-          const float p_f = p[i * kBlock + f];
-          positive[i] |= std::isfinite(p_f) && p_f > 0;
-          acts_of(tokens[i])[f0 + f] = !std::isfinite(p_f) ? NAN : p_f > 0 ? p_f : 0;
-        }
+      for (int i = 0; i < m; ++i) keep(tokens[i], f0, n, p + i * kBlock);
     }
     for (int i = 0; i < m; ++i)
-      if (positive[i])
-        open_[tokens[i] - begin_] = 1;
-      else
-        settled_(tokens[i], acts_of(tokens[i]));
+      if (!open_[tokens[i] - begin_]) settled_(tokens[i], acts_of(tokens[i]));
+  }
+
+  // L0 for kTogether tokens, written as dead at once. Those that are not are written again.
+  void write(const int64_t* tokens) {
+    const void* x[kTogether];
+    void* y[kTogether];
+    for (int i = 0; i < kTogether; ++i) x[i] = x_[tokens[i]], y[i] = dead_.y[tokens[i]];
+    const int n = static_cast<int>(features_.count);
+    float p[kTogether * kBlock];
+    kernels().dots_and_add(x, x_.dtype, rows_.rows.data(), encoder_.W.dtype, n, x_.width,
+                           rows_.bias.data(), p, dead_.sum, y);
+    for (int i = 0; i < kTogether; ++i) {
+      keep(tokens[i], 0, n, p + i * kBlock);
+      const float* acts = acts_of(tokens[i]);
+      if (std::any_of(acts, acts + n, [](float a) { return std::isnan(a); }) &&
+          !open_[tokens[i] - begin_])
+        settled_(tokens[i], acts);
+    }
+  }
+
+  // Takes n of a token's p, those of the features from f0 on. A positive one is not settled yet.
+  void keep(int64_t token, int64_t f0, int n, const float* p) {
+    float* acts = acts_of(token) + f0;
+    for (int f = 0; f < n; ++f) {
+      acts[f] = !std::isfinite(p[f]) ? NAN : p[f] > 0 ? p[f] : 0;
+      if (acts[f] > 0) open_[token - begin_] = 1;
+    }
   }
 
   const Rows x_;
   const Encoder& encoder_;
   const Features& features_;
   const bool* mask_;
+  const Dead dead_;
   const Settled& settled_;
   const FeatureRows rows_;
   std::vector<float> acts_;
@@ -212,9 +238,9 @@ class Ladder {
 }  // namespace
 
 void measure(const Rows& x, int64_t tokens, const Encoder& encoder, const Features& features,
-             const bool* mask, const Settled& settled) {
+             const bool* mask, const Dead& dead, const Settled& settled) {
   const int64_t most = std::min(tokens, chunk_tokens(encoder, features.count));
-  Ladder ladder(x, encoder, features, mask, settled, most);
+  Ladder ladder(x, encoder, features, mask, dead, settled, most);
   for (int64_t begin = 0; begin < tokens; begin += most)
     ladder.climb(begin, std::min(tokens, begin + most));
 }

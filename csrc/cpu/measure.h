@@ -15,12 +15,19 @@
 
 namespace saesteer::cpu {
 
-// Called once a token, from any thread: with its features' activations, or with nullptr for a token
-// outside the mask.
+// Called at most once a token, from any thread: with its features' activations, or with nullptr for
+// a token outside the mask.
 using Settled = std::function<void(int64_t token, const float* acts)>;
+
+// What becomes of tokens whose features are all 0, where it is the same for all: y = round(x +
+// sum). L0 may write such a token while it reads x; it is not settled then.
+struct Dead {
+  const float* sum = nullptr;
+  OutRows y = {};
+};
 
 // `mask` may be null: every token. Features are below the encoder's count.
 void measure(const Rows& x, int64_t tokens, const Encoder& encoder, const Features& features,
-             const bool* mask, const Settled& settled);
+             const bool* mask, const Dead& dead, const Settled& settled);
 
 }  // namespace saesteer::cpu

@@ -26,13 +26,17 @@ inline int64_t workers_for(int64_t pieces) {
   return std::min<int64_t>(pieces, torch::stable::get_num_threads());
 }
 
-// Calls work(pieces, worker) once a worker, at most workers_for(count) of them.
+// Calls work(pieces, worker) once a worker.
 template <class F>
-void parallel(int64_t count, const F& work) {
+void parallel(int64_t count, int64_t workers, const F& work) {
   Pieces pieces(count);
-  const int64_t workers = workers_for(count);
   if (workers <= 1) return work(pieces, 0);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) { work(pieces, begin); });
+}
+
+template <class F>
+void parallel(int64_t count, const F& work) {
+  parallel(count, workers_for(count), work);
 }
 
 }  // namespace saesteer::cpu

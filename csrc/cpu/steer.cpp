@@ -7,7 +7,7 @@
 namespace saesteer::cpu {
 namespace {
 
-// sum_i coef[i] rows[i]
+// sum_i coef[i] rows[i], or one row that is the sum already.
 struct Terms {
   Dtype dtype;
   std::vector<float> coef;
@@ -22,8 +22,9 @@ struct Terms {
 };
 
 void write_sum(const void* base, const Terms& terms, int64_t d, void* y, Dtype y_dtype) {
-  kernels().add(base, y_dtype, terms.rows.data(), terms.dtype, terms.coef.data(), terms.coef.size(),
-                d, y, y_dtype);
+  const float* coef = terms.coef.empty() ? nullptr : terms.coef.data();
+  kernels().add(base, y_dtype, terms.rows.data(), terms.dtype, coef, terms.rows.size(), d, y,
+                y_dtype);
 }
 
 class Edit {
@@ -33,6 +34,8 @@ class Edit {
       : x_(x), directions_(directions), features_(features), values_(values), y_(y) {
     if (values.stride == 0 && tokens > 1) sum_common();
   }
+
+  Dead dead() const { return {common_.empty() ? nullptr : common_.data(), y_}; }
 
   // Writes token t; acts is null outside the mask.
   void write(int64_t t, const float* acts) const {
@@ -50,7 +53,7 @@ class Edit {
     const auto is_zero = [](float a) { return a == 0; };
     if (!common_.empty() && std::all_of(acts, acts + features_, is_zero)) {
       terms.clear(Dtype::f32);
-      terms.add(1, common_.data());
+      terms.rows.push_back(common_.data());
       return;
     }
     for (int64_t f = 0; f < features_; ++f) {
@@ -84,7 +87,7 @@ class Edit {
 void steer(const Rows& x, int64_t tokens, const Encoder& encoder, const Rows& directions,
            const Features& features, const Values& values, const bool* mask, const OutRows& y) {
   const Edit edit(x, tokens, directions, features.count, values, y);
-  measure(x, tokens, encoder, features, mask,
+  measure(x, tokens, encoder, features, mask, edit.dead(),
           [&edit](int64_t t, const float* acts) { edit.write(t, acts); });
 }
 
@@ -92,8 +95,9 @@ void add(const Rows& x, int64_t tokens, const Rows& directions, int64_t features
          const Values& coef, const OutRows& y) {
   const Edit edit(x, tokens, directions, features, coef, y);
   const std::vector<float> acts(features);
-  in_pieces(tokens, [&](int64_t from, int64_t to) {
-    for (; from < to; ++from) edit.write(from, acts.data());
+  over_tokens(tokens, [&](Spans& spans) {
+    for (int64_t from, to; spans.take(from, to);)
+      for (; from < to; ++from) edit.write(from, acts.data());
   });
 }
 

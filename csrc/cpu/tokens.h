@@ -14,17 +14,17 @@ class Tokens {
   static constexpr int kMost = 8;
 
   Tokens(const Rows& x, const Rows& W) : x_(x) {
-    const bool as_is = x.dtype == Dtype::bf16 && W.dtype == Dtype::bf16 && kernels().native_bf16;
-    dtype_ = as_is ? Dtype::bf16 : Dtype::f32;
-    if (dtype_ != x.dtype) scratch_.resize(kernels().tokens * x.width);
+    const bool native = x.dtype == Dtype::bf16 && W.dtype == Dtype::bf16 && kernels().native_bf16;
+    dtype_ = native ? Dtype::bf16 : Dtype::f32;
   }
 
   // Takes count <= kernels().tokens tokens.
   void load(const int64_t* tokens, int count) {
     count_ = count;
+    if (dtype_ != x_.dtype) scratch_.resize(kernels().tokens * x_.width);
     for (int i = 0; i < count; ++i) {
       rows_[i] = x_[tokens[i]];
-      if (scratch_.empty()) continue;
+      if (dtype_ == x_.dtype) continue;
       float* copy = scratch_.data() + i * x_.width;
       kernels().to_f32(rows_[i], x_.dtype, x_.width, copy);
       rows_[i] = copy;
@@ -55,13 +55,48 @@ class Tokens {
   std::vector<float> scratch_;
 };
 
-// Calls work(from, to) for all of 0 ... count - 1 tokens, several tiles at a time: threads are
-// woken only for work that outlasts the waking.
+// A worker's run of tokens.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+// Hands out spans of tokens: first the worker's own share, which its core may still have in cache
+// from the call before, then what is left of the others'.
+class Spans {
+ public:
+  static constexpr int64_t kMost = 12;  // a multiple of every tile's tokens
+
+  Spans(std::vector<Share>& shares, int64_t worker) : shares_(shares), at_(worker) {}
+
+  bool take(int64_t& from, int64_t& to) {
+    for (; visited_ < shares_.size(); ++visited_, at_ = (at_ + 1) % shares_.size()) {
+      Share& share = shares_[at_];
+      from = share.next.fetch_add(kMost, std::memory_order_relaxed);
+      to = std::min(share.end, from + kMost);
+      if (from < to) return true;
+    }
+    return false;
+  }
+
+ private:
+  std::vector<Share>& shares_;
+  size_t at_, visited_ = 0;
+};
+
+// Calls work(spans) once a worker. Threads are woken only for work that outlasts the waking.
 template <class F>
-void in_pieces(int64_t count, const F& work) {
-  const int64_t piece = 8 * kernels().tokens;
-  parallel((count + piece - 1) / piece, [&](Pieces& pieces, int64_t) {
-    for (int64_t p; pieces.take(p);) work(p * piece, std::min(count, (p + 1) * piece));
+void over_tokens(int64_t count, const F& work) {
+  constexpr int64_t kWorthWaking = 48;
+  const int64_t workers = workers_for((count + kWorthWaking - 1) / kWorthWaking);
+  std::vector<Share> shares(workers);
+  for (int64_t w = 0; w < workers; ++w) {
+    shares[w].next = w * count / workers;
+    shares[w].end = (w + 1) * count / workers;
+  }
+  parallel(workers, workers, [&](Pieces&, int64_t worker) {
+    Spans spans(shares, worker);
+    work(spans);
   });
 }
 

@@ -15,6 +15,7 @@ from . import (
     hub,
     llama_scope,
     openai,
+    order,
     qwen_scope,
     saelens,
     sparsify,
@@ -36,6 +37,7 @@ _FILES = sorted(
     | {
         "activation_scaler.json",
         "params.safetensors",
+        order.FILE,
     }
 )
 
@@ -54,7 +56,7 @@ def load(path: str | os.PathLike[str]) -> SAE:
         place = hub.fetch(path, _FILES)
     format = _format(place)
     try:
-        return format.load(place)
+        return order.with_order(format.load(place), place)
     except ValueError as error:
         named = str(error).startswith(str(place))
         raise error if named else ValueError(f"{place}: {error}") from None

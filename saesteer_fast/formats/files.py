@@ -26,6 +26,8 @@ from torch import Tensor
 from ..errors import nearest
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""What weights may be stored in."""
+_NUMBERS = DTYPES | {"I64": torch.int64}
 BLOCK = 1 << 21
 """Bytes read at once."""
 
@@ -60,7 +62,7 @@ class Tensors:
     def read(self, key: str, turned: bool = False) -> Tensor:
         """One tensor in memory of its own, contiguous; a matrix transposed if `turned`."""
         shape = self.shapes[key]
-        out = torch.empty(shape[::-1] if turned else shape, dtype=DTYPES[self.dtypes[key]])
+        out = torch.empty(shape[::-1] if turned else shape, dtype=_NUMBERS[self.dtypes[key]])
         if turned == (key in self.columns):
             for _ in self.blocks(key, out):
                 pass
@@ -74,7 +76,7 @@ class Tensors:
 
         They are parts of `out`, or else each is gone when the next one comes.
         """
-        dtype, shape = DTYPES[self.dtypes[key]], self.shapes[key]
+        dtype, shape = _NUMBERS[self.dtypes[key]], self.shapes[key]
         total, *rest = shape[::-1] if key in self.columns else shape
         width = dtype.itemsize * prod(rest)
         step = min(total, max(1, BLOCK // width))
@@ -211,15 +213,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.chmod(mode)
 
 
-def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
-    """Write `{file name: what writes it}` into `folder`: all on disk first, then put in place."""
+def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], None] | None]) -> None:
+    """Write `{file name: what writes it}` into `folder`: all on disk first, then put in place.
+
+    What nothing writes is removed.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        for name, write in writers.items():
-            write(Path(scratch, name))
+        written = [name for name, write in writers.items() if write is not None]
+        for name in written:
+            writers[name](Path(scratch, name))
             _sync(Path(scratch, name))
         folder.mkdir(exist_ok=True)
-        for name in writers:
+        for name in writers.keys() - written:
+            (folder / name).unlink(missing_ok=True)
+        for name in written:
             os.replace(Path(scratch, name), folder / name)
         _sync(folder)
 

@@ -18,7 +18,7 @@ import torch
 
 from ..errors import nearest
 from ..sae import SAE
-from . import hookpoints
+from . import hookpoints, order
 from .files import (
     Safetensors,
     read_json,
@@ -111,7 +111,8 @@ def save(sae: SAE, folder: Path) -> None:
         {
             "cfg.json": lambda path: write_json(path, _config(sae, architecture)),
             "sae_weights.safetensors": lambda path: write_tensors(path, tensors),
-        },
+        }
+        | order.writers(sae),
     )
 
 

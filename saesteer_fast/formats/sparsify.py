@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import nearest
 from ..sae import SAE
-from . import hookpoints
+from . import hookpoints, order
 from .files import (
     Safetensors,
     read_json,
@@ -85,7 +85,8 @@ def save(sae: SAE, folder: Path) -> None:
         {
             "cfg.json": lambda path: write_json(path, config),
             "sae.safetensors": lambda path: write_tensors(path, tensors),
-        },
+        }
+        | order.writers(sae),
     )
 
 
