@@ -22,14 +22,12 @@ test: $(BUILT)
 bench: $(BUILT)
 	$(RUN) pytest bench -q --benchmark-columns=min,median,iqr
 
-# Tests and measures on the GPU that is here, in at most nine minutes; OUT= names another folder than
-# bench/results. Everything from the Python at hand, as it is: nothing is installed.
+# Builds, tests and measures on the GPU that is here, in at most nine minutes; OUT= names another
+# folder than bench/results. Everything from the Python at hand, as it is: nothing is installed.
 gpu:
 	@$(PYTHON) -c "import torch; assert torch.cuda.is_available()" 2>/dev/null \
 	  || { echo "make gpu: $(PYTHON) has no PyTorch that sees a CUDA device" >&2; exit 1; }
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m saesteer_fast.env
-	SAESTEER_IMPL=cuda $(PYTHON) -m bench.gpu $(if $(OUT),--out $(OUT))
+	$(PYTHON) -m bench.gpu $(if $(OUT),--out $(OUT))
 
 lint: $(BUILT)
 	$(RUN) ruff check

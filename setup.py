@@ -41,7 +41,8 @@ def torch_options() -> list[str]:
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    candidates = (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc")
+    usual = "/usr/local/cuda/bin/nvcc"
+    candidates = (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", usual)
     return next((path for c in candidates if c and (path := shutil.which(c))), None)
 
 

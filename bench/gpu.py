@@ -1,15 +1,13 @@
-"""The GPU's results: `python -m bench.gpu [--out FOLDER] [--minutes 9]`, which `make gpu` calls.
+"""The GPU's results in one go: `python -m bench.gpu [--out FOLDER] [--minutes 9]`, or `make gpu`.
 
-Runs the tests that need a GPU, measures the floors (a copy, a product, a launch), verifies and
-times the op against what a careful PyTorch user writes, then a decode step of a full-size Phi-3
-Mini, and last the sanitizers; what finds no time is left out and listed. All of it goes into one
-JSON file, written anew after each part. Times are the device's: replays of a CUDA graph that holds
-several calls, each with other tokens.
+    build     for the GPU that is here
+    smoke     every kernel alone, on small integers; a scan that is wrong is left out from here on
+    checks    the tests that need a GPU, and compute-sanitizer
+    measure   floors, the host's share, the op, a decode step (bench.on_gpu)
 
-ours, triton            saesteer_fast.ops.steer by those kernels
-naive, lean, smart      saesteer_fast.reference, bf16
-compiled                smart under torch.compile
-linear, copy            one encoder pass and nothing else; a copy of x
+Each part is a process of its own with a limit, so that none takes another with it. What is known so
+far is always in a JSON file, and all that was printed in the log beside it. Nothing is installed.
+The exit status is 0 if all was right.
 """
 
 from __future__ import annotations
@@ -18,303 +16,332 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from . import steps
 
-import saesteer_fast as sf
-from saesteer_fast import env, ops, reference
+ROOT = Path(__file__).parents[1]
+PARTS = ("build", "smoke", "checks", "measure")
+LIMITS = {"build": 180, "smoke": 90, "checks": 200}
+"""Seconds; what is left is for `measure`."""
+PATIENCE = 60
+"""Seconds that a step may take, the start of its process included."""
+SCANS = ("", "mma", "simt")
+"""SAESTEER_SCAN: all scans, without the first, and without the first two."""
+SANITIZERS = {
+    **{tool: "" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")},
+    **{f"{tool} without warpgroups": "mma" for tool in ("memcheck", "racecheck")},
+}
+"""compute-sanitizer's tools, and SAESTEER_SCAN: a tool may need registers that scan_wgmma leaves
+none of."""
+NAMES = ("ours", "triton", "naive", "lean", "smart", "compiled", "linear", "copy")
 
-from . import machine, verify, workloads
-from .report import RESULTS
-from .workloads import Workload
 
-TOKENS = (1, 8, 64, 512, 2048, 8192)
-FEATURES = (1, 4)
-CALLS = 64
-"""Calls in one graph, at most; as many as hold this many tokens at once, at least two."""
-TESTS, SANITIZERS = "not sanitizer", "sanitizer"
+class Run:
+    """What one call of this program has found, and where it writes it."""
 
-
-class Clock:
-    """What is left of the minutes."""
-
-    def __init__(self, minutes: float):
+    def __init__(self, out: Path, minutes: float):
         self.end = time.monotonic() + 60 * minutes
+        stamp = time.strftime("%Y-%m-%dT%H-%M-%S", time.gmtime())
+        self.path = out / f"gpu-{stamp}.json"
+        self.result: dict = {"suite": "gpu"}
+        self.log = self.path.with_suffix(".log").open("a")
+        self.folder = Path(tempfile.mkdtemp(prefix="saesteer-"))
+        self.env = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
+        self.env["SAESTEER_IMPL"] = "cuda"
+        self._writing = threading.Lock()
 
-    def left(self) -> float:
-        return self.end - time.monotonic()
+    def deadline(self, part: str) -> float:
+        return min(self.end, time.monotonic() + LIMITS.get(part, self.end))
 
+    def save(self, **found) -> None:
+        with self._writing:
+            self.result.update(found)
+            self.path.write_text(json.dumps(self.result, indent=1) + "\n")
 
-def facts() -> dict:
-    properties = torch.cuda.get_device_properties(0)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-    except FileNotFoundError:
-        driver = "unknown"
-    return machine.facts() | {
-        "device": torch.cuda.get_device_name(0),
-        "multiprocessors": properties.multi_processor_count,
-        "capability": f"{properties.major}.{properties.minor}",
-        "driver": driver.strip(),
-        "cuda": torch.version.cuda,
-        "triton": env.report()["versions"]["triton"],
-    }
+    def call(self, command: Sequence[str], deadline: float, **env: str) -> tuple[int, str]:
+        """Exit status, -1 if the time ended first, and what was printed."""
+        with tempfile.TemporaryFile("w+", errors="replace") as printed:
+            process = steps.start(command, cwd=ROOT, env=self.env | env, stdout=printed)
+            try:
+                code = process.wait(max(1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                code = -1
+            finally:
+                steps.stop(process)
+            printed.seek(0)
+            said = printed.read()
+        with self._writing:
+            print(f"\n$ {' '.join(map(str, command))}\n{said}", file=self.log, flush=True)
+        return code, said
 
-
-# ---- time ----
-
-
-def graphed(call: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for x in inputs[:2]:
-            call(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for x in inputs:
-            call(x)
-    return graph
-
-
-def replayed(run: Callable[[], object], budget: float = 0.15, rounds: int = 7) -> list[float]:
-    """Seconds a run, by round."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def timed(runs: int) -> float:
-        start.record()
-        for _ in range(runs):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / runs
-
-    timed(2)
-    runs = max(1, int(budget / rounds / max(timed(1), 1e-7)))
-    return [timed(runs) for _ in range(rounds)]
-
-
-def seconds(call: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> list[float]:
-    """Seconds a call, by round."""
-    graph = graphed(call, inputs)
-    return [each / len(inputs) for each in replayed(graph.replay)]
-
-
-def floors() -> dict[str, float]:
-    """Bytes a second of a copy (read and written), FLOP a second of a product, seconds a launch."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    copy = statistics.median(replayed(lambda: target.copy_(source)))
-    a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
-    product = statistics.median(replayed(lambda: a @ b))
-    one = torch.zeros(1, device="cuda")
-    launch = statistics.median(seconds(lambda x: x.add_(1), [one] * 100))
-    return {"copy": 2 * source.nbytes / copy, "product": 2 * 8192**3 / product, "launch": launch}
-
-
-# ---- the op ----
-
-
-def on_gpu(w: Workload) -> Workload:
-    fields = ("x", "W_enc", "b_enc", "W_dec", "b_dec", "features")
-    return replace(w, **{name: getattr(w, name).cuda() for name in fields})
-
-
-def first(w: Workload, features: int) -> Workload:
-    part = w.first(features)
-    part.__dict__["values"] = part.values.cuda()
-    return part
-
-
-def contestants(w: Workload) -> dict[str, Callable[[Tensor], Tensor]]:
-    fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
-    b_enc = w.b_enc.to(w.W_enc.dtype)
-    dense = w.W_enc, b_enc, w.W_dec, w.b_dec, w.features, w.values, w.k
-    rows = w.W_enc, b_enc, w.directions, w.features, w.values, w.k
-    compiled = torch.compile(reference.smart, dynamic=False)
-    return {
-        "ours": lambda x: ops.steer(x, *fixed, impl="cuda"),
-        "triton": lambda x: ops.steer(x, *fixed, impl="triton"),
-        "naive": lambda x: reference.naive(x, *dense),
-        "lean": lambda x: reference.lean(x, *dense),
-        "smart": lambda x: reference.smart(x, *rows),
-        "compiled": lambda x: compiled(x, *rows),
-        "linear": lambda x: F.linear(x, w.W_enc, b_enc),
-        "copy": torch.clone,
-    }
-
-
-def batches(w: Workload, tokens: int) -> list[Tensor]:
-    """Other tokens for each call of a graph."""
-    return w.batches(tokens)[: min(CALLS, max(2, 4096 // tokens))] * (1 + (tokens > len(w.x) // 2))
-
-
-def bytes_and_flops(w: Workload, case: dict) -> tuple[float, float]:
-    """The least that the whole op must move and multiply, given what these tokens need."""
-    T, size = case["T"], w.x.element_size()
-    d, N = w.x.shape[1], len(w.W_enc)
-    x = 2 * T * d * size
-    return x + case["read"] * N * d * size, 2 * T * case["work"] * N * d
-
-
-def measure(w: Workload, tokens: int, floor: dict[str, float]) -> dict:
-    case = {"workload": w.name, "dtype": "bf16", "T": tokens, "F": len(w.features)}
-    case |= {"d": w.x.shape[1], "N": len(w.W_enc), "k": w.k, **w.shares(tokens)}
-    inputs, all_ways = batches(w, tokens), contestants(w)
-    verify.check_ours(
-        w,
-        w.batches(tokens)[: max(1, 512 // tokens)],
-        all_ways["ours"],
-        lambda x: ops.feature_acts(x, w.W_enc, w.b_enc, w.features, w.k, impl="cuda"),
-    )
-    case["seconds"], case["failed"] = {}, {}
-    for name, call in all_ways.items():
-        try:
-            case["seconds"][name] = seconds(call, inputs)
-        except Exception as error:
-            case["failed"][name] = f"{type(error).__name__}: {error}"[:300]
-            torch.cuda.synchronize()
-    moved, multiplied = bytes_and_flops(w, case)
-    bound = max(moved / floor["copy"], multiplied / floor["product"], floor["launch"])
-    case["floor"] = bound
-    case["share_of_floor"] = bound / statistics.median(case["seconds"]["ours"])
-    return case
-
-
-def build(tokens: int) -> list[Workload]:
-    """Both workloads of this many tokens, on the GPU."""
-    shape = workloads.Shape(stream=tokens, worst=tokens)
-    return [on_gpu(w) for w in workloads.build("bf16", max(FEATURES), shape)]
-
-
-# ---- a whole model ----
-
-
-def decode_step(w: Workload) -> dict[str, list[float]]:
-    """Seconds of one token through Phi-3 Mini with random weights, by kind of run."""
-    from transformers import Phi3Config, Phi3ForCausalLM, StaticCache
-
-    config = Phi3Config()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            model = Phi3ForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    sae = sf.SAE(W_enc=w.W_enc, bias=w.b_enc, W_dec=w.W_dec, b_dec=w.b_dec, k=w.k)
-    edits = dict.fromkeys(w.features[:1].tolist(), workloads.VALUE)
-    ids = torch.full((1, 1), 7, device="cuda")
-    position = torch.tensor([100], device="cuda")
-    found = {}
-
-    def run(name: str) -> None:
-        cache = StaticCache(config=config, max_cache_len=256)
-
-        def step(_=None):
-            model(ids, past_key_values=cache, cache_position=position, use_cache=True)
-
-        step()
-        found[f"{name}, eager"] = replayed(step)
-        found[f"{name}, graph"] = replayed(graphed(step, [ids]).replay)
-
-    run("unsteered")
-    with sf.steering(model, sae, edits, layer=6):
-        run("steered")
-    return found
-
-
-# ---- all of it ----
-
-
-def tests(only: str, minutes: float) -> dict[str, str | int]:
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "gpu"]
-    try:
-        done = subprocess.run(
-            [*command, "-k", only],
-            cwd=machine.ROOT,
-            env={name: value for name, value in os.environ.items() if name != "SAESTEER_IMPL"},
-            capture_output=True,
-            text=True,
-            timeout=60 * minutes,
+    def steps(self, name: str, deadline: float, *arguments: str, **env: str) -> dict[str, dict]:
+        """What the steps of a part of bench.on_gpu found."""
+        store = self.folder / f"{name}.jsonl"
+        part, *options = arguments
+        command = [sys.executable, "-m", "bench.on_gpu", part, str(store), *options]
+        supervised = threading.Thread(
+            target=steps.supervise,
+            args=(command, store),
+            kwargs=dict(
+                patience=PATIENCE, deadline=deadline, log=self.log, env=self.env | env, cwd=ROOT
+            ),
         )
-        said, code = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as late:
-        said, code = (late.stdout or b"").decode(), -1
-    print(said[-6000:], flush=True)
-    summary = re.findall(r"^.*(?:passed|failed|error).* in .*$", said, re.M)
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.M)
-    return {"exit": code, "summary": summary[-1] if summary else "no end", "failed": failed}
+        supervised.start()
+        while supervised.is_alive():
+            supervised.join(5)
+            self.save(**{name: steps.results(store)})
+        return steps.results(store)
 
 
-def table(cases: list[dict]) -> str:
+# ---- build ----
+
+
+def build(run: Run) -> None:
+    """In place, for this GPU; without CUDA, for Triton's sake, if the compiler says no."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    found = {}
+    for env in ({"TORCH_CUDA_ARCH_LIST": architecture()}, {"SAESTEER_NO_CUDA": "1"}):
+        start = time.monotonic()
+        code, said = run.call(command, run.deadline("build"), **env)
+        without = re.search(r"building without CUDA: .*", said)
+        found = {"exit": code, "took": round(time.monotonic() - start, 1), **env}
+        run.save(build=found | {"said": "" if code == 0 and not without else said[-3000:]})
+        if code == 0:
+            break
+    if code or without:
+        run.env["SAESTEER_IMPL"] = "triton"
+    print(f"build: {found}\n{without[0] if without else ''}", flush=True)
+
+
+def architecture() -> str:
+    """Of this GPU, as TORCH_CUDA_ARCH_LIST names it; empty if nobody knows."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    except FileNotFoundError:
+        return ""
+    return {"9.0": "9.0a"}.get(said[0], said[0]) if said else ""
+
+
+# ---- smoke ----
+
+
+def smoke(run: Run) -> None:
+    """The CUDA kernels, with all scans and with fewer, side by side."""
+    deadline = run.deadline("smoke")
+
+    def alone(scan: str) -> dict[str, dict]:
+        env = {"SAESTEER_SCAN": scan} if scan else {}
+        return run.steps(f"smoke {scan or 'all'}", deadline, "smoke", "--impl=cuda", **env)
+
+    with ThreadPoolExecutor(len(SCANS)) as pool:
+        found = dict(zip(SCANS, pool.map(alone, SCANS), strict=True))
+    for scan, each in found.items():
+        print(tell(f"smoke: SAESTEER_SCAN={scan}", each), flush=True)
+    if chosen := choose_scan(found):
+        run.env["SAESTEER_SCAN"] = chosen
+        print(f"going on with SAESTEER_SCAN={chosen}", flush=True)
+    run.save(scan=chosen or "all")
+
+
+def choose_scan(found: Mapping[str, Mapping[str, dict]]) -> str:
+    """The first of SCANS with which no scan is wrong; the last if there is none."""
+
+    def right(scan: str) -> bool:
+        scans = [each for name, each in found[scan].items() if name.startswith("scan")]
+        return bool(scans) and not any("failed" in each for each in scans)
+
+    return next((scan for scan in SCANS if right(scan)), SCANS[-1])
+
+
+def tell(title: str, found: Mapping[str, dict]) -> str:
+    failed = [f"  {name}: {each['failed']}" for name, each in found.items() if "failed" in each]
+    return "\n".join([f"{title}: {len(found) - len(failed)} of {len(found)} right", *failed])
+
+
+# ---- checks ----
+
+
+def checks(run: Run) -> None:
+    """All at once: they wait for the processor more than for the GPU."""
+    deadline = run.deadline("checks")
+    pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "gpu"]
+    several = ["-n", "4"] if find_spec("xdist") else []
+    commands = {
+        "cuda": ["tests/test_cuda_host.py"],
+        "cuda, on a GPU only": ["tests/test_gpu.py", "tests/test_attach.py", "-k", "not sanitizer"],
+        "triton": ["tests/test_triton_kernels.py", *several],
+        "triton, on a GPU only": ["tests/test_triton_gpu.py"],
+    }
+    if shutil.which("compute-sanitizer"):
+        for name in SANITIZERS:
+            commands[name] = ["tests/test_gpu.py", "-k", f"sanitizer and {name.split()[0]}"]
+    quiet = {"SAESTEER_IMPL": "auto", "OMP_NUM_THREADS": "2"}
+    found: dict[str, dict] = {}
+
+    def check(name: str) -> None:
+        scan = {"SAESTEER_SCAN": SANITIZERS[name]} if SANITIZERS.get(name) else {}
+        code, said = run.call([*pytest, *commands[name]], deadline, **quiet, **scan)
+        found[name] = summary(code, said)
+        run.save(checks=dict(found))
+        print(f"checks: {name}: {found[name]['summary']}", *found[name]["failed"], flush=True)
+
+    with ThreadPoolExecutor(len(commands) + 1) as pool:
+        triton = pool.submit(run.steps, "smoke triton", deadline, "smoke", "--impl=triton")
+        list(pool.map(check, commands))
+    print(tell("smoke: triton", triton.result()), flush=True)
+
+
+def summary(code: int, said: str) -> dict:
+    """Of pytest's output: its last line, who failed and, if anybody did, the end of it."""
+    lines = re.findall(
+        r"^.*\b(?:passed|failed|errors?|skipped|no tests ran)\b.* in .*$", said, re.M
+    )
+    found = {
+        "exit": code,
+        "summary": lines[-1].strip("= ") if lines else "no end" if code == -1 else "no summary",
+        "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.M),
+    }
+    return found if code == 0 else found | {"said": said[-6000:]}
+
+
+# ---- measure ----
+
+CASE = re.compile(r"(?P<workload>\w+) T=(?P<T>\d+) F=(?P<F>\d+) (?P<by>\w+)")
+
+
+def measure(run: Run) -> None:
+    found = run.steps("measure", run.end, "measure")
+    table_of = cases(found)
+    run.save(cases=table_of, machine=found.get("machine", {}).get("found"))
+    print(table(table_of))
+    for name, each in found.items():
+        if not CASE.fullmatch(name):
+            print(f"{name}: {each.get('failed') or short(each['found'])}")
+    print(propose(run.result))
+
+
+def short(found: object) -> object:
+    return found if isinstance(found, dict) else f"{1e6 * statistics.median(found):.1f} us"
+
+
+def cases(found: Mapping[str, dict]) -> list[dict]:
+    """The steps of `measure`, by case."""
+    floors = found.get("floors", {}).get("found")
+    by_case: dict[tuple, dict] = {}
+    for name, each in found.items():
+        if not (match := CASE.fullmatch(name)):
+            continue
+        key = match["workload"], int(match["T"]), int(match["F"])
+        case = by_case.setdefault(key, dict(zip(("workload", "T", "F"), key, strict=True)))
+        case.setdefault("seconds", {}), case.setdefault("failed", {})
+        if "failed" in each:
+            case["failed"][match["by"]] = each["failed"]
+        elif match["by"] == "case":
+            case.update(each["found"])
+        else:
+            case["seconds"][match["by"]] = each["found"]
+    for case in by_case.values():
+        if floors and "read" in case:
+            case["floor"] = floor(case, floors)
+            if ours := case["seconds"].get("ours"):
+                case["share_of_floor"] = case["floor"] / statistics.median(ours)
+    return list(by_case.values())
+
+
+def floor(case: Mapping, floors: Mapping[str, float]) -> float:
+    """Seconds that the least takes which the op must move and multiply for these tokens."""
+    T, d, N = case["T"], case["d"], case["N"]
+    moved = 2 * T * d * 2 + case["read"] * N * d * 2
+    multiplied = 2 * T * case["work"] * N * d
+    return max(moved / floors["copy"], multiplied / floors["product"], floors["launch"])
+
+
+def table(found: Sequence[dict]) -> str:
     def cell(case: dict, name: str) -> str:
-        each = case["seconds"].get(name)
-        return f"{1e6 * statistics.median(each):10.1f}" if each else "         -"
+        if each := case["seconds"].get(name):
+            return f"{1e6 * statistics.median(each):10.1f}"
+        return "     wrong" if name in case["failed"] else "         -"
 
-    names = ("ours", "triton", "naive", "lean", "smart", "compiled", "linear", "copy")
-    rows = [f"{'µs a call':20}" + "".join(f"{n:>10}" for n in names) + "  of floor  undecided"]
-    for c in cases:
-        label = f"{c['workload']} T={c['T']} F={c['F']}"
-        shares = f"  {c['share_of_floor']:8.0%}  {c['undecided']:9.2%}"
-        rows.append(f"{label:20}" + "".join(cell(c, n) for n in names) + shares)
+    rows = [f"{'us a call':20}" + "".join(f"{n:>10}" for n in NAMES) + "  of floor  undecided"]
+    for case in sorted(found, key=lambda c: (c["F"], c["workload"], c["T"])):
+        label = f"{case['workload']} T={case['T']} F={case['F']}"
+        share = case.get("share_of_floor")
+        shares = f"  {share:8.0%}" if share else "         -"
+        shares += f"  {case['undecided']:9.2%}" if "undecided" in case else "          -"
+        rows.append(f"{label:20}" + "".join(cell(case, n) for n in NAMES) + shares)
+        rows += [f"    {name}: {why}" for name, why in case["failed"].items()]
     return "\n".join(rows)
 
 
-@torch.inference_mode()
-def run(out: Path, minutes: float) -> int:
-    clock = Clock(minutes)
-    result: dict = {"suite": "gpu", "machine": facts(), "left_out": [], "cases": []}
-    path = out / f"gpu-{result['machine']['date'][:19].replace(':', '-')}.json"
+def propose(result: Mapping) -> str:
+    """saesteer_fast.ops._ON_GPU as these times have it: the faster kernels first, by tokens.
 
-    def save(**parts) -> None:
-        result.update(parts)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+    Both workloads count alike: what decides is the geometric mean of their times.
+    """
+    if wrong := mistakes(result):
+        return f"_ON_GPU stays as it is: not right: {', '.join(wrong)}"
+    rows: list[tuple[int, tuple[str, ...]]] = []
+    for T in sorted({case["T"] for case in result["cases"]}):
+        here = [case["seconds"] for case in result["cases"] if (case["T"], case["F"]) == (T, 1)]
+        kernels = [n for n in ("ours", "triton") if here and all(n in each for each in here)]
+        means = {
+            name: statistics.geometric_mean(statistics.median(each[name]) for each in here)
+            for name in kernels
+        }
+        order = [{"ours": "cuda"}.get(name, name) for name in sorted(means, key=means.get)]
+        impls = (*order, "reference")
+        if not rows or rows[-1][1] != impls:
+            rows.append((T if rows else 0, impls))
+    return f"_ON_GPU = {tuple(rows)}"
 
-    save(tests=tests(TESTS, min(4.5, minutes / 2)))
-    floor = floors()
-    save(floors=floor)
-    whole = build(max(TOKENS))
-    for T in TOKENS:
-        for w in whole:
-            for features in FEATURES:
-                if clock.left() < 75 or (features > 1 and T not in (1, 512, 8192)):
-                    result["left_out"].append([w.name, T, features])
-                    continue
-                result["cases"].append(measure(first(w, features), T, floor))
-                save()
-    try:
-        save(model=decode_step(whole[0]))
-    except Exception as error:
-        save(model={"failed": f"{type(error).__name__}: {error}"[:300]})
-    if clock.left() > 30:
-        save(sanitizers=tests(SANITIZERS, clock.left() / 60))
-    print(table(result["cases"]))
-    print(json.dumps({k: result[k] for k in ("floors", "tests", "left_out")}, indent=1))
-    print(f"recorded in {path}")
-    return result["tests"]["exit"]
+
+def mistakes(result: Mapping) -> list[str]:
+    """What was found wrong; what did not run at all is wrong too."""
+    wrong = [part for part in ("checks", "cases") if not result.get(part)]
+    wrong += [name for name, each in result.get("checks", {}).items() if each["exit"]]
+    for name, found in result.items():
+        if name.startswith("smoke "):
+            wrong += [f"{name}: {step}" for step, each in found.items() if "failed" in each]
+    for case in result.get("cases", ()):
+        key = f"{case['workload']} T={case['T']} F={case['F']}"
+        wrong += [f"{key} {name}" for name in ("ours", "triton") if name in case["failed"]]
+    return wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the JSON file")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop measuring after so many")
+    folder = Path(__file__).with_name("results")
+    parser.add_argument("--out", type=Path, default=folder, help="the folder of the two files")
+    parser.add_argument("--minutes", type=float, default=9.0, help="end after so many")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench.gpu: PyTorch sees no CUDA device", file=sys.stderr)
-        return 1
     options.out.mkdir(parents=True, exist_ok=True)
-    return run(options.out, options.minutes)
+    run = Run(options.out, options.minutes)
+    parts: dict[str, Callable[[Run], None]] = dict(
+        zip(PARTS, (build, smoke, checks, measure), strict=True)
+    )
+    for name in options.parts:
+        start = time.monotonic()
+        try:
+            parts[name](run)
+        except Exception as error:
+            run.save(**{f"{name} broke": f"{type(error).__name__}: {error}"})
+            print(f"{name} broke: {error!r}", flush=True)
+        print(f"---- {name}: {time.monotonic() - start:.0f} s", flush=True)
+    print(f"recorded in {run.path}")
+    return bool(mistakes(run.result))
 
 
 if __name__ == "__main__":

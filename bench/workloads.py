@@ -62,7 +62,7 @@ class Workload:
     @cached_property
     def values(self) -> Tensor:
         """What each latent is set to: [F] fp32."""
-        return torch.full(self.features.shape, VALUE)
+        return torch.full(self.features.shape, VALUE, device=self.x.device)
 
     @cached_property
     def directions(self) -> Tensor:
@@ -103,7 +103,7 @@ class Workload:
     @cached_property
     def scanned(self) -> Tensor:
         """The share of W_enc that each token's scan takes before every feature is decided."""
-        scanned = torch.zeros(len(self.x))
+        scanned = torch.zeros(len(self.x), device=self.x.device)
         rows = (self.preacts > 0).any(-1).nonzero().squeeze(-1)
         for at in rows.split(512):
             p = reference.preacts(self.x[at], self.W_enc, self.b_enc, torch.float32)
@@ -144,17 +144,23 @@ class Workload:
         }
 
 
-def build(dtype: str, features: int, shape: Shape | None = None, seed: int = 0) -> list[Workload]:
+def build(
+    dtype: str,
+    features: int,
+    shape: Shape | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> list[Workload]:
     """The planted and the worst workload, with so many edited latents."""
     shape = shape or FULL
     d, N, k = shape.d, shape.N, shape.k
     random = torch.Generator().manual_seed(seed)
     W_dec = torch.randn(N, d, generator=random)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
-    W_enc = torch.randn(N, d, generator=random).mul_(0.5 * d**-0.5).add_(W_dec).to(DTYPES[dtype])
+    W_enc = torch.randn(N, d, generator=random).mul_(0.5 * d**-0.5).add_(W_dec)
     x = _tokens(W_dec, shape.stream, random)
     b_dec = 0.1 * torch.randn(d, generator=random)
-    x, W_dec, b_dec = (t.to(DTYPES[dtype]) for t in (x, W_dec, b_dec))
+    x, W_enc, W_dec, b_dec = (t.to(device, DTYPES[dtype]) for t in (x, W_enc, W_dec, b_dec))
 
     p = F.linear(x, W_enc)
     sample = p[: shape.stream // 8].flatten()

@@ -77,7 +77,7 @@ class Measured:
                 parameters = tuple(parameter[features] for parameter in _parameters(sae))
             self.features, self.directions = features.to(device), directions.to(device)
             self.rows, self.order = rows.to(device), None if order is None else order.to(device)
-            self.W_enc, self.b_enc = W_enc.to(device), (b_enc / self.scale).to(device)
+            self.W_enc, self.b_enc = W_enc.to(device), _over(b_enc, self.scale).to(device)
             self.parameters = tuple(parameter.to(device) for parameter in parameters)
             self.groups = self._grouped() if self.measure == "groupmax" else []
 
@@ -118,8 +118,7 @@ class Measured:
         _, _, unit = _normalised(x, self.normalize)
         if unit is not None:
             coef = coef * unit
-        if self.scale != 1:
-            coef = coef / self.scale
+        coef = _over(coef, self.scale)
         return ops.add_directions(x, self.directions, coef, impl=impl)
 
     def _groupmax(self, z: Tensor, impl: str) -> Tensor:
@@ -224,6 +223,11 @@ def _restored(sae: SAE, recon: Tensor, x: Tensor | None) -> Tensor:
     return recon * unit if mean is None else recon * unit + mean
 
 
+def _over(t: Tensor, scale: float) -> Tensor:
+    """t / scale, without a copy where that is t."""
+    return t if scale == 1 else t / scale
+
+
 def _activate(measure: str, p: Tensor, *parameters: Tensor) -> Tensor:
     """Elementwise measures; NaN stays NaN."""
     if measure == "relu":
@@ -248,7 +252,7 @@ def _parameters(sae: SAE) -> tuple[Tensor, ...]:
 def _largest(sae: SAE, z: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """Values fp32 and indices int64, [..., k], of the latents that topk and groupmax let live."""
     W_enc, b_enc = sae.encoder
-    b_enc = b_enc / sae.scale
+    b_enc = _over(b_enc, sae.scale)
     if sae.measure == "topk":
         values, indices = ops.encode(z, W_enc, b_enc, sae.k, impl=impl)
     else:
@@ -267,7 +271,7 @@ def _blocks(sae: SAE, z: Tensor, impl: str) -> Iterator[tuple[slice, Tensor]]:
     parameters = _parameters(sae)
     for rows in _slices(sae):
         W_enc, b_enc = sae.encoder_rows(rows)
-        p = ops.project(z, W_enc, b_enc / sae.scale, impl=impl) * sae.scale
+        p = ops.project(z, W_enc, _over(b_enc, sae.scale), impl=impl) * sae.scale
         yield rows, _activate(sae.measure, p, *(parameter[rows] for parameter in parameters))
 
 

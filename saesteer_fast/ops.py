@@ -20,11 +20,12 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import checks, reference, transforms
 
 _LIBRARY = Path(__file__).with_name("libsaesteer_ops.so")
 try:
@@ -63,7 +64,44 @@ def _load_cuda() -> str | None:
 
 _NO_CUDA = _load_cuda()
 
-_BY = {"auto": _OPS, "cpu": _OPS, "cuda": _BY_CUDA, "triton": _TRITON, "reference": reference}
+
+_LATENTS = {
+    "steer": ("features", 4, 1),
+    "feature_acts": ("features", 3, 1),
+    "decode": ("indices", 1, 2),
+}
+"""The argument that names latents, its place, and that of the matrix with a row for each."""
+
+
+def _by_reference(name: str) -> Callable:
+    """The reference, which takes and refuses what the op does."""
+    check, compute = getattr(checks, name), getattr(reference, name)
+
+    def run(*args):
+        check(*args)
+        if name in _LATENTS:
+            argument, *places = _LATENTS[name]
+            indices, matrix = (args[place] for place in places)
+            if indices.is_cpu and _holds_numbers(indices):
+                checks.elements(name, argument, indices, matrix.shape[0])
+        return compute(*args)
+
+    return run
+
+
+def _holds_numbers(t: Tensor) -> bool:
+    """Whether Python may read them: not while torch.compile or torch.func traces."""
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(t))
+
+
+_LATENTS = {
+    "steer": ("features", 4, 1),
+    "feature_acts": ("features", 3, 1),
+    "decode": ("indices", 1, 2),
+}
+"""The argument that names latents, its place, and that of the matrix with a row for each."""
+_REFERENCE = SimpleNamespace(**{name: _by_reference(name) for name in _NAMES})
+_BY = {"auto": _OPS, "cpu": _OPS, "cuda": _BY_CUDA, "triton": _TRITON, "reference": _REFERENCE}
 _DEFAULT = os.environ.get("SAESTEER_IMPL", "auto")
 if _DEFAULT not in _BY:
     raise ValueError(f"SAESTEER_IMPL: got {_DEFAULT!r}, accepted are {', '.join(_BY)}")
@@ -75,7 +113,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _ON_GPU = ((0, ("reference",)),)
 """What impl="auto" runs on a GPU: from so many tokens on, the first of these that is there. One row
 for all shapes, and no kernels in it until bench/results holds a run of `make gpu` that found them
-right: Triton's have run in its interpreter, the CUDA library's on an emulated GPU only."""
+right; it proposes the rows. Until now Triton's have run in its interpreter alone, the CUDA
+library's on an emulated GPU."""
 
 
 def steer(
@@ -249,79 +288,39 @@ def _fake(name: str) -> Callable:
 
 @_fake("steer")
 def _(x, W_enc, b_enc, directions, features, values, k, mask=None, order=None):
-    _check_encoder(x, W_enc, b_enc, order)
-    _check_device(x=x, directions=directions, features=features, values=values, mask=mask)
-    _check_values(x, values, features.shape[0])
+    checks.steer(x, W_enc, b_enc, directions, features, values, k, mask, order)
     return x.new_empty(x.shape)
 
 
 @_fake("project")
 def _(x, W_enc, b_enc):
-    _check_encoder(x, W_enc, b_enc)
+    checks.project(x, W_enc, b_enc)
     return x.new_empty((*x.shape[:-1], W_enc.shape[0]), dtype=torch.float32)
 
 
 @_fake("add_directions")
 def _(x, directions, coef):
-    _check_device(x=x, directions=directions, coef=coef)
-    _check_values(x, coef, directions.shape[0])
+    checks.add_directions(x, directions, coef)
     return x.new_empty(x.shape)
 
 
 @_fake("feature_acts")
 def _(x, W_enc, b_enc, features, k, order=None):
-    _check_encoder(x, W_enc, b_enc, order)
-    _check_device(x=x, features=features)
+    checks.feature_acts(x, W_enc, b_enc, features, k, order)
     return x.new_empty((*x.shape[:-1], features.shape[0]), dtype=torch.float32)
 
 
 @_fake("encode")
 def _(x, W_enc, b_enc, k):
-    _check_encoder(x, W_enc, b_enc)
+    checks.encode(x, W_enc, b_enc, k)
     shape = (*x.shape[:-1], k)
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
 
 
 @_fake("decode")
 def _(values, indices, W_dec, b_dec):
-    _check_device(values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)
+    checks.decode(values, indices, W_dec, b_dec)
     return W_dec.new_empty((*values.shape[:-1], W_dec.shape[1]))
-
-
-def _check_device(**tensors: Tensor | None) -> None:
-    (first, tensor), *others = tensors.items()
-    for name, other in others:
-        torch._check(
-            other is None or other.device == tensor.device,
-            lambda name=name, other=other: (
-                f"{name} is on {other.device}, {first} on {tensor.device}; move one to the other"
-            ),
-        )
-
-
-def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, order: Tensor | None = None) -> None:
-    _check_device(x=x, W_enc=W_enc, b_enc=b_enc, order=order)
-    torch._check(
-        W_enc.dim() == 2 and W_enc.shape[1] == x.shape[-1] and b_enc.shape == W_enc.shape[:1],
-        lambda: (
-            f"x is {tuple(x.shape)}, W_enc {tuple(W_enc.shape)}, b_enc {tuple(b_enc.shape)}; "
-            "accepted: [..., d], [N, d], [N]"
-        ),
-    )
-    torch._check(
-        order is None or order.shape == b_enc.shape,
-        lambda: f"order is {tuple(order.shape)}; accepted: {tuple(b_enc.shape)}",
-    )
-
-
-def _check_values(x: Tensor, values: Tensor, F: int) -> None:
-    torch._check(
-        values.shape in ((F,), (*x.shape[:-1], F)),
-        lambda: (
-            f"values are {tuple(values.shape)}, x is {tuple(x.shape)}; "
-            f"accepted: [{F}], or x's leading sizes and {F}"
-        ),
-    )
 
 
 def _shared(x: Tensor, values: Tensor) -> bool:
@@ -330,7 +329,7 @@ def _shared(x: Tensor, values: Tensor) -> bool:
 
 
 def _sum_to(slope: Tensor, shared: bool) -> Tensor:
-    return slope.flatten(0, -2).sum(0) if shared else slope
+    return slope.sum(tuple(range(slope.dim() - 1))) if shared else slope
 
 
 def _require_constant(ctx, op: str, names: tuple[str, ...], differentiable: set[str]) -> None:
@@ -432,7 +431,7 @@ for _name, _backward, _save in (
     ("encode", _encode_backward, _save_encode),
     ("decode", _decode_backward, _save_decode),
 ):
-    for _space in _SPACES:
-        torch.library.register_autograd(f"{_space}::{_name}", _backward, setup_context=_save)
+    for _space in (_OPS, _TRITON, _BY_CUDA):
+        transforms.register(getattr(_space, _name).default, _save, _backward)
     torch.library.impl(f"saesteer_triton::{_name}", ("cpu", "cuda"), _by_triton(_name))
     torch.library.impl(f"saesteer::{_name}", "cuda", _best_on_gpu(_name))

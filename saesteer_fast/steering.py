@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import ops
 from .conditions import Active, Condition, split
@@ -69,8 +68,6 @@ def steer(
         raise ValueError("when: sf.gate is decided by a prompt, which only sf.steering sees")
     plan.choose(rows)
     plan.check(x, mask)
-    if forward_ad.unpack_dual(plan.table.values).tangent is not None:
-        raise NotImplementedError("edits: has a forward-mode gradient; use backward ones")
     if plan.active is not None:
         mask = _both(mask, plan.holds(x)[1])
     return plan(x, mask, plan.chosen)
@@ -232,9 +229,6 @@ class Plan:
             raise ValueError(
                 f"x: is on {x.device}, the SAE's weights on {self.table.values.device}"
             )
-        # The ops would lose it without a word.
-        if forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError("x: has a forward-mode gradient; use backward ones")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
             raise ValueError(
                 f"mask: got {mask.dtype} {tuple(mask.shape)}, bool {tuple(x.shape[:-1])} is needed"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+import emulator
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -104,6 +105,30 @@ def make_phi3() -> Callable[..., torch.nn.Module]:
         return transformers.Phi3ForCausalLM(config).eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def sae(make_sae) -> sf.SAE:
+    return make_sae()
+
+
+@pytest.fixture(scope="module")
+def model(make_phi3) -> torch.nn.Module:
+    return make_phi3()
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(tmp_path_factory) -> dict[str, Path]:
+    """csrc/cuda compiled for the emulated GPU: object files by source."""
+    if emulator.COMPILER is None:
+        pytest.skip("the emulated GPU needs g++ and an x86-64 processor")
+    return emulator.compile_kernels(tmp_path_factory.mktemp("emulated"), emulator.COMPILER)
+
+
+@pytest.fixture(scope="session")
+def emulated_gpu(emulated_kernels, tmp_path_factory) -> emulator.Machine:
+    folder = tmp_path_factory.mktemp("emulated")
+    return emulator.Machine(emulator.link(emulated_kernels, folder, emulator.COMPILER))
 
 
 @pytest.fixture(scope="module")

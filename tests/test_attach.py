@@ -19,11 +19,6 @@ EDITS = {3: 6.0, 77: -2.0}
 PROMPT = torch.tensor([[5, 17, 60, 2, 33, 8, 90]])
 
 
-@pytest.fixture(scope="module")
-def sae(make_sae):
-    return make_sae()
-
-
 @pytest.fixture
 def model(make_phi3):
     return make_phi3()
@@ -75,6 +70,7 @@ def assert_same(y, expected, tolerance=1e-4):
     torch.testing.assert_close(y, expected, atol=tolerance, rtol=0)
 
 
+@pytest.mark.fault(48)
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_is_the_textbook_hook(model, sae, textbook, layer, poisoned_memory):
     with torch.no_grad():
@@ -161,6 +157,7 @@ def test_other_families(sae, textbook, kind, options):
     assert_same(y.double(), textbook(x, sae, EDITS))
 
 
+@pytest.mark.fault(60)
 @pytest.mark.parametrize("captured_before", [False, True])
 def test_hidden_states_show_the_steered_stream(model, sae, textbook, captured_before):
     with torch.no_grad():
@@ -176,6 +173,7 @@ def test_hidden_states_show_the_steered_stream(model, sae, textbook, captured_be
     assert torch.equal(steered.logits, logits)
 
 
+@pytest.mark.fault(56, 59)
 @pytest.mark.parametrize(
     "options",
     [
@@ -195,6 +193,7 @@ def test_generate_steers_every_step(model, sae, textbook, options):
             assert torch.equal(greedy(model, PROMPT, 8, **options), expected)
 
 
+@pytest.mark.fault(59)
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
 def test_beam_search(model, sae, textbook, options):
     with textbook_hook(model, textbook, sae, EDITS):
@@ -215,6 +214,7 @@ def padded(side):
     return ids, mask
 
 
+@pytest.mark.fault(57, 58)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("by_name", [True, False])
 def test_padding_is_left_alone(model, sae, textbook, side, by_name, poisoned_memory):
@@ -239,6 +239,7 @@ def layer_output_of_base(model, ids, mask):
     return seen[0]
 
 
+@pytest.mark.fault(57)
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 def test_each_row_of_a_padded_batch_is_as_if_alone(model, sae, options):
     ids, mask = padded("left")
@@ -249,6 +250,7 @@ def test_each_row_of_a_padded_batch_is_as_if_alone(model, sae, options):
             assert torch.equal(together[row, ids.shape[1] :], alone[0, len(tokens) :])
 
 
+@pytest.mark.fault(57)
 def test_padding_in_a_chunk_after_a_cache(model, sae, textbook):
     """The mask has a column a key: only its last ones are those of the tokens that come now."""
     ids, mask = padded("left")
@@ -313,6 +315,7 @@ class Decoder(nn.Module):
         return hidden
 
 
+@pytest.mark.fault(48)
 def test_layers_that_return_tuples(sae, textbook):
     ids, mask = padded("left")
     x = Decoder(as_tuple=True)(ids)
@@ -350,6 +353,7 @@ def test_no_edits_change_no_bit(model, sae):
             assert torch.equal(model(PROMPT).logits, plain)
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("attach_inside", [False, True])
 def test_inference_mode(model, sae, textbook, attach_inside):
     with textbook_hook(model, textbook, sae, EDITS):
@@ -377,6 +381,7 @@ def test_gradient_is_the_textbook_forms(model, sae, textbook):
         assert_same(gradient(), expected, 1e-3 * expected.abs().max())
 
 
+@pytest.mark.fault(49)
 def test_works_without_with(model, sae):
     before = hooks(model)
     handle = sf.steering(model, sae, EDITS)
@@ -386,6 +391,7 @@ def test_works_without_with(model, sae):
     assert hooks(model) == before
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_of_the_model_may_change_later(model, sae, textbook, dtype):
     with sf.steering(model, sae, EDITS):
@@ -396,6 +402,7 @@ def test_dtype_of_the_model_may_change_later(model, sae, textbook, dtype):
     assert y.dtype == dtype and ((y.double() - truth).abs() <= bound).all()
 
 
+@pytest.mark.fault(52)
 def test_steerings_of_one_layer_act_in_order(model, sae, textbook):
     x = layer_output(model, 1, PROMPT)
     edits = [{3: 6.0}, {3: -2.0, 9: 5.0}, {9: 1.0}]
@@ -424,6 +431,7 @@ def test_one_sae_on_several_layers(model, sae, textbook):
         assert_same(model(PROMPT).logits, expected)
 
 
+@pytest.mark.fault(65)
 def test_two_models(make_phi3, sae):
     one, two = make_phi3(seed=0), make_phi3(seed=1)
     with torch.no_grad():
@@ -436,6 +444,7 @@ def test_two_models(make_phi3, sae):
                 assert not torch.equal(two(PROMPT).logits, plain)
 
 
+@pytest.mark.fault(51)
 def test_foreign_hooks_stay_and_see_the_steered_stream(model, sae, textbook):
     layer, seen = model.model.layers[1], []
     layer.register_forward_hook(lambda m, a, o: seen.append(o))
@@ -452,6 +461,7 @@ def test_foreign_hooks_stay_and_see_the_steered_stream(model, sae, textbook):
     assert torch.equal(last, x)
 
 
+@pytest.mark.fault(70)
 def test_what_an_earlier_hook_kept_is_not_overwritten(model, sae):
     kept = []
     for part in (model.model.layers[1].mlp, model.model.layers[1].input_layernorm):
@@ -472,6 +482,7 @@ def meet_inside(*models):
         model.layers[0].register_forward_hook(wait)
 
 
+@pytest.mark.fault(64)
 def test_threads_do_not_see_each_others_padding(sae):
     """Two threads inside one model at once, each with a batch padded in its own way."""
     model = Decoder()
@@ -493,6 +504,7 @@ def test_threads_do_not_see_each_others_padding(sae):
         assert torch.equal(results[turn], expected[turn])
 
 
+@pytest.mark.fault(64, 65)
 def test_a_steered_model_leaves_another_threads_model_alone(sae):
     one, two = Decoder(), Decoder()
     ids, _ = padded("left")
@@ -505,6 +517,7 @@ def test_a_steered_model_leaves_another_threads_model_alone(sae):
         thread.join()
 
 
+@pytest.mark.fault(62)
 def test_a_copy_of_a_steered_model_is_steered(model, sae):
     with torch.no_grad():
         plain = model(PROMPT).logits
@@ -517,6 +530,7 @@ def test_a_copy_of_a_steered_model_is_steered(model, sae):
             assert torch.equal(twin(PROMPT).logits, steered)
 
 
+@pytest.mark.fault(62)
 def test_saved_weights_are_unsteered(model, sae, tmp_path):
     before = model.state_dict()
     with sf.steering(model, sae, EDITS):
@@ -565,6 +579,7 @@ def dynamo():
     torch.compiler.reset()
 
 
+@pytest.mark.fault(54, 55)
 @pytest.mark.parametrize(
     ("how", "attach_to_the_wrapper"), [("wrapped", True), *((how, False) for how in HOW)]
 )
@@ -608,6 +623,7 @@ def test_the_op_is_called_once_a_layer_and_step(model, sae, monkeypatch):
     assert calls == [(1, 7, 32), (1, 1, 32), (1, 1, 32), (1, 1, 32)]
 
 
+@pytest.mark.fault(19)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_model_on_a_gpu_with_an_sae_on_the_cpu(model, sae, textbook):

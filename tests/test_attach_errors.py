@@ -12,16 +12,6 @@ EDITS = {3: 6.0}
 PROMPT = torch.tensor([[5, 17, 60, 2, 33]])
 
 
-@pytest.fixture(scope="module")
-def sae(make_sae):
-    return make_sae()
-
-
-@pytest.fixture(scope="module")
-def model(make_phi3):
-    return make_phi3()
-
-
 def hooks(model):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called")
     return {
@@ -39,6 +29,7 @@ def no_hook_is_left(model):
     assert hooks(model) == before
 
 
+@pytest.mark.fault(53)
 @pytest.mark.parametrize(
     ("layer", "error", "message"),
     [
@@ -64,6 +55,7 @@ def test_no_layer_at_all(model, make_sae):
         sf.steering(model, make_sae(hookpoint=None), EDITS)
 
 
+@pytest.mark.fault(53)
 def test_hookpoint_of_another_model(model, make_sae):
     with pytest.raises(ValueError, match=r"no module 'h\.3'"):
         sf.steering(model, make_sae(hookpoint="h.3"), EDITS)
@@ -92,6 +84,7 @@ def test_unknown_impl_is_found_before_the_model_runs(model, sae):
         sf.steering(model, sae, EDITS, impl="fastest")
 
 
+@pytest.mark.fault(8)
 def test_sae_for_another_width(model, make_sae):
     with pytest.raises(ValueError, match=r"sae: is for width 48, layers\.1 is 32 wide"):
         sf.steering(model, make_sae(d=48), EDITS)
@@ -119,6 +112,7 @@ def test_model_without_weights(make_phi3, sae):
         sf.steering(model, sae, EDITS)
 
 
+@pytest.mark.fault(61)
 def test_model_that_moved_afterwards(sae):
     model = nn.Sequential(nn.Linear(32, 32))
     with sf.steering(model, sae, EDITS, layer="0"):
@@ -127,6 +121,7 @@ def test_model_that_moved_afterwards(sae):
             model(torch.ones(1, 32, device="meta"))
 
 
+@pytest.mark.fault(69)
 @pytest.mark.parametrize("layer", ["layers", "norm"])
 def test_module_that_is_passed_by(model, sae, layer, monkeypatch):
     """A list is never called; and a forward that is called by name runs no hooks."""
@@ -171,6 +166,7 @@ def test_removed_is_removed(model, sae):
             pass
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_error_in_the_body(model, sae, error):
     before = hooks(model)
@@ -181,6 +177,7 @@ def test_error_in_the_body(model, sae, error):
     assert hooks(model) == before
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_error_in_the_model(model, sae, error, layer):
@@ -210,6 +207,7 @@ def layer_inputs(model, ids):
     return embeds, None, positions, None, False, model.model.rotary_emb(embeds, positions)
 
 
+@pytest.mark.fault(49, 50)
 @pytest.mark.parametrize("failing", ["register_forward_pre_hook", "register_forward_hook"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_error_while_attaching(model, sae, monkeypatch, failing, error):

@@ -26,11 +26,6 @@ FOLLOWING = {
 }
 
 
-@pytest.fixture(scope="module")
-def sae(make_sae):
-    return make_sae()
-
-
 @pytest.fixture
 def model(make_phi3):
     return make_phi3()
@@ -46,6 +41,7 @@ def generate(model, ids=IDS, **options):
     )
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_copies_follow_their_own_generation(model, sae, name):
     plain = generate(model)
@@ -60,6 +56,7 @@ def test_copies_follow_their_own_generation(model, sae, name):
         assert torch.equal(generate(twin), steered)
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_saved_weights_are_unsteered(model, sae, name, tmp_path):
     with steering(model, sae, name):
@@ -80,6 +77,7 @@ def test_only_those_who_must_follow_it(model, sae):
         assert "generate" not in vars(model)
 
 
+@pytest.mark.fault(52)
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_several_at_once(model, sae, order):
     plain = generate(model)
@@ -95,6 +93,7 @@ def test_several_at_once(model, sae, order):
     assert len({tuple(ids[0].tolist()) for ids in (plain, both, left)}) == 3
 
 
+@pytest.mark.fault(51)
 def test_someone_elses_generate_is_called_and_kept(model, sae):
     calls, own = [], model.generate
 
@@ -123,6 +122,7 @@ class Wrapper(nn.Module):
         return self.base_model.generate(*args, **options)
 
 
+@pytest.mark.fault(67)
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 2}])
 def test_a_model_inside_another(model, sae, options):
     with steering(model, sae, "scope"):
@@ -134,6 +134,7 @@ def test_a_model_inside_another(model, sae, options):
     assert "generate" not in vars(model) and "generate" not in vars(wrapper)
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("name", FOLLOWING)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_inside_generate(model, sae, name, error):
@@ -157,6 +158,7 @@ def test_an_error_inside_generate(model, sae, name, error):
         assert torch.equal(again, model(IDS).logits) == (name != "rows")
 
 
+@pytest.mark.fault(64)
 def test_threads_have_their_own_prompts(model, sae):
     prompts = [IDS, IDS[:, :2], IDS[:, 1:5]]
     with steering(model, sae, "scope"):
@@ -184,6 +186,7 @@ def test_decisions_of_another_thread_can_be_read(model, sae):
         assert [decision.on for decision in handle.decisions] == [True]
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_dtype_of_the_model_may_change_later(make_phi3, sae, name, dtype):
@@ -193,6 +196,7 @@ def test_dtype_of_the_model_may_change_later(make_phi3, sae, name, dtype):
         assert torch.equal(generate(changed), generate(model))
 
 
+@pytest.mark.fault(72)
 @pytest.mark.parametrize(
     ("edits", "options"),
     [
@@ -242,6 +246,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
 
 
+@pytest.mark.fault(66)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_process_steers_too():
     """Few tokens, as in a worker of a data loader, after the parent used its threads."""

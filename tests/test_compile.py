@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_edits import EDITED, MEASURES, build, stream
+from support import EDITED, MEASURES, build, stream
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import saesteer_fast as sf
@@ -65,6 +65,7 @@ def generate(model, ids, **options):
     return model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, **options)
 
 
+@pytest.mark.fault(54)
 @pytest.mark.parametrize(
     ("name", "cache"),
     [

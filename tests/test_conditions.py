@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from prompts import IDS, MASK, generate
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,23 +16,6 @@ from saesteer_fast.conditions import Cause, Decision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EDITS = {3: 6.0, 77: -2.0}
-IDS = torch.tensor([[0, 0, 0, 5, 17, 60], [7, 8, 9, 5, 17, 60], [0, 33, 2, 17, 5, 90]])
-MASK = (IDS != 0).long()
-
-
-@pytest.fixture(scope="module")
-def sae(make_sae):
-    return make_sae()
-
-
-@pytest.fixture(scope="module")
-def model(make_phi3):
-    return make_phi3()
-
-
-def generate(model, ids=IDS, **options):
-    mask = options.pop("attention_mask", (ids != 0).long())
-    return model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, **options)
 
 
 def layer_output(model, *args, **options):
@@ -213,7 +197,7 @@ def test_loops_by_hand(model, sae, gate, expected):
     whole = expected()
     with sf.steering(model, sae, EDITS, when=gate), torch.no_grad():
         ids, mask, cache = IDS, MASK, None
-        for _ in range(5):
+        for _ in range(6):
             past = 0 if cache is None else cache.get_seq_length()
             places = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
             output = model(

@@ -313,6 +313,7 @@ PLAIN: dict[str, Case] = {
 }
 
 
+@pytest.mark.fault(35, 40)
 @pytest.mark.parametrize("square", [False, True], ids=["", "N=d"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_weights_and_settings(tmp_path, name, square):
@@ -388,6 +389,7 @@ def test_many_blocks(tmp_path, monkeypatch):
         assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.W_dec, w["W_dec"])
 
 
+@pytest.mark.fault(41)
 def test_scale_of_a_saelens_checkpoint(tmp_path):
     w = random()
     saelens(tmp_path, w, "standard", normalize_activations="expected_average_only_in")
@@ -431,6 +433,7 @@ def test_an_autoencoder_is_normalised_as_its_library_does(tmp_path):
     assert not sf.SAE.load(trained(tmp_path / "c", w, "AutoEncoder", state)).decoder_norm
 
 
+@pytest.mark.fault(41)
 def test_llama_scope_is_used_in_units_of_the_stream(tmp_path):
     w = random()
     sae = sf.SAE.load(llama(tmp_path / "L19R", w))
@@ -583,6 +586,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.fault(34, 35, 39, 40, 41)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_cannot_be_said_is_refused_by_name(tmp_path, name):
     write, message = SETTINGS[name]
@@ -640,6 +644,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.999])
 @pytest.mark.parametrize("name", BROKEN)
 def test_cut_short(tmp_path, name, keep):
@@ -650,6 +655,17 @@ def test_cut_short(tmp_path, name, keep):
         sf.SAE.load(place)
 
 
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("name", ["dictionary_learning-BatchTopKSAE", "gemma_scope", "qwen_scope"])
+def test_what_follows_an_archive_does_no_harm(tmp_path, name):
+    w = random()
+    place = PLAIN[name][0](tmp_path / "sae", w)
+    with binary(place).open("ab") as file:
+        file.write(b"?")
+    assert torch.equal(sf.SAE.load(place).W_dec, w["W_dec"])
+
+
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("name", ["dictionary_learning-BatchTopKSAE", "gemma_scope", "qwen_scope"])
 def test_flipped_bit_in_an_archive(tmp_path, name):
     w = random()
@@ -662,6 +678,7 @@ def test_flipped_bit_in_an_archive(tmp_path, name):
         sf.SAE.load(place)
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("format", ["sparsify", "saelens"])
 @pytest.mark.parametrize("key", ["W_enc", "W_dec", "b_dec"])
 def test_flipped_bit_in_what_was_saved_here(tmp_path, format, key):
@@ -676,6 +693,7 @@ def test_flipped_bit_in_what_was_saved_here(tmp_path, format, key):
         sf.SAE.load(tmp_path)
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_weights_that_are_no_numbers(tmp_path, name, value):
@@ -685,6 +703,7 @@ def test_weights_that_are_no_numbers(tmp_path, name, value):
         sf.SAE.load(PLAIN[name][0](tmp_path / "sae", w))
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("name", BROKEN)
 def test_integer_weights(tmp_path, name):
     w = random()
@@ -701,6 +720,7 @@ class Bomb:
         return os.mkdir, (str(self.witness),)
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize(
     "name", ["ae.pt", "layer6.sae.pt", "autoencoder.pt", "sae_weights.safetensors"]
 )
@@ -716,6 +736,7 @@ def test_pickles_are_not_executed(tmp_path, name):
     assert not witness.exists()
 
 
+@pytest.mark.fault(42)
 def test_pickled_arrays_are_not_executed(tmp_path):
     witness = tmp_path / "executed"
     arrays = {key: tensor.numpy() for key, tensor in matrices(random()).items()}
@@ -744,6 +765,7 @@ def test_a_pt_file_older_than_zip(tmp_path):
         sf.SAE.load(path)
 
 
+@pytest.mark.fault(46)
 def test_an_archive_of_something_else(tmp_path):
     with zipfile.ZipFile(tmp_path / "params.npz", "w") as archive:
         archive.writestr("../../evil.npy", b"\x93NUMPY")
@@ -754,6 +776,7 @@ def test_an_archive_of_something_else(tmp_path):
         sf.SAE.load(tmp_path / "autoencoder.pt")
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("name", BROKEN)
 def test_files_may_be_cut_short_once_loaded(tmp_path, name):
     w = random()
@@ -763,6 +786,7 @@ def test_files_may_be_cut_short_once_loaded(tmp_path, name):
     assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.W_dec, w["W_dec"])
 
 
+@pytest.mark.fault(46)
 def test_links_are_followed(tmp_path):
     place = saelens(tmp_path / "sae", random(), "standard", metadata={})
     (tmp_path / "layers.9").symlink_to(place)
@@ -772,6 +796,7 @@ def test_links_are_followed(tmp_path):
         sf.SAE.load(tmp_path / "layers.8")
 
 
+@pytest.mark.fault(46)
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 @pytest.mark.parametrize("name", BROKEN)
 def test_unreadable(tmp_path, name):
@@ -797,6 +822,7 @@ def status(key: str, loaded: str, place: str) -> str:
     """
 
 
+@pytest.mark.fault(47)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize(
     ("name", "dtype"),

@@ -53,6 +53,7 @@ REFUSED = {
 
 # The libraries compute in fp32 in another order: sums of 48 terms of size about 1, and for recon
 # and steered sums over the live latents, agree to a unit in the last place a term.
+@pytest.mark.fault(40, 41)
 @pytest.mark.parametrize("name", CASES)
 def test_same_as_the_library(golden, name):
     case = golden(name)

@@ -118,6 +118,7 @@ def test_without_huggingface_hub(monkeypatch):
         sf.SAE.load("org/saes")
 
 
+@pytest.mark.fault(39)
 def test_nothing_of_the_repository_is_trusted(fetched, cache):
     config = next(cache.rglob("cfg.json"))
     config.write_text(json.dumps(json.loads(config.read_text()) | {"k": 10**9}))

@@ -92,6 +92,7 @@ def test_older_configuration(folder):
     assert sf.SAE.load(folder).k == K
 
 
+@pytest.mark.fault(39)
 def test_unknown_setting_is_reported(folder):
     configure(folder, rescale=2)
     with pytest.warns(UserWarning, match="rescale is not known and ignored"):
@@ -106,6 +107,7 @@ def test_settings_survive_a_round_trip(folder, tmp_path):
     assert (config["num_latents"], config["k"], config["d_in"]) == (N, K, D)
 
 
+@pytest.mark.fault(24, 34, 39, 40)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -139,6 +141,7 @@ def test_bad_settings_are_named(folder, changed, message):
         sf.SAE.load(folder)
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[1]", b"null", b"\xff\xfe", b'{"k": 4,}', b"[" * 100_000],
@@ -156,6 +159,7 @@ def bad(value: float) -> torch.Tensor:
     return tensor
 
 
+@pytest.mark.fault(34, 35, 36, 38)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -192,6 +196,7 @@ def encoded(begin: int, end: int) -> bytes:
     return json.dumps(entry(begin, end)).encode()
 
 
+@pytest.mark.fault(32, 33, 42)
 @pytest.mark.parametrize(
     "content",
     [
@@ -225,6 +230,7 @@ def test_broken_tensor_file(folder, content):
         sf.SAE.load(folder)
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("keep", [0.5, 0.999])
 def test_truncated(folder, keep):
     path = folder / "sae.safetensors"
@@ -234,6 +240,7 @@ def test_truncated(folder, keep):
         sf.SAE.load(folder)
 
 
+@pytest.mark.fault(42)
 def test_pickle_is_refused_and_not_executed(folder, tmp_path):
     witness = tmp_path / "executed"
 
@@ -251,6 +258,7 @@ def test_pickle_is_refused_and_not_executed(folder, tmp_path):
     assert not witness.exists()
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("name", ["cfg.json", "sae.safetensors"])
 def test_missing_file(folder, name):
     (folder / name).rename(folder / f"old_{name}")
@@ -273,6 +281,7 @@ def test_folder_of_folders(folder):
         sf.SAE.load(folder.parent / "empty")
 
 
+@pytest.mark.fault(46)
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_unreadable_file(folder):
     (folder / "sae.safetensors").chmod(0)
@@ -280,6 +289,7 @@ def test_unreadable_file(folder):
         sf.SAE.load(folder)
 
 
+@pytest.mark.fault(45)
 def test_file_may_be_cut_short_while_loaded(folder):
     sae = sf.SAE.load(folder)
     before = sae.W_enc.clone()
@@ -295,6 +305,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("failing", ["write_json", "write_tensors", "os.fsync"])
 def test_failed_save_leaves_what_was_there(tmp_path, make_sae, monkeypatch, failing):
     def fail(*_):
@@ -330,6 +341,7 @@ def test_save_obeys_the_umask(folder):
     assert {path.stat().st_mode for path in folder.iterdir()} == {mode}
 
 
+@pytest.mark.fault(43)
 def test_killed_save_leaves_the_good_files(folder, make_sae):
     """SIGKILL while the weights are written: the older SAE is whole."""
     before = tree(folder)

@@ -88,6 +88,7 @@ def test_a_full_size_dictionary(T):
 # ---- what must not wait for the device ----
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("T", [1, 40, 200])
 def test_a_graph_replays_on_any_input(T):
     case = some_live(T)
@@ -108,6 +109,7 @@ def test_a_graph_replays_on_any_input(T):
     assert (acts > 0).any()
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("T", [1, 200])
 def test_nothing_waits_for_the_device(T):
     case = some_live(T)
@@ -119,6 +121,7 @@ def test_nothing_waits_for_the_device(T):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.fault(31, 68)
 def test_streams_do_not_meet():
     cases = [some_live(200), some_live(150, F=7)]
     cases[1] = cases[1].but(x=cases[1].x.flip(-1))
@@ -135,6 +138,7 @@ def test_streams_do_not_meet():
         assert all(same_bits(result, y) for result in results)
 
 
+@pytest.mark.fault(68)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_another_device_than_the_current_one():
     case = some_live(200)
@@ -144,6 +148,7 @@ def test_another_device_than_the_current_one():
         other.but(W_enc=case.W_enc).steer("cuda")
 
 
+@pytest.mark.fault(19)
 def test_arguments_on_the_cpu_are_named():
     case = some_live(3)
     for name in ("W_enc", "b_enc", "features", "values"):
@@ -193,6 +198,7 @@ def room(gigabytes: int) -> None:
         pytest.skip(f"needs {gigabytes} GB of device memory")
 
 
+@pytest.mark.fault(17)
 def test_tokens_beyond_32_bit_addresses():
     room(20)
     T = (1 << 31) // D + 100
@@ -204,6 +210,7 @@ def test_tokens_beyond_32_bit_addresses():
     assert same_bits(y[-100:], expected) and same_bits(y[:100], expected)
 
 
+@pytest.mark.fault(17)
 def test_latents_beyond_32_bit_addresses():
     room(30)
     latents = (1 << 31) // D + 300

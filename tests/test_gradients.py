@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_edits import EDITED, LATENTS, MEASURES, N, build, given_edits, stream, truth
+from support import EDITED, LATENTS, MEASURES, N, build, given_edits, stream, truth
 
 import saesteer_fast as sf
 from saesteer_fast import reference
@@ -23,6 +23,7 @@ def close(gradient, expected):
     return gradient is not None and ((gradient.double() - expected).abs() <= bound).all()
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_path_in_double_precision(kind):
     """gradcheck of measuring, editing and writing back, each in fp64."""
@@ -48,6 +49,7 @@ def gradients(y, x, strengths):
     return torch.autograd.grad((y * weights.to(y.dtype)).sum(), [x, *strengths])
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("kind", EDITED)
 @pytest.mark.parametrize(
@@ -146,6 +148,7 @@ def test_strengths_of_a_steered_model(make_phi3, make_sae):
         assert strengths.requires_grad and handle.strengths[0] == 1.0
 
 
+@pytest.mark.fault(63)
 @pytest.mark.parametrize("edits", [{3: 4.0}, {3: sf.scale(2.0), 40: sf.at_least(1.0)}])
 def test_gradient_checkpointing(make_phi3, make_sae, edits):
     """What is computed again is steered again."""
@@ -176,20 +179,36 @@ def test_strengths_that_are_not_leaves_of_the_steering(make_phi3, make_sae):
         assert handle.strengths.tolist() == [2.0]
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("edits", [{3: 2.0}, {3: sf.scale(2.0)}, {3: sf.add(1.0)}])
 def test_forward_mode_is_refused(edits):
-    """The ops have no rule for it, and would give zero."""
-    with pytest.raises(NotImplementedError, match="x: has a forward-mode gradient; use backward"):
-        torch.func.jvp(lambda x: sf.steer(x, build(), edits), (stream(3),), (stream(3),))
-    with pytest.raises(NotImplementedError, match="edits: has a forward-mode gradient"):
-        strength = (torch.tensor(1.0),)
-        torch.func.jvp(lambda v: sf.steer(stream(3), build(), {3: v}), strength, strength)
+    """The kernels have no rule for it, and would give zero. The reference has."""
+    sae, x = build(), stream(3)
+    for impl in ("auto", "reference"):
+
+        def of_x(x, impl=impl):
+            return sf.steer(x, sae, edits, impl=impl)
+
+        def of_strength(v, impl=impl):
+            return sf.steer(x, sae, {3: v}, impl=impl)
+
+        for function, at in ((of_x, x), (of_strength, torch.tensor(1.0))):
+            if impl == "auto":
+                with pytest.raises(NotImplementedError, match="has no forward-mode gradient; acc"):
+                    torch.func.jvp(function, (at,), (at,))
+                with pytest.raises(NotImplementedError, match="has no forward-mode gradient; acc"):
+                    torch.func.hessian(lambda t, f=function: f(t).square().sum())(at)
+            else:
+                _, tangent = torch.func.jvp(function, (at,), (at,))
+                slope = torch.func.jacrev(function)(at)
+                torch.testing.assert_close(tangent, torch.tensordot(slope, at, at.ndim))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.fault(15)
+@pytest.mark.filterwarnings("error:There is a performance drop")
 @pytest.mark.parametrize("measure", MEASURES)
 def test_vmap(measure):
-    """Over streams and over strengths; PyTorch loops over the ops."""
+    """Over streams and over strengths."""
     sae, x = build(measure), stream(3, 5)
     options = {"measure": "projection"} if measure == "projection" else {}
     for edits in ({3: 2.0}, {3: sf.scale(0.5), 40: sf.at_least(1.0)}):
@@ -199,6 +218,26 @@ def test_vmap(measure):
     mapped = torch.func.vmap(lambda v: sf.steer(x, sae, {3: v}, **options))(values)
     for y, value in zip(mapped, values.tolist(), strict=True):
         torch.testing.assert_close(y, sf.steer(x, sae, {3: value}, **options), atol=1e-5, rtol=0)
+
+
+@pytest.mark.fault(14, 15)
+@pytest.mark.parametrize("measure", MEASURES)
+def test_torch_func(measure):
+    """grad, jacrev and vmap of grad, through x and through a strength, against autograd."""
+    sae, x = build(measure), stream(4)
+    options = {"measure": "projection"} if measure == "projection" else {}
+
+    def loss(x, v):
+        return sf.steer(x, sae, {3: v, 40: sf.scale(v)}, **options).square().sum()
+
+    leaves = x.clone().requires_grad_(), torch.tensor(1.5, requires_grad=True)
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        found = transform(loss, argnums=(0, 1))(x, torch.tensor(1.5))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    each = torch.func.vmap(torch.func.grad(loss), (0, None))(x, torch.tensor(1.5))
+    torch.testing.assert_close(each, expected[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_example_learns():

@@ -114,6 +114,7 @@ def close(got: Tensor, truth: Tensor, ulps=64):
     torch.testing.assert_close(got.double(), truth, atol=bound, rtol=0)
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize(("measure", "settings"), cases())
 def test_acts_and_apply(measure, settings, impl):
@@ -133,6 +134,7 @@ def test_acts_and_apply(measure, settings, impl):
     close(measured.apply(x, coef[0], impl)[:1], (x.double() + shift)[:1])
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize(("measure", "settings"), cases())
 def test_whole(measure, settings, impl):
@@ -173,6 +175,21 @@ def test_half_precision(measure, settings, dtype):
     )
 
 
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm"])
+def test_norms_beyond_fp16(normalize):
+    sae = make("topk", dtype=torch.float16, normalize=normalize)
+    sae.W_dec.mul_(8000)
+    x = 4000 * stream(dtype=torch.float16)
+    assert x.isfinite().all() and x.float().norm(dim=-1).square().max() > 65520
+    truth = dense(sae, x)
+    close(Measured(sae, LATENTS).acts(x), truth[:, LATENTS])
+    unit = (sae.W_dec.double() / sae.W_dec.double().norm(dim=1, keepdim=True))[LATENTS]
+    z, _, _ = normalised(sae, x)
+    projected = Measured(sae, LATENTS, measure="projection").acts(x)
+    close(projected, (z - sae.b_dec.double()) @ unit.T, 256)
+
+
 @pytest.mark.parametrize("settings", [{}, {"normalize": "layer_norm"}, {"scale": 3.0}])
 def test_projection(settings):
     sae, x = make("topk", **settings), stream()
@@ -208,6 +225,7 @@ def test_plain_topk_shares_the_weights_and_is_fused():
     sae, x = make("topk"), stream()
     measured = Measured(sae, LATENTS)
     assert measured.fused and measured.W_enc.data_ptr() == sae.W_enc.data_ptr()
+    assert measured.b_enc.data_ptr() == sae.b_enc.data_ptr()
     values = torch.tensor([5.0, 1.0, 0.0, -2.0, 3.0])
     fused = ops.steer(
         x,
@@ -249,6 +267,7 @@ def test_no_change_is_bit_identical(measure, settings):
     assert torch.equal(out.view(torch.int16), x.view(torch.int16))
 
 
+@pytest.mark.fault(1, 2)
 @pytest.mark.parametrize(("measure", "settings"), cases())
 def test_bad_tokens_spoil_only_themselves(measure, settings):
     sae, x = make(measure, **settings), stream()
@@ -263,6 +282,7 @@ def test_bad_tokens_spoil_only_themselves(measure, settings):
     assert measured.apply(x, 2 - acts)[good].isfinite().all()
 
 
+@pytest.mark.fault(5, 6)
 @pytest.mark.parametrize("measure", ALL)
 @pytest.mark.parametrize("shape", [(D,), (0, D), (2, 3, D), (1, 1, 1, D)])
 def test_shapes(measure, shape):
@@ -294,6 +314,7 @@ def test_more_latents_than_a_block(monkeypatch):
         close(sae.decode(sae.encode(x)), decoded(sae, dense(sae, x), x), 256)
 
 
+@pytest.mark.fault(25)
 def test_ties_go_to_the_lower_index():
     rows = torch.ones(N, D)
     own = {"topk": [0, 1, 2, 3, 4, 5], "groupmax": [0, 6, 12, 18, 24, 30]}
@@ -335,6 +356,7 @@ def test_compiles_without_a_break(measure):
     torch.testing.assert_close(compiled(x, values), held(x, values), atol=0, rtol=0)
 
 
+@pytest.mark.fault(72)
 @pytest.mark.parametrize(("measure", "settings"), cases())
 def test_autocast_changes_nothing(measure, settings):
     def results() -> list[Tensor]:

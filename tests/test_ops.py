@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,6 +78,7 @@ def assert_right(case: Case) -> float:
     return assert_decided(case, live)
 
 
+@pytest.mark.fault(10, 18)
 @EVERY_PAIR
 @pytest.mark.parametrize("shape", FEW_SHAPES, ids=shape_id)
 def test_core_steer_and_feature_acts_are_the_truth(shape, dtype, weights, record_property):
@@ -84,6 +86,7 @@ def test_core_steer_and_feature_acts_are_the_truth(shape, dtype, weights, record
     record_property("undecided", share)
 
 
+@pytest.mark.fault(18, 24)
 @EVERY_DTYPE
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_odd_shapes(shape, dtype, record_property):
@@ -102,6 +105,7 @@ def test_undecided_share_of_random_data_is_small(dtype, record_property):
     assert share < 0.005 < live
 
 
+@pytest.mark.fault(5, 6)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3), (2, 0), (0,)], ids=str)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_any_leading_sizes(lead, per_token):
@@ -132,6 +136,7 @@ def integer_cases(dtype, weights):
     yield integer_case(5, 33, 129, 1, 65, dtype, weights, seed=2)
 
 
+@pytest.mark.fault(25, 26)
 @EVERY_PAIR
 def test_core_integers_are_exact(dtype, weights):
     for case in integer_cases(dtype, weights):
@@ -159,6 +164,7 @@ def test_integers_are_exact_on_the_textbook_paths(path):
     assert torch.equal(case.truth(), y.double())
 
 
+@pytest.mark.fault(25)
 @EVERY_PAIR
 def test_core_ties_go_to_the_lower_latent(dtype, weights):
     """All latents alike: exactly the k first are live, wherever the features lie."""
@@ -177,6 +183,7 @@ def test_core_ties_go_to_the_lower_latent(dtype, weights):
     assert torch.equal(values, acts[:, :k])
 
 
+@pytest.mark.fault(25)
 @EVERY_PAIR
 def test_core_duplicate_rows_tie_wherever_they_lie(dtype, weights):
     """A latent repeated far away is beaten by its earlier copies alone, whatever its sum is."""
@@ -235,6 +242,7 @@ def test_core_equal_latents_are_live_by_number_not_by_row(dtype, weights):
         assert ((acts > 0) == ((torch.arange(N) < k) & positive[:, None])).all()
 
 
+@pytest.mark.fault(26)
 def test_a_preactivation_of_zero_is_not_live():
     case = integer_case()
     case = case.but(W_enc=torch.zeros_like(case.W_enc), b_enc=torch.zeros_like(case.b_enc), k=130)
@@ -242,6 +250,7 @@ def test_a_preactivation_of_zero_is_not_live():
     assert torch.equal(case.steer().double(), case.truth())
 
 
+@pytest.mark.fault(27)
 @EVERY_DTYPE
 def test_three_reasons_to_be_dead_or_live(dtype):
     """In the top k, positive but outside, and not positive."""
@@ -299,6 +308,7 @@ def test_errs_no_more_than_the_naive_path(dtype):
     assert ours.max() <= naive.max() and ours.mean() < 0.75 * naive.mean()
 
 
+@pytest.mark.fault(12)
 @EVERY_PAIR
 def test_core_massive_activations(dtype, weights):
     case = random_case(63, 130, 300, 8, 3, dtype, weights)
@@ -315,6 +325,7 @@ def test_core_tiny_preactivations(dtype, weights):
     assert_right(case.but(**small))
 
 
+@pytest.mark.fault(13)
 @EVERY_PAIR
 def test_core_subnormals(dtype, weights):
     """Neither flushed where nothing changes, nor lost where something does."""
@@ -330,12 +341,14 @@ def test_core_subnormals(dtype, weights):
     assert same_bits(dead.steer(), x)
 
 
+@pytest.mark.fault(13)
 def test_subnormal_products_may_flush_but_no_further():
     case = random_case(20, 33, 129, 8, 2, torch.bfloat16, torch.bfloat16)
     small = {"x": case.x * 2.0**-70, "W_enc": case.W_enc * 2.0**-62, "b_enc": 0 * case.b_enc}
     assert_right(case.but(**small))
 
 
+@pytest.mark.fault(11)
 def test_a_result_beyond_fp16_is_infinite():
     case = random_case(63, 33, 129, 8, 1, torch.float16, torch.float16)
     case = case.but(values=torch.tensor([3e5]))
@@ -347,6 +360,7 @@ def test_a_result_beyond_fp16_is_infinite():
     assert y[within].isfinite().all()
 
 
+@pytest.mark.fault(11)
 def test_preactivations_beyond_fp16_are_measured():
     case = random_case(63, 130, 129, 8, 2, torch.float16, torch.float16)
     case = case.but(x=case.x * 1000, W_enc=case.W_enc * 100, W_dec=case.W_dec / 1024)
@@ -354,6 +368,7 @@ def test_preactivations_beyond_fp16_are_measured():
     assert_right(case)
 
 
+@pytest.mark.fault(22)
 @EVERY_PAIR
 def test_core_no_features_is_a_copy(dtype, weights):
     case = random_case(7, 67, dtype=dtype, weights=weights, F=0)
@@ -366,6 +381,7 @@ def test_core_no_features_is_a_copy(dtype, weights):
     assert case.acts().shape == (7, 0)
 
 
+@pytest.mark.fault(28)
 @EVERY_PAIR
 def test_core_clamping_to_its_own_value_changes_no_bit(dtype, weights):
     case = random_case(200, 67, 129, 16, 17, dtype, weights)
@@ -377,6 +393,7 @@ def test_core_clamping_to_its_own_value_changes_no_bit(dtype, weights):
     assert same_bits(case.but(values=acts).steer(), x)
 
 
+@pytest.mark.fault(13)
 def test_zero_at_a_dead_latent_keeps_minus_zero():
     case = random_case(9, F=1)
     case = case.but(x=torch.full_like(case.x, -0.0), b_enc=-torch.ones(129), values=torch.zeros(1))
@@ -407,6 +424,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault(1, 2, 4)
 @EVERY_PAIR
 @pytest.mark.parametrize("kind", BAD)
 def test_core_a_bad_row_spoils_no_other(dtype, weights, kind):
@@ -431,6 +449,7 @@ def test_core_a_bad_row_spoils_no_other(dtype, weights, kind):
     assert torch.equal(naive.isnan(), y.isnan())
 
 
+@pytest.mark.fault(3)
 @EVERY_DTYPE
 def test_core_every_row_bad(dtype):
     case = random_case(63, 33, 200, 8, 2, dtype, dtype)
@@ -455,6 +474,7 @@ def test_nan_latents_count_as_the_largest():
     assert (case.but(W_enc=broken).encode()[1][:, 0] == 129).all()
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_value_spoils_its_token_alone(value):
     case = random_case(9, per_token=True)
@@ -481,6 +501,7 @@ def layouts(x: torch.Tensor):
     yield "unaligned", torch.cat([x.new_full((1,), torch.nan), x.flatten()])[1:].view(T, d)
 
 
+@pytest.mark.fault(7)
 @EVERY_DTYPE
 def test_core_any_strides(dtype):
     case = random_case(7, 67, 130, 8, 3, dtype, dtype, per_token=True)
@@ -499,6 +520,7 @@ def test_core_any_strides(dtype):
             assert same_bits(case.but(W_enc=W_enc).steer(), y), name
 
 
+@pytest.mark.fault(7)
 def test_stride_zero_and_every_other_entry():
     case = random_case(1, per_token=True)
     row = case.x.expand(63, -1)
@@ -511,6 +533,7 @@ def test_stride_zero_and_every_other_entry():
     assert same_bits(one.but(x=one.x.expand(5, 1).contiguous()).steer(), one.steer())
 
 
+@pytest.mark.fault(7)
 def test_a_negated_view():
     case = random_case(7)
     x = torch.complex(torch.zeros_like(case.x), -case.x).conj().imag
@@ -518,6 +541,7 @@ def test_a_negated_view():
     assert same_bits(case.but(x=x).steer(), case.steer())
 
 
+@pytest.mark.fault(16)
 def test_inputs_may_share_memory_and_are_not_written():
     case = random_case(33, 33, 33, 4, 3, per_token=True, masked=True)
     case = case.but(x=case.W_enc, W_dec=case.W_enc)
@@ -535,6 +559,7 @@ def test_inputs_may_share_memory_and_are_not_written():
     assert_right(case)
 
 
+@pytest.mark.fault(31)
 @EVERY_DTYPE
 @pytest.mark.parametrize("weights", DTYPES[:2], ids=["w32", "wbf16"])
 def test_core_batch_and_threads_change_no_bit(dtype, weights):
@@ -588,6 +613,31 @@ def test_more_tokens_than_are_taken_at_once():
     assert same_bits(case.steer()[tail], case.rows(tail).steer())
 
 
+@pytest.mark.fault(17)
+def test_more_than_32_bits_count():
+    """In x, in W_enc, and in tokens times latents."""
+    d, many = 1 << 16, (1 << 15) + 2
+
+    def zeros():
+        """As NumPy makes them: what nobody writes takes no memory."""
+        return torch.from_numpy(np.zeros((many, d), np.int16)).view(torch.bfloat16)
+
+    few = integer_case(5, d, 3, 1, 3, torch.bfloat16, torch.bfloat16)
+    acts = few.acts()
+    assert (acts > 0).any() and (acts == 0).any()
+    x = zeros()
+    x[-5:] = few.x
+    assert same_bits(few.but(x=x).acts()[-5:], acts)
+    W_enc = zeros()
+    W_enc[-3:] = few.W_enc
+    b_enc = torch.zeros(many)
+    b_enc[-3:] = few.b_enc
+    wide = few.but(W_enc=W_enc, b_enc=b_enc, features=few.features + many - 3)
+    assert same_bits(wide.acts(), acts)
+    narrow = random_case(1 << 16, 1, many, 2, 2)
+    assert same_bits(narrow.acts()[-9:], narrow.rows(slice(-9, None)).acts())
+
+
 @EVERY_PAIR
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 33, 65), (40, 67, 2)], ids=str)
 def test_core_project_is_the_truth(shape, dtype, weights):
@@ -635,6 +685,7 @@ def assert_encoded(case: Case) -> None:
         assert (largest <= (chosen + slack).amin(-1)).all()
 
 
+@pytest.mark.fault(26)
 @EVERY_PAIR
 @pytest.mark.parametrize("shape", FEW_SHAPES, ids=shape_id)
 def test_core_encode_is_the_truth(shape, dtype, weights):

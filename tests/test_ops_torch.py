@@ -44,6 +44,7 @@ def test_every_op_is_tested_here():
     assert op_names() == set(OP_NAMES)
 
 
+@pytest.mark.fault(19, 22)
 @EVERY_DTYPE
 @pytest.mark.parametrize("op", OP_NAMES)
 def test_opcheck(op, dtype):
@@ -55,6 +56,7 @@ def test_opcheck(op, dtype):
     opcheck(getattr(OPS, op), (first, *arguments[1:]))
 
 
+@pytest.mark.fault(5, 22)
 def test_opcheck_of_the_corners():
     shared = random_case(5)
     opcheck(OPS.steer, (*shared.edit, None))
@@ -69,6 +71,7 @@ def test_opcheck_of_the_corners():
     opcheck(OPS.encode, (*empty.encoder, 4))
 
 
+@pytest.mark.fault(5, 19)
 @pytest.mark.parametrize("op", OP_NAMES)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 0, 4)], ids=str)
 def test_meta_tensors_have_the_shapes_of_real_ones(op, lead):
@@ -152,6 +155,7 @@ def textbook(case: Case, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return changed if case.mask is None else torch.where(case.mask[..., None], changed, x)
 
 
+@pytest.mark.fault(14)
 @EVERY_DTYPE
 @pytest.mark.parametrize("lead", [(), (63,), (3, 7)], ids=str)
 @pytest.mark.parametrize("per_token", [False, True], ids=["shared", "per_token"])
@@ -177,6 +181,7 @@ def test_gradients_of_steer(dtype, lead, per_token, masked):
     assert case.acts().gt(0).any() or lead == ()
 
 
+@pytest.mark.fault(14)
 def test_gradients_of_the_others():
     """Against autograd through dense fp64 forms."""
     case = random_case((3, 7), 33, 65, 8, 5)
@@ -258,6 +263,7 @@ def test_reference_has_the_same_gradients():
         torch.testing.assert_close(ours, other)
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(mode):
     case = random_case()
@@ -269,12 +275,74 @@ def test_without_gradients(mode):
     assert case.but(x=x).steer().requires_grad
 
 
-def test_vmap_is_a_loop():
-    case = random_case(7)
-    rows = torch.vmap(lambda row: OPS.steer(row, *case.edit[1:]))(case.x)
-    assert same_bits(rows, case.steer())
+def flipped(t: torch.Tensor) -> torch.Tensor:
+    return t.flip(0) if t.dim() else ~t
 
 
+def one(found):
+    """The output of an op that can be differentiated."""
+    return found[0] if isinstance(found, tuple) else found
+
+
+@pytest.mark.fault(15)
+@pytest.mark.filterwarnings("error:There is a performance drop")
+@pytest.mark.parametrize("op", OP_NAMES)
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("per_token", [False, True], ids=["shared", "per_token"])
+def test_vmap(op, lead, per_token):
+    """Over any of the tensors, one or several, at any dimension: the loop, bit for bit."""
+    arguments = calls(random_case(lead, 9, 12, 4, 3, per_token=per_token, masked=True))[op]
+    tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+    run = getattr(OPS, op)
+    for mapped in [[i] for i in tensors] + [tensors, tensors[:1] + tensors[-1:]]:
+        in_dims = [min(i % 2, a.dim()) if i in mapped else None for i, a in enumerate(arguments)]
+        pairs = list(zip(arguments, in_dims, strict=True))
+        both = [a if dim is None else torch.stack([a, flipped(a)], dim) for a, dim in pairs]
+        other = [a if dim is None else flipped(a) for a, dim in pairs]
+        found = torch.func.vmap(run, tuple(in_dims))(*both)
+        assert torch.equal(
+            one(found), torch.stack([one(run(*each)) for each in (arguments, other)])
+        )
+
+
+@pytest.mark.fault(14, 15)
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_torch_func(op):
+    """What torch.func makes of an op is what autograd does, or an error; never a silent zero."""
+    x, *rest = calls(random_case((2, 5), 9, 12, 4, 3, masked=True))[op]
+
+    def run(x):
+        return one(getattr(OPS, op)(x, *rest))
+
+    def loss(x):
+        return run(x).sin().sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    torch.testing.assert_close(torch.func.vjp(loss, x)[1](torch.tensor(1.0))[0], expected)
+    jacobian = torch.autograd.functional.jacobian(run, x)
+    torch.testing.assert_close(torch.func.jacrev(run)(x), jacobian)
+    twice = torch.func.vmap(torch.func.grad(loss))(torch.stack([x, x]))
+    torch.testing.assert_close(twice, torch.stack([expected, expected]))
+    for forward in (torch.func.jacfwd(run), torch.func.hessian(loss), torch.func.linearize):
+        with pytest.raises(NotImplementedError, match=f"saesteer::{op}: has no forward-mode"):
+            forward(run, x) if forward is torch.func.linearize else forward(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match=f"saesteer::{op}: has no forward-mode"):
+            run(dual)
+        run(x)
+
+
+def test_torch_func_compiles():
+    case = random_case((2, 5))
+    gradient = torch.func.vmap(torch.func.grad(lambda x: ops.steer(x, *case.edit[1:]).sin().sum()))
+    assert torch.equal(compiled(gradient, backend="aot_eager")(case.x), gradient(case.x))
+
+
+@pytest.mark.fault(31)
 def test_python_threads_do_not_disturb_each_other():
     cases = [random_case(200, 67, 300, 8, 3, seed=seed, per_token=True) for seed in range(8)]
     alone = [case.steer() for case in cases]

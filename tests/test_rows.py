@@ -6,35 +6,20 @@ import copy
 
 import pytest
 import torch
+from prompts import IDS, MASK, generate
 
 import saesteer_fast as sf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = [{3: 6.0, 77: -2.0}, {}, {5: sf.add(2.0), 77: sf.scale(0.5)}]
 TABLE = {"off": {}, "strong": {3: 6.0, 77: -2.0}, "weak": {3: 1.0, 77: 0.0}}
-IDS = torch.tensor([[0, 0, 0, 5, 17, 60], [7, 8, 9, 5, 17, 60], [0, 33, 2, 17, 5, 90]])
-MASK = (IDS != 0).long()
-
-
-@pytest.fixture(scope="module")
-def sae(make_sae):
-    return make_sae()
-
-
-@pytest.fixture(scope="module")
-def model(make_phi3):
-    return make_phi3()
-
-
-def generate(model, ids=IDS, **options):
-    mask = (ids != 0).long()
-    return model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, **options)
 
 
 def stream(*shape, dtype=torch.float32):
     return torch.randn(*shape, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+@pytest.mark.fault(71)
 @pytest.mark.parametrize("shape", [(3,), (3, 7), (3, 2, 4), (3, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("error", ["keep", "drop"])
@@ -61,6 +46,7 @@ def test_where_all_edits_are_sets_of_the_same_latents(sae, rows, monkeypatch):
     assert torch.equal(y[untouched], x[untouched])
 
 
+@pytest.mark.fault(1)
 def test_a_broken_row_breaks_no_unsteered_one(sae):
     x = stream(3, 4)
     x[1, 2], x[2, 0] = torch.nan, torch.inf
@@ -78,6 +64,7 @@ def test_a_table_is_chosen_from(sae, rows):
     assert torch.equal(y[1], x[1])
 
 
+@pytest.mark.fault(71)
 @pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 @pytest.mark.parametrize("scope", ["all", "generated"])
 def test_generation(model, sae, how, scope):
@@ -91,6 +78,7 @@ def test_generation(model, sae, how, scope):
     assert not torch.equal(torch.cat(alone), generate(model))
 
 
+@pytest.mark.fault(59, 71)
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_rows_that_generate_repeats(model, sae, options):
     alone = []
@@ -101,6 +89,7 @@ def test_rows_that_generate_repeats(model, sae, options):
         assert torch.equal(generate(model, **options), torch.cat(alone))
 
 
+@pytest.mark.fault(71)
 def test_unsteered_rows_are_bit_identical(model, sae):
     def outputs():
         with torch.no_grad():

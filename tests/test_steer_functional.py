@@ -32,6 +32,7 @@ def assert_rounded(y, truth):
     assert ((y.double() - truth).abs() <= bound).all()
 
 
+@pytest.mark.fault(10, 23)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
 def test_is_the_textbook_form(make_sae, textbook, x, dtype, weights, poisoned_memory):
@@ -42,6 +43,7 @@ def test_is_the_textbook_form(make_sae, textbook, x, dtype, weights, poisoned_me
     assert not torch.equal(y, x)
 
 
+@pytest.mark.fault(5, 6)
 @pytest.mark.parametrize(
     "shape", [(D,), (1, D), (7, D), (2, 3, D), (2, 1, 3, D), (0, D), (2, 0, D)]
 )
@@ -53,6 +55,7 @@ def test_any_shape(sae, textbook, shape, poisoned_memory):
         assert_rounded(y, textbook(x, sae, EDITS))
 
 
+@pytest.mark.fault(7)
 def test_any_strides(sae, x):
     y = sf.steer(x, sae, EDITS)
     wide = torch.randn(50, 2 * D)
@@ -65,12 +68,14 @@ def test_any_strides(sae, x):
     torch.testing.assert_close(repeated, y[:1].expand(5, D), atol=1e-5, rtol=0)
 
 
+@pytest.mark.fault(16)
 def test_input_is_not_changed(sae, x):
     before = x.clone()
     y = sf.steer(x, sae, EDITS)
     assert torch.equal(x, before) and y.data_ptr() != x.data_ptr()
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_edits_give_a_bit_identical_copy(sae, x, dtype):
     x = x.to(dtype)
@@ -94,6 +99,7 @@ def test_mask_leaves_tokens_alone(sae, textbook, x, poisoned_memory):
     assert torch.equal(y[~mask], x[~mask])
 
 
+@pytest.mark.fault(1, 2)
 def test_a_broken_row_breaks_no_other(sae, x):
     clean = sf.steer(x, sae, EDITS)
     broken = x.clone()
@@ -123,6 +129,7 @@ def test_any_kind_of_number(sae, x, edits):
     assert torch.equal(sf.steer(x, sae, edits), sf.steer(x, sae, {3: 4.0}))
 
 
+@pytest.mark.fault(11, 20, 21, 23)
 @pytest.mark.parametrize(
     ("edits", "error", "message"),
     [
@@ -152,6 +159,7 @@ def test_bad_edits_are_named(sae, x, edits, error, message):
         sf.steer(x, sae, edits)
 
 
+@pytest.mark.fault(8, 9, 19)
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [

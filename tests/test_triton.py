@@ -12,7 +12,9 @@ import torch
 
 from saesteer_fast import ops
 
-KERNELS = Path(__file__).with_name("test_triton_kernels.py")
+KERNELS = [
+    str(Path(__file__).with_name(f"test_{name}.py")) for name in ("triton_kernels", "support")
+]
 ON_CPU = """
 import sys, torch, saesteer_fast as sf
 from saesteer_fast import ops
@@ -34,7 +36,7 @@ def test_kernels_in_the_interpreter(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     here = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     here["SAESTEER_TILES"] = str(tmp_path / "none.json")
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNELS), **here)
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNELS, **here)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
@@ -66,7 +68,7 @@ def test_the_table_is_followed_at_its_edges(monkeypatch):
     monkeypatch.setattr(ops, "_HAS_TRITON", True)
     table = (0, ("reference",)), (17, ("cuda", "triton")), (64, ("triton",))
     monkeypatch.setattr(ops, "_ON_GPU", table)
-    reference, cuda, triton = ops.reference.steer, ops._BY_CUDA.steer, ops._TRITON.steer
+    reference, cuda, triton = ops._REFERENCE.steer, ops._BY_CUDA.steer, ops._TRITON.steer
     for has_cuda, middle in ((ops._NAMES, cuda), ((), triton)):
         monkeypatch.setattr(ops, "_CUDA", frozenset(has_cuda))
         for tokens, expected in (
@@ -89,7 +91,7 @@ def test_a_gpu_always_has_an_implementation(name, monkeypatch):
     for has_triton in (True, False):
         monkeypatch.setattr(ops, "_HAS_TRITON", has_triton)
         for tokens in (0, 1, 8192):
-            assert on_gpu(tokens, name) is getattr(ops.reference, name)
+            assert on_gpu(tokens, name) is getattr(ops._REFERENCE, name)
 
 
 def test_without_triton_the_report_says_so(monkeypatch):

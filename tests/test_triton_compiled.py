@@ -44,6 +44,7 @@ INTEGERS = ("T", "N", "d", "F", "k", "low", "high", "shares", "stride", "count",
 POINTERS = {
     "b": "*fp32",
     "features": "*i64",
+    "order": "*i64",
     "values": "*fp32",
     "acts": "*fp32",
     "beaten": "*i32",
@@ -86,15 +87,17 @@ def compiled(kernel, architecture: str, numbers: str, absent=(), described=None,
     return triton.compile(source, target=target, options=options)
 
 
-def compiled_product(kernel, architecture: str, numbers: str, tile: Tile, **options):
+def compiled_product(
+    kernel, architecture: str, numbers: str, tile: Tile, ordered: bool = False, **options
+):
     """A kernel on `preacts`, as `launch` calls it where BLOCK_K divides d."""
     dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[numbers]
     options |= dict(DOT=dtype, DESCRIBED=tile.described, WHOLE=True)
     options |= {name: getattr(tile, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     options |= dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    absent = ()
+    absent = () if ordered else ("order",)
     if tile.most != ANY:
-        absent = ("last",) if kernel is topk else ("waiting", "length")
+        absent += ("last",) if kernel is topk else ("waiting", "length")
     return compiled(kernel, architecture, numbers, absent, tile.described and tile, **options)
 
 
@@ -157,6 +160,13 @@ def test_count(architecture, tile, tmp_path):
     assert_fits(binary, architecture, tmp_path, tile.per_sm, tile.num_warps, SPILLED)
     if architecture.startswith("sm"):
         assert_loop_is_free(binary, tmp_path)
+
+
+@pytest.mark.parametrize("tile", configs.HALF["sm90"].count, ids=lambda tile: str(tile.BLOCK_M))
+def test_count_in_another_order(tile, tmp_path):
+    binary = compiled_product(count, "sm90", "bf16", tile, ordered=True, GROUP=tile.GROUP)
+    assert_fits(binary, "sm90", tmp_path, tile.per_sm, tile.num_warps, SPILLED)
+    assert_loop_is_free(binary, tmp_path)
 
 
 @pytest.mark.parametrize(("architecture", "tile"), halves("topk"))

@@ -111,6 +111,7 @@ def test_the_device_without_a_choice_gives_the_same():
 # ---- what must not wait for the device ----
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("T", [1, 40, 200])
 def test_a_graph_replays_on_any_input(T):
     case = on("cuda", some_live(T))
@@ -132,6 +133,7 @@ def test_a_graph_replays_on_any_input(T):
     assert (acts > 0).any()
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("T", [1, 200])
 def test_nothing_waits_for_the_device(T):
     case = on("cuda", some_live(T))
@@ -148,6 +150,7 @@ def test_nothing_waits_for_the_device(T):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.fault(31, 68)
 def test_streams_do_not_meet():
     cases = [on("cuda", some_live(200)), on("cuda", some_live(150, F=7))]
     cases[1] = cases[1].but(x=cases[1].x.flip(-1))
@@ -194,6 +197,7 @@ def room(gigabytes: int) -> None:
         pytest.skip(f"needs {gigabytes} GB of device memory")
 
 
+@pytest.mark.fault(17)
 def test_tokens_beyond_32_bit_addresses():
     room(20)
     T = (1 << 31) // D + 100
@@ -205,6 +209,7 @@ def test_tokens_beyond_32_bit_addresses():
     assert same_bits(y[-100:], expected) and same_bits(y[:100], expected)
 
 
+@pytest.mark.fault(17)
 def test_latents_beyond_32_bit_addresses():
     room(30)
     latents = (1 << 31) // D + 300

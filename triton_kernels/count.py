@@ -12,7 +12,8 @@ def count(
     x,  # [T, d]
     W,  # [N, d], or a tensor descriptor of it
     b,  # [N] fp32
-    features,  # [F] int64
+    features,  # [F] int64: rows of W
+    order,  # [N] int64: the latent of each row; None: its own number
     acts,  # [T, F] fp32: p_f where it is positive
     beaten,  # [T, F] int32
     decided,  # [tiles of tokens] int32: 1 where nothing is left to count
@@ -33,7 +34,8 @@ def count(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """beaten_f += #{j : p_j > p_f, or p_j = p_f and j < f}; f itself is left out by its index.
+    """beaten_f += #{j : p_j > p_f, or p_j = p_f and order_j < order_f}; f itself is left out by its
+    index.
 
     Does nothing unless low < (tokens to count for) <= high: each size has its own tiles. A tile
     whose tokens are all decided is skipped. Counts are integers, so their order is no matter. p_f
@@ -75,7 +77,14 @@ def count(
             for e in range(F):
                 f = tl.load(features + e) - first
                 p_f = tl.load(acts + t * F + e, mask=there, other=0)
-                if (f >= 0) & (f < BLOCK_N):
+                if order is not None:
+                    latents = tl.load(order + first + n, mask=first + n < N, other=0)
+                    known = (f + first >= 0) & (f + first < N)
+                    latent = tl.load(order + first + f, mask=known, other=0)
+                    lower = (p == p_f[:, None]) & (latents < latent)[None, :]
+                    beats = ~(p <= p_f[:, None]) | lower
+                    number = tl.sum((beats & (n != f)[None, :]).to(tl.int32), 1)
+                elif (f >= 0) & (f < BLOCK_N):
                     beats = tl.where((n < f)[None, :], ~(p < p_f[:, None]), ~(p <= p_f[:, None]))
                     number = tl.sum((beats & (n != f)[None, :]).to(tl.int32), 1)
                 else:

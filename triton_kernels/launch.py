@@ -11,17 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import checks
 from . import configs
 from .add import add
-from .check import (
-    check_add,
-    check_decode,
-    check_encoder,
-    check_features,
-    check_no_order,
-    check_rows,
-    check_steer,
-)
 from .configs import Tile
 from .count import count
 from .decode import decode as decode_kernel
@@ -71,8 +63,7 @@ def steer(
     What only the device knows is not raised: a feature that is no latent makes x' NaN, and of one
     named twice both edits are added.
     """
-    check_steer(x, W_enc, b_enc, directions, features, values, k, mask)
-    check_no_order("steer", order)
+    checks.steer(x, W_enc, b_enc, directions, features, values, k, mask, order)
     (F, d), shared = directions.shape, values.shape == features.shape
     rows = x.reshape(-1, d).contiguous()
     directions, features = directions.contiguous(), features.contiguous()
@@ -88,7 +79,8 @@ def steer(
                 mask if mask is None else mask[part],
                 y[part],
             )
-            _add(rows[part], F, k, edit, _measure(rows[part], W_enc, b_enc, features, k, edit))
+            measured = _measure(rows[part], W_enc, b_enc, features, k, order, edit)
+            _add(rows[part], F, k, edit, measured)
     return y.reshape(x.shape)
 
 
@@ -104,15 +96,13 @@ def feature_acts(
 
     NaN for a feature that is no latent.
     """
-    check_encoder("feature_acts", x, W_enc, b_enc, k)
-    check_features("feature_acts", x, features)
-    check_no_order("feature_acts", order)
+    checks.feature_acts(x, W_enc, b_enc, features, k, order)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     features = features.contiguous()
     acts = x.new_empty((rows.shape[0], features.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(x):
         for part in _parts(rows.shape[0], features.shape[0]):
-            measured = _measure(rows[part], W_enc, b_enc, features, k, _Edit())
+            measured = _measure(rows[part], W_enc, b_enc, features, k, order, _Edit())
             # NaN * 0 is NaN, as it should be.
             torch.mul(measured.acts, measured.beaten < k, out=acts[part])
     return acts.reshape(*x.shape[:-1], features.shape[0])
@@ -120,7 +110,7 @@ def feature_acts(
 
 def project(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     """p = W_enc x + b_enc for a few rows; see `ops.project`."""
-    check_rows("project", x, W_enc, b_enc)
+    checks.project(x, W_enc, b_enc)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     p = x.new_empty((rows.shape[0], W_enc.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -130,7 +120,7 @@ def project(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
 
 def add_directions(x: Tensor, directions: Tensor, coef: Tensor) -> Tensor:
     """x' = x + sum_f coef_f directions_f; see `ops.add_directions`."""
-    check_add("add_directions", x, directions, "coef", coef)
+    checks.add_directions(x, directions, coef)
     (F, d), shared = directions.shape, coef.dim() == 1
     rows = x.reshape(-1, d).contiguous()
     y = torch.empty_like(rows)
@@ -142,7 +132,7 @@ def add_directions(x: Tensor, directions: Tensor, coef: Tensor) -> Tensor:
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest p, descending, ties to the lower index; see `ops.encode`."""
-    check_encoder("encode", x, W_enc, b_enc, k)
+    checks.encode(x, W_enc, b_enc, k)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     T, shape = rows.shape[0], (*x.shape[:-1], k)
     values = x.new_empty((T, k), dtype=torch.float32)
@@ -176,7 +166,7 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
 
     NaN where an index is no latent's.
     """
-    check_decode(values, indices, W_dec, b_dec)
+    checks.decode(values, indices, W_dec, b_dec)
     *leading, k = values.shape
     N, d = W_dec.shape
     y = W_dec.new_empty((*leading, d))
@@ -198,7 +188,13 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
 
 
 def _measure(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int, edit: _Edit
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    features: Tensor,
+    k: int,
+    order: Tensor | None,
+    edit: _Edit,
 ) -> Measured:
     """Counts all that has to be counted; writes the tokens for which nothing has."""
     T, F = x.shape[0], features.shape[0]
@@ -213,7 +209,7 @@ def _measure(
     measured = Measured(acts, beaten, decided, waiting, length)
     _project(x, W_enc, b_enc, features, edit, measured)
     for low, tile in launches:
-        count_beaten(x, W_enc, b_enc, features, k, measured, low, tile)
+        count_beaten(x, W_enc, b_enc, features, k, order, measured, low, tile)
     return measured
 
 
@@ -250,6 +246,7 @@ def count_beaten(
     b_enc: Tensor,
     features: Tensor,
     k: int,
+    order: Tensor | None,
     measured: Measured,
     low: int,
     tile: Tile,
@@ -264,6 +261,7 @@ def count_beaten(
         W,
         b_enc,
         features,
+        order,
         *measured,
         T,
         N,

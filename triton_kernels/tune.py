@@ -45,7 +45,7 @@ def tune(d: int, N: int, dtype: torch.dtype, device: torch.device, k: int = 32) 
         acts = torch.full((len(x), 1), torch.finfo(torch.float32).max, device=device)
         beaten = torch.zeros((len(x), 1), dtype=torch.int32, device=device)
         measured = launch.Measured(acts, beaten, torch.zeros_like(beaten))
-        return lambda: launch.count_beaten(x, W_enc, b_enc, features, k, measured, 0, tile)
+        return lambda: launch.count_beaten(x, W_enc, b_enc, features, k, None, measured, 0, tile)
 
     def selecting(x: Tensor, tile: Tile) -> Callable[[], Tensor]:
         return lambda: launch.best_of_shares(x, W_enc, b_enc, k, None, tile)

@@ -1,41 +1,20 @@
 #include "encode.h"
 
 #include <cmath>
-#include <cstring>
 #include <functional>
-#include <limits>
 
+#include "../keys.h"
 #include "tokens.h"
 
 namespace saesteer::cpu {
 namespace {
-
-// p and its index as one integer that orders as "larger p first, then lower index; NaN first".
-uint64_t key_of(float p, int64_t index) {
-  uint32_t u;
-  const float canonical = p + 0.f;  // -0 becomes +0
-  std::memcpy(&u, &canonical, sizeof u);
-  u = std::isnan(p) ? ~0u : u >> 31 ? ~u : u | 0x80000000u;
-  return uint64_t{u} << 32 | (~0u - static_cast<uint32_t>(index));
-}
-
-float value_of(uint64_t key) {
-  const uint32_t u = static_cast<uint32_t>(key >> 32);
-  if (u == ~0u) return NAN;
-  const uint32_t bits = u >> 31 ? u & 0x7FFFFFFFu : ~u;
-  float p;
-  std::memcpy(&p, &bits, sizeof p);
-  return p;
-}
-
-int64_t index_of(uint64_t key) { return ~0u - static_cast<uint32_t>(key); }
 
 // The k largest keys of one token that one thread has seen: a heap, its smallest first.
 struct Best {
   uint64_t* keys;
   int64_t count = 0;
 
-  float threshold(int64_t k) const { return count < k ? -INFINITY : value_of(keys[0]); }
+  float threshold(int64_t k) const { return count < k ? -INFINITY : preact_of(keys[0]); }
 
   void offer(uint64_t key, int64_t k) {
     if (count == k) {
@@ -105,7 +84,7 @@ class Selection {
     }
     std::partial_sort(all.begin(), all.begin() + encoder_.k, all.end(), std::greater<>());
     for (int64_t i = 0; i < encoder_.k; ++i) {
-      const float p = value_of(all[i]);
+      const float p = preact_of(all[i]);
       values[i] = p <= 0 ? 0 : p;
       indices[i] = index_of(all[i]);
     }

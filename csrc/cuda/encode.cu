@@ -112,9 +112,10 @@ __global__ void __launch_bounds__(kThreads) select(Select c) {
 
   // Put each where its rank says
   for (int i = threadIdx.x; i < k; i += kThreads) {
+    const float p = preact_of(keys[i]);
     int rank = 0;
     for (int other = 0; other < k; ++other) rank += keys[other] > keys[i];
-    c.values[token * c.k + rank] = value_of(keys[i]);
+    c.values[token * c.k + rank] = p < 0 ? 0.f : p;
     c.indices[token * c.k + rank] = index_of(keys[i]);
   }
 }

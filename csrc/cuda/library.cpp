@@ -41,7 +41,6 @@ OutRows like(Tensor& y, const Rows& x) { return {y.mutable_data_ptr(), x.dtype, 
 Encoder checked(const char* op, const Encoder& encoder) {
   check(encoder.count < int64_t{1} << 31, op, "W_enc has ", encoder.count,
         " rows; accepted on CUDA: fewer than 2^31");
-  check(encoder.order == nullptr, op, "order is not supported by the CUDA kernels yet");
   return encoder;
 }
 

@@ -48,6 +48,10 @@ __device__ inline uint16_t f32_to_bf16(float v) {
   return bits;
 }
 
+__device__ inline int lowest_bit(uint64_t word) {
+  return __ffsll(static_cast<long long>(word)) - 1;
+}
+
 // ---- threads ----
 
 __device__ inline void sync_threads() { __syncthreads(); }
@@ -206,6 +210,12 @@ __device__ inline void products_commit() {
 template <int kBehind>
 __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kBehind) : "memory");
+}
+
+// Nothing that uses these registers moves across this line, from where products still write them.
+__device__ __forceinline__ void hold(float (&c)[128]) {
+#pragma unroll
+  for (float& v : c) asm volatile("" : "+f"(v)::"memory");
 }
 
 #define SAESTEER_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])

@@ -1,29 +1,10 @@
 // The decision ladder's arithmetic: when p_f is decided, which latents beat it, and what its
-// activation is; and p with its index as one integer, in the order in which encode ranks them.
-// Plain functions, the same on the host and on the device.
+// activation is. Plain functions, the same on the host and on the device.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "../views.h"
+#include "../keys.h"
 
 namespace saesteer::cuda {
-
-SAESTEER_HD inline uint32_t bits_of(float v) {
-  uint32_t u;
-  memcpy(&u, &v, sizeof u);
-  return u;
-}
-
-SAESTEER_HD inline float float_of(uint32_t u) {
-  float v;
-  memcpy(&v, &u, sizeof v);
-  return v;
-}
-
-SAESTEER_HD inline float not_a_number() { return float_of(0x7FC00000u); }
 
 // Whether the rank of p_f has to be known: it is above zero and finite.
 SAESTEER_HD inline bool undecided(float p_f) { return p_f > 0 && p_f < float_of(0x7F800000u); }
@@ -49,21 +30,5 @@ SAESTEER_HD inline float bar(float p_f, bool before_f) {
   return before_f ? float_of(bits_of(p_f) - 1) : p_f;  // the float below, as p_f > 0
 }
 SAESTEER_HD inline bool clears(float p_j, float bar) { return !(p_j <= bar); }
-
-// Larger p first, then the lower index; NaN first of all.
-SAESTEER_HD inline uint64_t key_of(float p, uint32_t index) {
-  const uint32_t u = bits_of(p + 0.f);  // -0 becomes +0
-  const uint32_t ordered = p != p ? ~0u : u >> 31 ? ~u : u | 0x80000000u;
-  return uint64_t{ordered} << 32 | static_cast<uint32_t>(~index);
-}
-
-// max(p, 0)
-SAESTEER_HD inline float value_of(uint64_t key) {
-  const uint32_t ordered = static_cast<uint32_t>(key >> 32);
-  if (ordered == ~0u) return not_a_number();
-  return ordered >> 31 ? float_of(ordered & 0x7FFFFFFFu) : 0.f;
-}
-
-SAESTEER_HD inline int64_t index_of(uint64_t key) { return static_cast<uint32_t>(~key); }
 
 }  // namespace saesteer::cuda

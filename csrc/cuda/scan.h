@@ -89,6 +89,7 @@ __device__ __forceinline__ void deliver(const Scan& s, int64_t slots, const P& p
 #pragma unroll
     for (int r = 0; r < kRows; ++r) p(r, c) += bias;
   }
+  static_assert(kCols <= 64, "ties are kept as bits of a word");
   const int64_t F = s.features.count, N = s.encoder.count;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -105,7 +106,18 @@ __device__ __forceinline__ void deliver(const Scan& s, int64_t slots, const P& p
       const int64_t index = s.features.index[f];
       int beaten = 0;
       if (undecided(p_f)) {
-        if (index < first || index >= end) {
+        if (const int64_t* order = s.encoder.order) {
+          const int self =
+              index < first || index >= end ? -1 : static_cast<int>(index - first) - at;
+          uint64_t ties = 0;
+#pragma unroll
+          for (int c = 0; c < kCols; ++c) {
+            beaten += step(c) != self && clears(p(r, c), p_f);
+            ties |= uint64_t{step(c) != self && p(r, c) == p_f} << c;
+          }
+          for (; ties; ties &= ties - 1)
+            beaten += order[first + at + step(lowest_bit(ties))] < order[index];
+        } else if (index < first || index >= end) {
           const float height = bar(p_f, index >= end);
 #pragma unroll
           for (int c = 0; c < kCols; ++c) beaten += clears(p(r, c), height);

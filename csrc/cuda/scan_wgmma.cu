@@ -150,6 +150,7 @@ struct Consumer {
       at.next();
     }
     products_wait<0>();
+    hold(sum);
     free(last);
   }
 

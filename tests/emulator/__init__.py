@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+COMPILER = shutil.which("g++") if platform.machine() == "x86_64" else None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -34,7 +36,8 @@ def compile_kernels(
     """Object files by source; with `changed`, only of these kernels, from the texts given."""
     sources = folder / "cuda"
     shutil.copytree(CSRC / "cuda", sources)
-    shutil.copy(CSRC / "views.h", folder)
+    for header in ("keys.h", "views.h"):
+        shutil.copy(CSRC / header, folder)
     for name, text in (changed or {}).items():
         (sources / name).write_text(text)
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-mfma", "-fPIC", "-DSAESTEER_SM90A"]
@@ -116,29 +119,43 @@ class Machine:
         size = getattr(self._library, name)(*(ctypes.c_int64(s) for s in sizes))
         return _poisoned((size,), torch.uint8)
 
-    def steer(self, x, W_enc, b_enc, directions, features, values, k, mask=None, in_place=False):
+    def steer(
+        self,
+        x,
+        W_enc,
+        b_enc,
+        directions,
+        features,
+        values,
+        k,
+        mask=None,
+        order=None,
+        *,
+        in_place=False,
+    ):
         F, lead = features.numel(), x.shape[:-1]
         given = [fenced(t.contiguous()) for t in (W_enc, b_enc, directions, features, values)]
         W, b, D, f, v = given
         x = fenced(x.contiguous())
         y = x if in_place else _poisoned(x.shape, x.dtype)
-        m = None if mask is None else fenced(mask.contiguous())
+        m, o = (t if t is None else fenced(t.contiguous()) for t in (mask, order))
         tokens = lead.numel()
         self._run(
             "steer",
             *(_matrix(x), tokens, _matrix(W), b, W.shape[0], k, _matrix(D), f, F),
-            *(v, F if values.dim() > 1 else 0, m, _matrix(y)),
+            *(v, F if values.dim() > 1 else 0, m, o, _matrix(y)),
             self._workspace("ladder_workspace", tokens, F),
         )
         return y
 
-    def feature_acts(self, x, W_enc, b_enc, features, k):
+    def feature_acts(self, x, W_enc, b_enc, features, k, order=None):
         W, b, f, x = (fenced(t.contiguous()) for t in (W_enc, b_enc, features, x))
         F, tokens = features.numel(), x.shape[:-1].numel()
         acts = _poisoned((*x.shape[:-1], F), torch.float32)
         workspace = self._workspace("ladder_workspace", tokens, F)
         encoder = _matrix(W), b, W.shape[0], k
-        self._run("feature_acts", _matrix(x), tokens, *encoder, f, F, acts, workspace)
+        o = None if order is None else fenced(order)
+        self._run("feature_acts", _matrix(x), tokens, *encoder, f, F, o, acts, workspace)
         return acts
 
     def project(self, x, W_enc, b_enc):

@@ -302,6 +302,8 @@ inline uint16_t f32_to_bf16(float v) {
   return static_cast<uint16_t>((u + 0x7FFF + (u >> 16 & 1)) >> 16);
 }
 
+inline int lowest_bit(uint64_t word) { return __builtin_ctzll(word); }
+
 // ---- threads ----
 
 inline bool sync_some_or(int barrier, int threads, bool v) {
@@ -488,6 +490,8 @@ void products_wait() {
   auto& groups = emulated::machine().now->product_groups;
   for (; groups.size() > kBehind; groups.pop_front()) emulated::take(groups.front());
 }
+
+inline void hold(float (&)[128]) {}
 
 template <bool kBf16>
 void multiply_group(float (&c)[128], uint64_t a, uint64_t b, bool add) {

@@ -46,18 +46,19 @@ int64_t encode_workspace(int64_t tokens, int64_t N, int64_t k) {
 
 const char* steer(Matrix x, int64_t tokens, Matrix W, const float* bias, int64_t N, int64_t k,
                   Matrix directions, const int64_t* features, int64_t F, const float* values,
-                  int64_t stride, const bool* mask, Matrix y, void* workspace) {
+                  int64_t stride, const bool* mask, const int64_t* order, Matrix y,
+                  void* workspace) {
   return guarded([&] {
-    cuda::steer(x, tokens, {W, bias, N, k}, directions, {features, F}, {values, stride}, mask, y,
-                workspace, nullptr);
+    cuda::steer(x, tokens, {W, bias, N, k, order}, directions, {features, F}, {values, stride},
+                mask, y, workspace, nullptr);
   });
 }
 
 const char* feature_acts(Matrix x, int64_t tokens, Matrix W, const float* bias, int64_t N,
-                         int64_t k, const int64_t* features, int64_t F, float* acts,
-                         void* workspace) {
+                         int64_t k, const int64_t* features, int64_t F, const int64_t* order,
+                         float* acts, void* workspace) {
   return guarded([&] {
-    cuda::feature_acts(x, tokens, {W, bias, N, k}, {features, F}, acts, workspace, nullptr);
+    cuda::feature_acts(x, tokens, {W, bias, N, k, order}, {features, F}, acts, workspace, nullptr);
   });
 }
 
@@ -84,7 +85,7 @@ const char* decode(const float* values, const int64_t* indices, int64_t tokens, 
       [&] { cuda::decode(values, indices, tokens, k, W_dec, latents, b_dec, y, nullptr); });
 }
 
-// rank.h
+// rank.h, keys.h
 
 bool is_beaten(float p_j, int j, float p_f, int f) { return cuda::beats(p_j, j, p_f, f); }
 bool is_beaten_from_one_side(float p_j, float p_f, bool before) {
@@ -92,7 +93,7 @@ bool is_beaten_from_one_side(float p_j, float p_f, bool before) {
 }
 bool is_undecided(float p_f) { return cuda::undecided(p_f); }
 float settled(float p_f, int64_t beaten, int64_t k) { return cuda::settled(p_f, beaten, k); }
-uint64_t key_of(float p, uint32_t index) { return cuda::key_of(p, index); }
-float value_of(uint64_t key) { return cuda::value_of(key); }
-int64_t index_of(uint64_t key) { return cuda::index_of(key); }
+uint64_t key_of(float p, uint32_t index) { return saesteer::key_of(p, index); }
+float preact_of(uint64_t key) { return saesteer::preact_of(key); }
+int64_t index_of(uint64_t key) { return saesteer::index_of(key); }
 }

@@ -1,0 +1,96 @@
+"""How an op takes part in autograd and torch.func: its gradient, its rule for vmap, and that it has
+no forward mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_TOKENWISE = {"x", "values", "coef", "mask", "indices"}
+"""Arguments with leading sizes, which take one more at no cost."""
+_LIBRARIES: dict[str, torch.library.Library] = {}
+
+
+def register(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> None:
+    """Make an op differentiable, as an autograd.Function of these two would be.
+
+    grad, vjp, jacrev and vmap of torch.func compose with it. Forward mode raises
+    NotImplementedError; the dispatcher on its own would answer 0.
+    """
+    name = op._schema.name
+    space, short = name.split("::")
+    names = [argument.name for argument in op._schema.arguments]
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise NotImplementedError(
+                f"{name}: has no forward-mode gradient; accepted: backward ones, as grad, vjp, "
+                'jacrev, or impl="reference"'
+            )
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            mapped = {name for name, dim in zip(names, in_dims, strict=True) if dim is not None}
+            if mapped <= _TOKENWISE:
+                found = op(*_more_tokens(names, info.batch_size, in_dims, args))
+            else:
+                found = _stacked([op(*each) for each in _each(info.batch_size, in_dims, args)])
+            return found, (0,) * len(found) if isinstance(found, tuple) else 0
+
+    Gradient.setup_context, Gradient.backward = staticmethod(setup_context), staticmethod(backward)
+
+    def applied(*args):
+        # The dispatcher leaves out what equals its default.
+        return Gradient.apply(*args, *[None] * (len(names) - len(args)))
+
+    def autograd(keyset, *args):
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if wanted or forward_ad._current_level >= 0:
+            return applied(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    library = _LIBRARIES.setdefault(space, torch.library.Library(space, "FRAGMENT"))
+    library.impl(short, autograd, "Autograd", with_keyset=True)
+    # Where torch.func comes in, before any of its transforms: they all know what a Function is.
+    library.impl(short, applied, "FuncTorchDynamicLayerFrontMode")
+
+
+def _more_tokens(names: list[str], size: int, in_dims: tuple, args: tuple) -> list:
+    """The arguments with the mapped dimension as the first of the leading sizes."""
+    lead = [n for dim, n in enumerate(args[0].shape) if dim != in_dims[0]][:-1]
+
+    def tokens(name: str, t: Tensor | None, dim: int | None) -> Tensor | None:
+        if name not in _TOKENWISE or t is None:
+            return t
+        t = t[None] if dim is None else t.movedim(dim, 0)
+        last = () if name == "mask" else t.shape[-1:]
+        shared = [1] * (1 + len(lead) + len(last) - t.dim())  # one row of values for all tokens
+        return t.reshape(len(t), *shared, *t.shape[1:]).expand(size, *lead, *last)
+
+    return [tokens(*each) for each in zip(names, args, in_dims, strict=True)]
+
+
+def _each(size: int, in_dims: tuple, args: tuple) -> list[list]:
+    pairs = list(zip(args, in_dims, strict=True))
+    # Weights must be contiguous.
+    return [
+        [t if dim is None else t.select(dim, i).contiguous() for t, dim in pairs]
+        for i in range(size)
+    ]
+
+
+def _stacked(each: list) -> Tensor | tuple[Tensor, ...]:
+    if isinstance(each[0], Tensor):
+        return torch.stack(each)
+    return tuple(map(torch.stack, zip(*each, strict=True)))

@@ -1,0 +1,81 @@
+"""What README and docs/ say of the tests: `python -m tests.tables [--write | --check]` puts it
+there, or fails unless it is there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from bench.report import placed
+from tests.faults import faults_page
+from tests.support import support_table
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+
+def families_line() -> str:
+    """README's list of the model families that are tried."""
+    names = "; ".join(family.name for family in FAMILIES)
+    return (
+        f"Model families, each tried in tiny against a plain hook ([docs/families.md](docs/"
+        f"families.md)): {names}."
+    )
+
+
+def families_page() -> str:
+    """docs/families.md."""
+    lines = [
+        "# Model families",
+        "",
+        "Each is built in tiny, with random weights, by transformers, and steered at decoder layer "
+        "1: in one call, in `generate`, and in padded batches it gives what a plain hook gives "
+        "(`tests/test_families.py`).",
+        "",
+        "| family | class | layer 1 | |",
+        "| --- | --- | --- | --- |",
+        *(f"| {f.name} | `{f.model}` | `{f.layer}` | {f.notes} |" for f in FAMILIES),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+BLOCKS = {"support": support_table}
+"""What README.md holds between `<!-- name -->` and `<!-- /name -->`."""
+PAGES = {"faults": lambda: faults_page(TESTS)}
+"""The files of docs/."""
+if find_spec("tests.families"):
+    from tests.families import FAMILIES
+
+    BLOCKS["families"], PAGES["families"] = families_line, families_page
+
+
+def wanted() -> dict[Path, str]:
+    """Each file that holds a table, as it ought to be."""
+    readme = (ROOT / "README.md").read_text()
+    for name, block in BLOCKS.items():
+        readme = placed(readme, name, block())
+    pages = {ROOT / "docs" / f"{name}.md": page() for name, page in PAGES.items()}
+    return {ROOT / "README.md": readme, **pages}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.tables", description=__doc__)
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--write", action="store_true", help="put the tables where they belong")
+    mode.add_argument("--check", action="store_true", help="fail if other tables are there")
+    options = parser.parse_args(arguments)
+    for path, text in wanted().items():
+        if options.write:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        elif not options.check:
+            print(text)
+        elif not path.exists() or path.read_text() != text:
+            sys.exit(f"{path.relative_to(ROOT)} differs: `python -m tests.tables --write`")
+
+
+if __name__ == "__main__":
+    main()
