@@ -12,23 +12,19 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
-from numbers import Integral
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import sites
 from .conditions import Condition, Decision, Seen, decided, decisions
 from .edits import Edits
-from .errors import nearest
 from .generation import Told, listen
 from .sae import SAE
 from .scopes import Scope, Scoped, both, spread
+from .sites import Site
 from .steering import Plan, Rows, require_sae
 from .tokens import Tokens, padding, past_length
-
-_LAYER_LISTS = ("layers", "h", "model.layers", "transformer.h", "gpt_neox.layers")
 
 
 def steering(
@@ -79,9 +75,10 @@ def steering(
     """
     require_sae(sae)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps a model in another one
-    site = _locate(model, sae.hookpoint if layer is None else layer)
-    _check_width(model, sae, site)
-    device = _device(site)
+    site = sites.locate(model, sae.hookpoint if layer is None else layer)
+    if site.is_layer and site.width not in (None, sae.d):
+        raise ValueError(f"sae: is for width {sae.d}, {site.path} is {site.width} wide")
+    device = sites.device(site)
     plan = Plan(sae, edits, device, when=when, error=error, measure=measure, impl=impl)
     plan.choose(rows)
     if plan.table.values.requires_grad:
@@ -94,7 +91,7 @@ def steering(
 class Handle:
     """One steering of one model; `steering` makes it. Leaving its `with` block removes it."""
 
-    def __init__(self, site: _Site, hooks: _Hooks):
+    def __init__(self, site: Site, hooks: _Hooks):
         self._name, self._plan, self._hooks = site.path, hooks.plan, hooks
         self._undo = _install(site, hooks)
         self._attached = True
@@ -178,16 +175,6 @@ class Handle:
         return f"Handle({self._name}: {self._plan.table.described()}{state})"
 
 
-class _Site(NamedTuple):
-    path: str
-    module: nn.Module
-    """Its output is steered."""
-    decoder: nn.Module
-    """It calls the module, and is given the attention mask."""
-    model: nn.Module
-    """It generates."""
-
-
 class _Call:
     """What a thread must remember: of the running call of the decoder, and of its sequences."""
 
@@ -220,7 +207,7 @@ class _Calls(threading.local):
 class _Hooks:
     """The hooks of one steering."""
 
-    def __init__(self, site: _Site, plan: Plan, scope: Scoped):
+    def __init__(self, site: Site, plan: Plan, scope: Scoped):
         self.path, self.plan, self.scope = site.path, plan, scope
         self.calls = _Calls()
         parameters = inspect.signature(site.decoder.forward).parameters
@@ -403,7 +390,7 @@ class _Hooks:
         return args[place] if place < len(args) else None
 
 
-def _install(site: _Site, hooks: _Hooks) -> ExitStack:
+def _install(site: Site, hooks: _Hooks) -> ExitStack:
     """Register all hooks or none; closing what is returned removes them."""
     with ExitStack() as undo:
 
@@ -436,70 +423,3 @@ def _recompile() -> None:
     """Dynamo does not look for hooks again once it compiled a model: make it forget what it did."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def _locate(model: nn.Module, layer: int | str | None) -> _Site:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed")
-    if layer is None:
-        raise ValueError("layer: none is given, and the SAE names no hookpoint")
-    base = getattr(model, "base_model", model)
-    path = layer if isinstance(layer, str) else _layer_path(base, layer)
-    for root in (base, model):
-        module = _submodule(root, path)
-        if module is not None:
-            return _Site(path, module, _owner_of_layers(root, path), model)
-    names = [name for name, _ in base.named_modules()]
-    raise ValueError(f"layer: {type(model).__name__} has no module {path!r}{nearest(path, names)}")
-
-
-def _layer_path(base: nn.Module, layer: int) -> str:
-    if isinstance(layer, bool) or not isinstance(layer, Integral):
-        raise TypeError(f"layer: got {layer!r}, a number or a module's name is needed")
-    for path in _LAYER_LISTS:
-        layers = _submodule(base, path)
-        if isinstance(layers, nn.ModuleList):
-            if not 0 <= layer < len(layers):
-                raise ValueError(f"layer: got {layer}, accepted are 0 to {len(layers) - 1}")
-            return f"{path}.{layer}"
-    raise ValueError(
-        f"layer: {type(base).__name__} has no {', '.join(_LAYER_LISTS)}; name a module"
-    )
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return root.get_submodule(path) if path else None
-    except AttributeError:
-        return None
-
-
-def _owner_of_layers(root: nn.Module, path: str) -> nn.Module:
-    """The module that holds the list of layers in which `path` lies; `root` if there is none."""
-    owner = root
-    for name in path.split("."):
-        inner = getattr(owner, name)
-        if isinstance(inner, nn.ModuleList):
-            return owner
-        owner = inner
-    return root
-
-
-def _check_width(model: nn.Module, sae: SAE, site: _Site) -> None:
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width = getattr(config, "hidden_size", None)
-    is_layer = site.path.rpartition(".")[2].isdigit()
-    if is_layer and width not in (None, sae.d):
-        raise ValueError(f"sae: is for width {sae.d}, {site.path} is {width} wide")
-
-
-def _device(site: _Site) -> torch.device:
-    parameter = next(chain(site.module.parameters(), site.decoder.parameters()), None)
-    if parameter is None:
-        return torch.device("cpu")
-    if parameter.is_meta:
-        raise ValueError(f"model: {site.path} is on meta; load its weights first")
-    if parameter.dtype == torch.float64:
-        raise TypeError(f"model: {site.path} is {parameter.dtype}, which the op does not take")
-    return parameter.device
