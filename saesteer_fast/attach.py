@@ -208,11 +208,14 @@ class _Hooks:
     """The hooks of one steering."""
 
     def __init__(self, site: Site, plan: Plan, scope: Scoped):
-        self.path, self.plan, self.scope = site.path, plan, scope
+        self.path, self.is_layer = site.path, site.is_layer
+        self.plan, self.scope = plan, scope
         self.calls = _Calls()
         parameters = inspect.signature(site.decoder.forward).parameters
         self.places = {name: place for place, name in enumerate(parameters)}
         self.follows = not scope.everything or plan.gate is not None or plan.table.rowwise
+        if self.follows:
+            self._require_followable(site)
         self.active: tuple[Seen, Tensor] | None = None
         self.gated: tuple[tuple[Seen, ...], Tensor] | None = None
 
@@ -223,8 +226,7 @@ class _Hooks:
 
     def steer(self, module: nn.Module, args: tuple, output):
         hidden = output[0] if isinstance(output, tuple) else output
-        if not isinstance(hidden, Tensor):
-            raise TypeError(f"{self.path} gives a {type(hidden).__name__}, no tensor to steer")
+        self._require_stream(hidden)
         call = self.calls.running
         call.awaited = False
         tokens = call.tokens
@@ -309,6 +311,30 @@ class _Hooks:
             self.plan.device,
         )
 
+    def _require_stream(self, hidden) -> None:
+        if not isinstance(hidden, Tensor):
+            raise TypeError(f"{self.path} gives a {type(hidden).__name__}, no tensor to steer")
+        if hasattr(hidden, "full_tensor"):
+            raise TypeError(
+                f"{self.path} gives a DTensor, {hidden.placements}; a plain tensor with the whole "
+                "width is needed: gather it at the end of the layer"
+            )
+        if self.is_layer and hidden.ndim > 3:
+            raise ValueError(f"{self.path} gives {tuple(hidden.shape)}, not one vector a token")
+
+    def _require_followable(self, site: Site) -> None:
+        config, kind = getattr(site.model, "config", None), type(site.decoder).__name__
+        if getattr(config, "is_encoder_decoder", False):
+            reason = "decodes what an encoder was given the prompt of"
+        elif "input_ids" in self.places and "past_key_values" not in self.places:
+            reason = "takes no past_key_values"
+        else:
+            return
+        raise ValueError(
+            f"scope: {kind} {reason}, so nothing says where the prompt ends; only scope 'all' of "
+            "one configuration can do without"
+        )
+
     def _guessed(self, start: int | Tensor, count: int) -> int | Tensor:
         """Columns of the prompt where nobody says."""
         if isinstance(start, int):
@@ -323,6 +349,9 @@ class _Hooks:
     def _follow(self, call: _Call, start: int | Tensor, count: int) -> int | Tensor:
         """Notice that sequences begin, and how much of their prompts has been read; the start."""
         told = call.told
+        if told is not None and told.once and isinstance(start, int) and start == 0:
+            if count <= call.read:
+                raise ValueError("scope: the cache does not tell how many tokens it holds")
         if isinstance(start, int):
             if start == 0 and not (told is not None and told.once and call.on is not None):
                 call.begin()

@@ -33,7 +33,8 @@ class Site(NamedTuple):
 
     @property
     def is_layer(self) -> bool:
-        return self.path.rpartition(".")[2].isdigit()
+        """Whether it is a whole layer of the decoder."""
+        return re.fullmatch(r"\w+\.\d+", self.path) is not None
 
     @property
     def width(self) -> int | None:
@@ -91,14 +92,24 @@ def _language(model: nn.Module) -> nn.Module:
             f"model: {type(model).__name__} holds several: {', '.join(path for path, _ in told)}; "
             "steer one of them"
         )
-    return told[0][1].get_decoder() if told else model
+    if not told:
+        return model
+    model = told[0][1]
+    decoder = model.get_decoder()
+    # Of some it gives what makes logits, for that is what they call their decoder.
+    return decoder if any(map(_is_list, decoder.modules())) else model
 
 
 def _layer_lists(language: nn.Module) -> dict[str, nn.ModuleList]:
-    """What may be the list of decoder layers."""
+    """What may be the list of decoder layers: those that are as long as it, or all if none is."""
     count = getattr(_config(language), "num_hidden_layers", None)
-    lists = dict(_outermost(language, lambda module: isinstance(module, nn.ModuleList)))
-    return {path: modules for path, modules in lists.items() if count in (None, len(modules))}
+    lists = dict(_outermost(language, _is_list))
+    as_long = {path: modules for path, modules in lists.items() if len(modules) == count}
+    return as_long or lists
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList)
 
 
 def _outermost(module: nn.Module, wanted: Callable, path: str = "") -> Iterator:
