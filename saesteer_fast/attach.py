@@ -257,13 +257,17 @@ class _Hooks:
     @contextmanager
     def told(self, told: Told) -> Iterator[None]:
         call = self.calls.running
-        before, call.told = call.told, told
+        before, found = dict(vars(call)), (self.active, self.gated)
+        call.told = told
         call.begin()
         try:
             yield
         finally:
-            call.told = before
-            call.begin()
+            vars(call).update(before)
+            if call.told is None or not call.told.once:
+                call.begin()
+            elif call.on is not None:  # a generate within one, which drafts its candidates
+                self.active, self.gated = found
 
     def decisions(self) -> list[Decision]:
         plan, found = self.plan, []
@@ -296,7 +300,7 @@ class _Hooks:
             if "cu_seq_lens_q" in kwargs:
                 raise ValueError("scope: several sequences are packed in a row; give each its own")
             told = call.told or Told(self._guessed(start, count), 0)
-            start = self._follow(call, start, count)
+            start = self._follow(call, start, count, ids is None)
         return Tokens(
             batch,
             told.prompts,
@@ -326,8 +330,8 @@ class _Hooks:
         config, kind = getattr(site.model, "config", None), type(site.decoder).__name__
         if getattr(config, "is_encoder_decoder", False):
             reason = "decodes what an encoder was given the prompt of"
-        elif "input_ids" in self.places and "past_key_values" not in self.places:
-            reason = "takes no past_key_values"
+        elif "use_cache" in self.places and "past_key_values" not in self.places:
+            reason = "keeps a state that has no length"
         else:
             return
         raise ValueError(
@@ -346,13 +350,12 @@ class _Hooks:
             f"{count} tokens are a prompt; call the model inside `with handle.prompt(columns)`"
         )
 
-    def _follow(self, call: _Call, start: int | Tensor, count: int) -> int | Tensor:
+    def _follow(self, call: _Call, start: int | Tensor, count: int, embedded: bool) -> int | Tensor:
         """Notice that sequences begin, and how much of their prompts has been read; the start."""
         told = call.told
-        if told is not None and told.once and isinstance(start, int) and start == 0:
-            if count <= call.read:
-                raise ValueError("scope: the cache does not tell how many tokens it holds")
         if isinstance(start, int):
+            if told is not None and told.once:
+                self._compare(call, start, count, embedded)
             if start == 0 and not (told is not None and told.once and call.on is not None):
                 call.begin()
             call.read = start
@@ -362,6 +365,18 @@ class _Hooks:
         if told is not None and call.read < told.end:
             call.read += count
         return start
+
+    def _compare(self, call: _Call, start: int, count: int, embedded: bool) -> None:
+        """Refuse a generation of which the decoder sees other columns than generate was given."""
+        told = call.told
+        extra = max(start - told.start, start + count - told.end if embedded else 0)
+        if extra > 0 and call.read == told.start:
+            raise ValueError(
+                f"scope: the decoder has {extra} columns more than the prompt that generate was "
+                "given; virtual tokens, as of prompt tuning, can only be steered with scope 'all'"
+            )
+        if start == 0 and count <= call.read:
+            raise ValueError("scope: the cache does not tell how many tokens it holds")
 
     def _mask(self, call: _Call, tokens: Tokens | None, hidden: Tensor) -> bool | Tensor:
         """Which tokens are steered: [B or 1, T] bool, or True or False for all or none."""
