@@ -136,7 +136,8 @@ def _numbered(language: nn.Module, lists: dict, stem: str, layer: int) -> str:
 def _named(model: nn.Module, decoder: nn.Module, stem: str, name: str) -> str:
     """The path in `decoder` of what is called `name` there, or in a module around it."""
     paths = {id(module): path for path, module in decoder.named_modules() if path}
-    around = _around(model, decoder)
+    prefix = next(path for path, module in model.named_modules() if module is decoder)
+    around = _around(model, prefix)
     for spelling in dict.fromkeys((name, _unwrapped(name))):
         found = {id(module) for root in around if (module := _submodule(root, spelling))}
         if len(found) > 1:
@@ -148,9 +149,8 @@ def _named(model: nn.Module, decoder: nn.Module, stem: str, name: str) -> str:
     canonical = _canonical(name, stem)
     if canonical in paths.values():
         return canonical
-    raise ValueError(
-        f"layer: {type(model).__name__} has no module {name!r}{nearest(name, paths.values())}"
-    )
+    known = [*paths.values(), *(f"{prefix}.{path}" for path in paths.values())]
+    raise ValueError(f"layer: {type(model).__name__} has no module {name!r}{nearest(name, known)}")
 
 
 def _canonical(name: str, stem: str) -> str | None:
@@ -166,11 +166,10 @@ def _canonical(name: str, stem: str) -> str | None:
     return f"{stem}.{int(match[1])}" if match and stem else None
 
 
-def _around(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
-    """The modules in which the decoder lies, itself the first, the model the last."""
-    path = next(path for path, module in model.named_modules() if module is decoder)
+def _around(model: nn.Module, prefix: str) -> list[nn.Module]:
+    """The modules on the way to the decoder, from it to the model."""
     around = [model]
-    for name in path.split(".") if path else ():
+    for name in prefix.split(".") if prefix else ():
         around.insert(0, getattr(around[0], name))
     return around
 
