@@ -85,7 +85,10 @@ FAMILIES = (
         "Gemma3ForCausalLM",
         "model.layers.1",
         "sliding and full attention",
-        {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        {
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
     ),
     Family("GPT-NeoX, Pythia", "GPTNeoXForCausalLM", "gpt_neox.layers.1", "parallel residual"),
     Family("GPT-2", "GPT2LMHeadModel", "transformer.h.1", "learned positions"),
@@ -165,6 +168,29 @@ FAMILIES = (
             "moe_intermediate_size": 16,
             "first_k_dense_replace": 1,
         },
+    ),
+    Family(
+        "Qwen3-Next",
+        "Qwen3NextForCausalLM",
+        "model.layers.1",
+        "linear and full attention, mixture of experts",
+        EXPERTS
+        | {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    Family(
+        "Jamba",
+        "JambaForCausalLM",
+        "model.layers.1",
+        "state space and attention, mixture of experts",
+        EXPERTS | {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     ),
     Family("LFM2", "Lfm2ForCausalLM", "model.layers.1", "convolution and attention"),
     Family(

@@ -43,7 +43,9 @@ def test_spellings_of_a_layer(make_phi3, name, wrapper):
     elif wrapper == "another module":
         model = nn.ModuleDict({"model": model})
     if name == "model.model.layers.1" and wrapper != "another module":
-        with pytest.raises(ValueError, match=r"has no module .*; did you mean '.*model\.layers\.1'"):
+        with pytest.raises(
+            ValueError, match=r"has no module .*; did you mean '.*model\.layers\.1'"
+        ):
             located(model, name)
     else:
         assert located(model, name) is layer
