@@ -47,7 +47,8 @@ def steering(
             handle.set({22373: 8.0})
 
     What is steered is the output of decoder layer `layer` (0 is the first), or of the module it
-    names ("layers.6", "layers.6.mlp", "model.layers.6"); by default, of sae.hookpoint. `edits`,
+    names ("layers.6", "layers.6.mlp", "model.layers.6"); by default, of sae.hookpoint. In a model
+    that reads images or sounds too, the decoder is that of the language. `edits`,
     `rows`, `error` and `measure`, the formula, dtypes and errors are those of `steer`; a list of
     edits has one for each row of the batch. Steerings of one module act in the order in which they
     were attached, each on what the one before it made, and before anyone else's hooks.
@@ -376,7 +377,11 @@ class _Hooks:
                 "given; virtual tokens, as of prompt tuning, can only be steered with scope 'all'"
             )
         if start == 0 and count <= call.read:
-            raise ValueError("scope: the cache does not tell how many tokens it holds")
+            raise ValueError(
+                f"scope: inside of generate, {count} tokens came without a past, after {call.read}; "
+                "a cache that does not count, or a second prompt, as of guidance, can only be "
+                "steered with scope 'all'"
+            )
 
     def _mask(self, call: _Call, tokens: Tokens | None, hidden: Tensor) -> bool | Tensor:
         """Which tokens are steered: [B or 1, T] bool, or True or False for all or none."""

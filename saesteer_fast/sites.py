@@ -17,8 +17,8 @@ from torch import nn
 from .errors import nearest
 from .formats import hookpoints
 
+# What torch.compile, FSDP, DDP and PEFT put into the names of what they wrap.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "module", "base_model.model")
-"""What torch.compile, FSDP, DDP and PEFT put into the names of a model that they wrap."""
 
 
 class Site(NamedTuple):
@@ -45,9 +45,10 @@ class Site(NamedTuple):
 def locate(model: nn.Module, layer: int | str | None) -> Site:
     """The site of `layer`, by number or name.
 
-    A name is that of `model.named_modules()`, less leading parts; with those that a wrapper puts in
-    or without; "layers.6" or TransformerLens' "blocks.6.hook_resid_post" for decoder layer 6
-    whatever the model calls it. Raises TypeError or ValueError for anything else.
+    A name is one of `model.named_modules()`, with or without its leading parts and those that
+    torch.compile, FSDP, DDP and PEFT put in. Whatever the model calls them, "layers.6" is decoder
+    layer 6, and so are TransformerLens' "blocks.6.hook_resid_post" and "blocks.7.hook_resid_pre".
+    Raises TypeError or ValueError for anything else.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed")
@@ -84,17 +85,17 @@ def device(site: Site) -> torch.device:
 
 def _language(model: nn.Module) -> nn.Module:
     """The language decoder, or what holds it."""
-    told = list(_outermost(model, lambda module: hasattr(module, "get_decoder")))
+    told = {one: path for path, one in _outermost(model, lambda one: hasattr(one, "get_decoder"))}
     if len(told) > 1:
-        told = [(path, one) for path, one in told if one.can_generate()] or told
+        told = {one: path for one, path in told.items() if one.can_generate()} or told
     if len(told) > 1:
         raise ValueError(
-            f"model: {type(model).__name__} holds several: {', '.join(path for path, _ in told)}; "
+            f"model: {type(model).__name__} holds several: {', '.join(told.values())}; "
             "steer one of them"
         )
     if not told:
         return model
-    model = told[0][1]
+    (model,) = told
     decoder = model.get_decoder()
     # Of some it gives what makes logits, for that is what they call their decoder.
     return decoder if any(map(_is_list, decoder.modules())) else model

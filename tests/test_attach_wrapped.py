@@ -273,3 +273,13 @@ def test_a_model_that_drafts_with_its_first_layers(model, sae, name):
         decided = handle.decisions if "when" in options else None
         assert torch.equal(generate(model, 10, assistant_early_exit=2), expected)
         assert decided is None or handle.decisions == decided
+
+
+def test_guidance_has_a_prompt_of_its_own(model, sae, textbook):
+    with textbook_hook(model.model.layers[1], textbook, sae):
+        expected = generate(model, guidance_scale=1.5)
+    with sf.steering(model, sae, EDITS, layer=1):
+        assert torch.equal(generate(model, guidance_scale=1.5), expected)
+    with sf.steering(model, sae, EDITS, layer=1, scope="generated"):
+        with pytest.raises(ValueError, match="or a second prompt, as of guidance, can only be"):
+            generate(model, guidance_scale=1.5)

@@ -207,7 +207,9 @@ def test_a_cache_that_does_not_count(sae, monkeypatch):
     model = of("Llama")
     monkeypatch.setattr("saesteer_fast.attach.past_length", lambda cache: 0)
     with sf.steering(model, sae, EDITS, layer=1, scope="generated"):
-        with pytest.raises(ValueError, match="cache does not tell how many tokens it holds"):
+        with pytest.raises(
+            ValueError, match="inside of generate, 1 tokens came without a past, after 7"
+        ):
             generate(model, PROMPT)
 
 
