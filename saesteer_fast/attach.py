@@ -48,17 +48,19 @@ def steering(
 
     What is steered is the output of decoder layer `layer` (0 is the first), or of the module it
     names ("layers.6", "layers.6.mlp", "model.layers.6"); by default, of sae.hookpoint. In a model
-    that reads images or sounds too, the decoder is that of the language. `edits`,
-    `rows`, `error` and `measure`, the formula, dtypes and errors are those of `steer`; a list of
-    edits has one for each row of the batch. Steerings of one module act in the order in which they
-    were attached, each on what the one before it made, and before anyone else's hooks.
+    that reads more than text, it is the language decoder's. `edits`, `rows`, `error` and `measure`,
+    the formula, dtypes and errors are those of `steer`; a list of edits has one for each row of the
+    batch. Steerings of one module act in the order in which they were attached, each on what the
+    one before it made, and before anyone else's hooks.
 
     scope says which tokens: "all", "prompt", "generated", sf.positions, sf.not_tokens, a bool
     tensor [B, S], or a list, all of which must hold; padding never. when, one sf.active and one
     sf.gate or either, asks the SAE's own activations. The prompt is what generate is given;
     outside of generate, a call without a cache or with an empty one is a prompt, what is called
     onto a cache is generated, and `handle.prompt` says otherwise. Rows of the batch that generate
-    repeats, for beams or several answers, share what was given for their prompt.
+    repeats, for beams or several answers, share what was given for their prompt. An encoder's
+    decoder, a state that has no length, and virtual tokens leave nothing to tell the prompt by:
+    they raise ValueError for all but scope "all" of one configuration.
 
     Padding is left alone where the decoder is given an attention_mask of [B, past + T], or the
     4-D one that generate makes for a static cache and that shows padding on the left. Without
@@ -378,9 +380,9 @@ class _Hooks:
             )
         if start == 0 and count <= call.read:
             raise ValueError(
-                f"scope: inside of generate, {count} tokens came without a past, after {call.read}; "
-                "a cache that does not count, or a second prompt, as of guidance, can only be "
-                "steered with scope 'all'"
+                f"scope: inside of generate, {count} tokens came without a past, after "
+                f"{call.read}; a cache that does not count, or a second prompt, as of guidance, "
+                "can only be steered with scope 'all'"
             )
 
     def _mask(self, call: _Call, tokens: Tokens | None, hidden: Tensor) -> bool | Tensor:

@@ -133,27 +133,28 @@ def test_static_caches_of_every_kind_of_attention(sae, name, scope):
         assert torch.equal(generate(model, PROMPT, cache_implementation="static"), expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "images"),
-    [
-        ("LLaVA", {"pixel_values": torch.randn(1, 3, 8, 8)}),
-        ("Gemma 3, multimodal", {"pixel_values": torch.randn(1, 3, 8, 8)}),
-        (
-            "Qwen2-VL",
-            {
-                "pixel_values": torch.randn(16, 3 * 2 * 14 * 14),
-                "image_grid_thw": torch.tensor([[1, 4, 4]]),
-            },
-        ),
-    ],
-)
+WITH_IMAGE = torch.tensor([[5, 17, 63, 63, 63, 63, 2, 33]])
+IMAGES = {
+    "LLaVA": {"pixel_values": (1, 3, 8, 8)},
+    "Gemma 3, multimodal": {
+        "pixel_values": (1, 3, 8, 8),
+        "token_type_ids": (WITH_IMAGE == 63).long(),
+    },
+    "Qwen2-VL": {
+        "pixel_values": (16, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (WITH_IMAGE == 63).long(),
+    },
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("scope", ["all", "generated"])
-def test_images_in_the_prompt(sae, textbook, name, images, scope):
-    model = of(name)
-    ids = torch.tensor([[5, 17, 63, 63, 63, 63, 2, 33]])
-    kinds = {"Gemma 3, multimodal": "token_type_ids", "Qwen2-VL": "mm_token_type_ids"}
-    if name in kinds:
-        images = images | {kinds[name]: (ids == 63).long()}
+def test_images_in_the_prompt(sae, textbook, name, scope):
+    model, ids, images = of(name), WITH_IMAGE, dict(IMAGES[name])
+    images["pixel_values"] = torch.randn(
+        images["pixel_values"], generator=torch.Generator().manual_seed(0)
+    )
     plain = generate(model, ids, **images)
     start = ids.shape[1] if scope == "generated" else 0
     past = [0]
