@@ -239,8 +239,8 @@ ASSISTED = {
     "generated": {"scope": "generated"},
     "prompt": {"scope": "prompt"},
     "positions": {"scope": sf.positions(-1, 9, 12)},
-    "gate": {"when": sf.gate({20: 1.0}, -5.0)},
-    "gate, generated": {"when": sf.gate({20: 1.0}, -5.0), "scope": "generated"},
+    "gate": {"when": sf.gate({18: 1.0}, -5.0)},
+    "gate, generated": {"when": sf.gate({18: 1.0}, -5.0), "scope": "generated"},
     "rows": {"edits": [EDITS]},
 }
 
@@ -268,11 +268,13 @@ def test_a_second_model_that_drafts(model, draft, sae, name, steered):
 @pytest.mark.parametrize("name", ASSISTED)
 def test_a_model_that_drafts_with_its_first_layers(model, sae, name):
     options = {"edits": EDITS, "layer": 0} | ASSISTED[name]
+    plain = generate(model, 10)
     with sf.steering(model, sae, **options) as handle:
         expected = generate(model, 10)
         decided = handle.decisions if "when" in options else None
         assert torch.equal(generate(model, 10, assistant_early_exit=2), expected)
         assert decided is None or handle.decisions == decided
+    assert not torch.equal(expected, plain)
 
 
 def test_guidance_has_a_prompt_of_its_own(model, sae, textbook):
