@@ -12,23 +12,19 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
-from numbers import Integral
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import sites
 from .conditions import Condition, Decision, Seen, decided, decisions
 from .edits import Edits
-from .errors import nearest
 from .generation import Told, listen
 from .sae import SAE
 from .scopes import Scope, Scoped, both, spread
+from .sites import Site
 from .steering import Plan, Rows, require_sae
 from .tokens import Tokens, padding, past_length
-
-_LAYER_LISTS = ("layers", "h", "model.layers", "transformer.h", "gpt_neox.layers")
 
 
 def steering(
@@ -51,17 +47,20 @@ def steering(
             handle.set({22373: 8.0})
 
     What is steered is the output of decoder layer `layer` (0 is the first), or of the module it
-    names ("layers.6", "layers.6.mlp", "model.layers.6"); by default, of sae.hookpoint. `edits`,
-    `rows`, `error` and `measure`, the formula, dtypes and errors are those of `steer`; a list of
-    edits has one for each row of the batch. Steerings of one module act in the order in which they
-    were attached, each on what the one before it made, and before anyone else's hooks.
+    names ("layers.6", "layers.6.mlp", "model.layers.6"); by default, of sae.hookpoint. In a model
+    that reads more than text, it is the language decoder's. `edits`, `rows`, `error` and `measure`,
+    the formula, dtypes and errors are those of `steer`; a list of edits has one for each row of the
+    batch. Steerings of one module act in the order in which they were attached, each on what the
+    one before it made, and before anyone else's hooks.
 
     scope says which tokens: "all", "prompt", "generated", sf.positions, sf.not_tokens, a bool
     tensor [B, S], or a list, all of which must hold; padding never. when, one sf.active and one
     sf.gate or either, asks the SAE's own activations. The prompt is what generate is given;
     outside of generate, a call without a cache or with an empty one is a prompt, what is called
     onto a cache is generated, and `handle.prompt` says otherwise. Rows of the batch that generate
-    repeats, for beams or several answers, share what was given for their prompt.
+    repeats, for beams or several answers, share what was given for their prompt. An encoder's
+    decoder, a state that has no length, and virtual tokens leave nothing to tell the prompt by:
+    they raise ValueError for all but scope "all" of one configuration.
 
     Padding is left alone where the decoder is given an attention_mask of [B, past + T], or the
     4-D one that generate makes for a static cache and that shows padding on the left. Without
@@ -79,9 +78,10 @@ def steering(
     """
     require_sae(sae)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps a model in another one
-    site = _locate(model, sae.hookpoint if layer is None else layer)
-    _check_width(model, sae, site)
-    device = _device(site)
+    site = sites.locate(model, sae.hookpoint if layer is None else layer)
+    if site.is_layer and site.width not in (None, sae.d):
+        raise ValueError(f"sae: is for width {sae.d}, {site.path} is {site.width} wide")
+    device = sites.device(site)
     plan = Plan(sae, edits, device, when=when, error=error, measure=measure, impl=impl)
     plan.choose(rows)
     if plan.table.values.requires_grad:
@@ -94,7 +94,7 @@ def steering(
 class Handle:
     """One steering of one model; `steering` makes it. Leaving its `with` block removes it."""
 
-    def __init__(self, site: _Site, hooks: _Hooks):
+    def __init__(self, site: Site, hooks: _Hooks):
         self._name, self._plan, self._hooks = site.path, hooks.plan, hooks
         self._undo = _install(site, hooks)
         self._attached = True
@@ -178,16 +178,6 @@ class Handle:
         return f"Handle({self._name}: {self._plan.table.described()}{state})"
 
 
-class _Site(NamedTuple):
-    path: str
-    module: nn.Module
-    """Its output is steered."""
-    decoder: nn.Module
-    """It calls the module, and is given the attention mask."""
-    model: nn.Module
-    """It generates."""
-
-
 class _Call:
     """What a thread must remember: of the running call of the decoder, and of its sequences."""
 
@@ -199,6 +189,7 @@ class _Call:
 
     def begin(self) -> None:
         """The next call is the first of its sequences."""
+        self.began = False
         self.read = 0 if self.told is None else self.told.start
         self.seen: tuple[Seen, ...] = ()
         self.on: Tensor | None = None
@@ -220,12 +211,15 @@ class _Calls(threading.local):
 class _Hooks:
     """The hooks of one steering."""
 
-    def __init__(self, site: _Site, plan: Plan, scope: Scoped):
-        self.path, self.plan, self.scope = site.path, plan, scope
+    def __init__(self, site: Site, plan: Plan, scope: Scoped):
+        self.path, self.is_layer = site.path, site.is_layer
+        self.plan, self.scope = plan, scope
         self.calls = _Calls()
         parameters = inspect.signature(site.decoder.forward).parameters
         self.places = {name: place for place, name in enumerate(parameters)}
         self.follows = not scope.everything or plan.gate is not None or plan.table.rowwise
+        if self.follows:
+            self._require_followable(site)
         self.active: tuple[Seen, Tensor] | None = None
         self.gated: tuple[tuple[Seen, ...], Tensor] | None = None
 
@@ -236,8 +230,7 @@ class _Hooks:
 
     def steer(self, module: nn.Module, args: tuple, output):
         hidden = output[0] if isinstance(output, tuple) else output
-        if not isinstance(hidden, Tensor):
-            raise TypeError(f"{self.path} gives a {type(hidden).__name__}, no tensor to steer")
+        self._require_stream(hidden)
         call = self.calls.running
         call.awaited = False
         tokens = call.tokens
@@ -268,13 +261,17 @@ class _Hooks:
     @contextmanager
     def told(self, told: Told) -> Iterator[None]:
         call = self.calls.running
-        before, call.told = call.told, told
+        before, found = dict(vars(call)), (self.active, self.gated)
+        call.told = told
         call.begin()
         try:
             yield
         finally:
-            call.told = before
-            call.begin()
+            vars(call).update(before)
+            if call.told is None or not call.told.once:
+                call.begin()
+            elif call.on is not None:  # a generate within one, which drafts its candidates
+                self.active, self.gated = found
 
     def decisions(self) -> list[Decision]:
         plan, found = self.plan, []
@@ -307,7 +304,7 @@ class _Hooks:
             if "cu_seq_lens_q" in kwargs:
                 raise ValueError("scope: several sequences are packed in a row; give each its own")
             told = call.told or Told(self._guessed(start, count), 0)
-            start = self._follow(call, start, count)
+            start = self._follow(call, start, count, ids is None)
         return Tokens(
             batch,
             told.prompts,
@@ -322,6 +319,30 @@ class _Hooks:
             self.plan.device,
         )
 
+    def _require_stream(self, hidden) -> None:
+        if not isinstance(hidden, Tensor):
+            raise TypeError(f"{self.path} gives a {type(hidden).__name__}, no tensor to steer")
+        if hasattr(hidden, "full_tensor"):
+            raise TypeError(
+                f"{self.path} gives a DTensor, {hidden.placements}; a plain tensor with the whole "
+                "width is needed: gather it at the end of the layer"
+            )
+        if self.is_layer and hidden.ndim > 3:
+            raise ValueError(f"{self.path} gives {tuple(hidden.shape)}, not one vector a token")
+
+    def _require_followable(self, site: Site) -> None:
+        config, kind = getattr(site.model, "config", None), type(site.decoder).__name__
+        if getattr(config, "is_encoder_decoder", False):
+            reason = "decodes what an encoder was given the prompt of"
+        elif "use_cache" in self.places and "past_key_values" not in self.places:
+            reason = "keeps a state that has no length"
+        else:
+            return
+        raise ValueError(
+            f"scope: {kind} {reason}, so nothing says where the prompt ends; only scope 'all' of "
+            "one configuration can do without"
+        )
+
     def _guessed(self, start: int | Tensor, count: int) -> int | Tensor:
         """Columns of the prompt where nobody says."""
         if isinstance(start, int):
@@ -333,10 +354,12 @@ class _Hooks:
             f"{count} tokens are a prompt; call the model inside `with handle.prompt(columns)`"
         )
 
-    def _follow(self, call: _Call, start: int | Tensor, count: int) -> int | Tensor:
+    def _follow(self, call: _Call, start: int | Tensor, count: int, embedded: bool) -> int | Tensor:
         """Notice that sequences begin, and how much of their prompts has been read; the start."""
         told = call.told
         if isinstance(start, int):
+            if told is not None and told.once:
+                self._compare(call, start, count, embedded)
             if start == 0 and not (told is not None and told.once and call.on is not None):
                 call.begin()
             call.read = start
@@ -345,7 +368,25 @@ class _Hooks:
             start = call.read
         if told is not None and call.read < told.end:
             call.read += count
+        call.began = True
         return start
+
+    def _compare(self, call: _Call, start: int, count: int, embedded: bool) -> None:
+        """Refuse a generation of which the decoder sees other columns than generate was given."""
+        told = call.told
+        extra = max(start - told.start, start + count - told.end if embedded else 0)
+        # Not call.read, which changes at every step: who compiles would do it at every step.
+        if extra > 0 and not call.began:
+            raise ValueError(
+                f"scope: the decoder has {extra} columns more than the prompt that generate was "
+                "given; virtual tokens, as of prompt tuning, can only be steered with scope 'all'"
+            )
+        if start == 0 and call.began and count <= call.read:
+            raise ValueError(
+                f"scope: inside of generate, {count} tokens came without a past, after "
+                f"{call.read}; a cache that does not count, or a second prompt, as of guidance, "
+                "can only be steered with scope 'all'"
+            )
 
     def _mask(self, call: _Call, tokens: Tokens | None, hidden: Tensor) -> bool | Tensor:
         """Which tokens are steered: [B or 1, T] bool, or True or False for all or none."""
@@ -403,7 +444,7 @@ class _Hooks:
         return args[place] if place < len(args) else None
 
 
-def _install(site: _Site, hooks: _Hooks) -> ExitStack:
+def _install(site: Site, hooks: _Hooks) -> ExitStack:
     """Register all hooks or none; closing what is returned removes them."""
     with ExitStack() as undo:
 
@@ -436,70 +477,3 @@ def _recompile() -> None:
     """Dynamo does not look for hooks again once it compiled a model: make it forget what it did."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def _locate(model: nn.Module, layer: int | str | None) -> _Site:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed")
-    if layer is None:
-        raise ValueError("layer: none is given, and the SAE names no hookpoint")
-    base = getattr(model, "base_model", model)
-    path = layer if isinstance(layer, str) else _layer_path(base, layer)
-    for root in (base, model):
-        module = _submodule(root, path)
-        if module is not None:
-            return _Site(path, module, _owner_of_layers(root, path), model)
-    names = [name for name, _ in base.named_modules()]
-    raise ValueError(f"layer: {type(model).__name__} has no module {path!r}{nearest(path, names)}")
-
-
-def _layer_path(base: nn.Module, layer: int) -> str:
-    if isinstance(layer, bool) or not isinstance(layer, Integral):
-        raise TypeError(f"layer: got {layer!r}, a number or a module's name is needed")
-    for path in _LAYER_LISTS:
-        layers = _submodule(base, path)
-        if isinstance(layers, nn.ModuleList):
-            if not 0 <= layer < len(layers):
-                raise ValueError(f"layer: got {layer}, accepted are 0 to {len(layers) - 1}")
-            return f"{path}.{layer}"
-    raise ValueError(
-        f"layer: {type(base).__name__} has no {', '.join(_LAYER_LISTS)}; name a module"
-    )
-
-
-def _submodule(root: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return root.get_submodule(path) if path else None
-    except AttributeError:
-        return None
-
-
-def _owner_of_layers(root: nn.Module, path: str) -> nn.Module:
-    """The module that holds the list of layers in which `path` lies; `root` if there is none."""
-    owner = root
-    for name in path.split("."):
-        inner = getattr(owner, name)
-        if isinstance(inner, nn.ModuleList):
-            return owner
-        owner = inner
-    return root
-
-
-def _check_width(model: nn.Module, sae: SAE, site: _Site) -> None:
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width = getattr(config, "hidden_size", None)
-    is_layer = site.path.rpartition(".")[2].isdigit()
-    if is_layer and width not in (None, sae.d):
-        raise ValueError(f"sae: is for width {sae.d}, {site.path} is {width} wide")
-
-
-def _device(site: _Site) -> torch.device:
-    parameter = next(chain(site.module.parameters(), site.decoder.parameters()), None)
-    if parameter is None:
-        return torch.device("cpu")
-    if parameter.is_meta:
-        raise ValueError(f"model: {site.path} is on meta; load its weights first")
-    if parameter.dtype == torch.float64:
-        raise TypeError(f"model: {site.path} is {parameter.dtype}, which the op does not take")
-    return parameter.device

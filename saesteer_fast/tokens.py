@@ -97,9 +97,15 @@ class Tokens:
 def past_length(cache) -> int | Tensor:
     """How many columns the cache holds; 0 without one."""
     length = getattr(cache, "get_seq_length", None)
-    # A cache that counts in place would change what is kept of it.
     past = 0 if length is None else length()
-    return past.clone() if isinstance(past, Tensor) else past
+    if isinstance(past, Tensor):
+        # A cache that counts in place would change what is kept of it.
+        return past.clone()
+    if past == 0:
+        # The first layer of some keeps no columns, but a state.
+        layers = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "keys")]
+        return max([0, *(layer.get_seq_length() for layer in layers)])
+    return past
 
 
 def padding(mask, start: int | Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:

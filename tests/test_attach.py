@@ -129,34 +129,6 @@ def test_the_base_model_alone(model, sae, textbook):
         assert_same(layer_output(model, 1, PROMPT).double(), textbook(x, sae, EDITS))
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("GPT2", {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 64}),
-        (
-            "GPTNeoX",
-            {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 2,
-            },
-        ),
-    ],
-)
-def test_other_families(sae, textbook, kind, options):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    name = {"GPT2": "GPT2LMHeadModel", "GPTNeoX": "GPTNeoXForCausalLM"}[kind]
-    config = getattr(transformers, f"{kind}Config")(vocab_size=97, **options)
-    model = getattr(transformers, name)(config).eval()
-    with torch.no_grad():
-        x = model(PROMPT, output_hidden_states=True).hidden_states[2]
-        with sf.steering(model, sae, EDITS, layer=1):
-            y = model(PROMPT, output_hidden_states=True).hidden_states[2]
-    assert_same(y.double(), textbook(x, sae, EDITS))
-
-
 @pytest.mark.fault(60)
 @pytest.mark.parametrize("captured_before", [False, True])
 def test_hidden_states_show_the_steered_stream(model, sae, textbook, captured_before):
@@ -429,6 +401,20 @@ def test_one_sae_on_several_layers(model, sae, textbook):
             expected = model(PROMPT).logits
     with sf.steering(model, sae, EDITS, layer=0), sf.steering(model, sae, {5: 3.0}, layer=2):
         assert_same(model(PROMPT).logits, expected)
+
+
+def test_several_saes(model, sae, make_sae, textbook):
+    """Of other sizes, on one layer and on others."""
+    wide, other = make_sae(N=300, k=5, seed=1), make_sae(N=40, k=3, seed=2)
+    with (
+        textbook_hook(model, textbook, sae, EDITS, 1),
+        textbook_hook(model, textbook, wide, {5: 9.0}, 1),
+    ):
+        with textbook_hook(model, textbook, other, {7: 4.0}, 3):
+            expected = greedy_by_hand(model, PROMPT, 6)
+    with sf.steering(model, sae, EDITS, layer=1), sf.steering(model, other, {7: 4.0}, layer=3):
+        with sf.steering(model, wide, {5: 9.0}, layer=1):
+            assert torch.equal(greedy(model, PROMPT, 6), expected)
 
 
 @pytest.mark.fault(65)

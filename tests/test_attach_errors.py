@@ -40,7 +40,11 @@ def no_hook_is_left(model):
         ("layers.9", ValueError, r"Phi3ForCausalLM has no module 'layers.9'; did you mean 'layers"),
         ("layer.1", ValueError, r"no module 'layer\.1'; did you mean 'layers\.1'"),
         ("layers.-1", ValueError, r"no module 'layers\.-1'"),
-        ("blocks.1.hook_resid_post", ValueError, "no module 'blocks.1.hook_resid_post'"),
+        ("blocks.9.hook_resid_post", ValueError, "no module 'blocks.9.hook_resid_post'"),
+        ("blocks.0.hook_resid_pre", ValueError, "is the output of no module, or of different"),
+        ("blocks.1.hook_mlp_out", ValueError, r"accepted are blocks\.N\.hook_resid_post"),
+        ("lm_head", ValueError, "'lm_head' is no module inside the language decoder"),
+        ("model", ValueError, "'model' is no module inside the language decoder"),
         ("", ValueError, "no module ''"),
         ("norm.weight", ValueError, "no module 'norm.weight'"),
     ],
@@ -62,7 +66,7 @@ def test_hookpoint_of_another_model(model, make_sae):
 
 
 def test_model_without_layers(sae):
-    with pytest.raises(ValueError, match=r"Linear has no layers, h, .*; name a module"):
+    with pytest.raises(ValueError, match="Linear has no list of layers; name a module"):
         sf.steering(nn.Linear(32, 32), sae, EDITS, layer=0)
 
 
@@ -136,9 +140,10 @@ def test_module_that_gives_no_tensor(model, sae):
     with sf.steering(model, sae, EDITS, layer="rotary_emb"):
         with pytest.raises(ValueError, match="x: got shape"):  # the first of a tuple is steered
             model(PROMPT)
-    with sf.steering(model, sae, EDITS, layer="model"):
-        with pytest.raises(TypeError, match="model gives a BaseModelOutputWithPast, no tensor"):
-            model(PROMPT)
+    silent = nn.Sequential(nn.Identity())
+    with sf.steering(silent, sae, EDITS, layer="0"):
+        with pytest.raises(TypeError, match="0 gives a dict, no tensor"):
+            silent({})
 
 
 def test_set_refuses_and_changes_nothing(model, sae):

@@ -1,0 +1,211 @@
+"""Where a model is steered: from a layer's number, or a module's name, to the module.
+
+Only the language decoder is searched, as transformers' `get_decoder` tells it from vision and audio
+towers. Its layers are its one list of as many modules as the configuration has layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .errors import nearest
+from .formats import hookpoints
+
+# What torch.compile, FSDP, DDP and PEFT put into the names of what they wrap.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "module", "base_model.model")
+
+
+class Site(NamedTuple):
+    path: str
+    """As the decoder names the module."""
+    module: nn.Module
+    """Its output is steered."""
+    decoder: nn.Module
+    """It calls the module, and is given the attention mask."""
+    model: nn.Module
+    """It generates."""
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a whole layer of the decoder."""
+        return re.fullmatch(r"\w+\.\d+", self.path) is not None
+
+    @property
+    def width(self) -> int | None:
+        """Of the residual stream, where the model says it."""
+        return getattr(_config(self.decoder) or _config(self.model), "hidden_size", None)
+
+
+def locate(model: nn.Module, layer: int | str | None) -> Site:
+    """The site of `layer`, by number or name.
+
+    A name is one of `model.named_modules()`, with or without its leading parts and those that
+    torch.compile, FSDP, DDP and PEFT put in. Whatever the model calls them, "layers.6" is decoder
+    layer 6, and so are TransformerLens' "blocks.6.hook_resid_post" and "blocks.7.hook_resid_pre".
+    Raises TypeError or ValueError for anything else.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed")
+    if layer is None:
+        raise ValueError("layer: none is given, and the SAE names no hookpoint")
+    language = _language(model)
+    lists = _layer_lists(language)
+    decoder, stem = language, ""
+    if len(lists) == 1:
+        above, _, stem = next(iter(lists)).rpartition(".")
+        decoder = language.get_submodule(above)
+    if isinstance(layer, str):
+        path = _named(model, decoder, stem, layer)
+    else:
+        path = _numbered(language, lists, stem, layer)
+    module = decoder.get_submodule(path)
+    _refuse_shared(decoder, path, module)
+    return Site(path, module, decoder, model)
+
+
+def device(site: Site) -> torch.device:
+    """Where the site's output will be: where its weights are, or are brought for a call."""
+    tensors = [*site.module.parameters(), *site.module.buffers()] or [*site.decoder.parameters()]
+    floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    if floating and all(dtype == torch.float64 for dtype in floating):
+        raise TypeError(f"model: {site.path} is torch.float64, which the op does not take")
+    if not any(tensor.is_meta for tensor in tensors):
+        return tensors[0].device if tensors else torch.device("cpu")
+    brought = _execution_device(site.module)
+    if brought is None:
+        raise ValueError(f"model: {site.path} is on meta; load its weights first")
+    return brought
+
+
+def _language(model: nn.Module) -> nn.Module:
+    """The language decoder, or what holds it."""
+    told = {one: path for path, one in _outermost(model, lambda one: hasattr(one, "get_decoder"))}
+    if len(told) > 1:
+        told = {one: path for one, path in told.items() if one.can_generate()} or told
+    if len(told) > 1:
+        raise ValueError(
+            f"model: {type(model).__name__} holds several: {', '.join(told.values())}; "
+            "steer one of them"
+        )
+    if not told:
+        return model
+    (model,) = told
+    decoder = model.get_decoder()
+    # Of some it gives what makes logits, for that is what they call their decoder.
+    return decoder if any(map(_is_list, decoder.modules())) else model
+
+
+def _layer_lists(language: nn.Module) -> dict[str, nn.ModuleList]:
+    """What may be the list of decoder layers: those that are as long as it, or all if none is."""
+    count = getattr(_config(language), "num_hidden_layers", None)
+    lists = dict(_outermost(language, _is_list))
+    as_long = {path: modules for path, modules in lists.items() if len(modules) == count}
+    return as_long or lists
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList)
+
+
+def _outermost(module: nn.Module, wanted: Callable, path: str = "") -> Iterator:
+    """Names and modules that are wanted, and lie in no other one that is."""
+    if wanted(module):
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _outermost(child, wanted, f"{path}.{name}" if path else name)
+
+
+def _numbered(language: nn.Module, lists: dict, stem: str, layer: int) -> str:
+    if isinstance(layer, bool) or not isinstance(layer, Integral):
+        raise TypeError(f"layer: got {layer!r}, a number or a module's name is needed")
+    if len(lists) != 1:
+        found = f"several lists of layers: {', '.join(lists)}" if lists else "no list of layers"
+        raise ValueError(f"layer: {type(language).__name__} has {found}; name a module")
+    count = len(*lists.values())
+    if not 0 <= layer < count:
+        raise ValueError(f"layer: got {layer}, accepted are 0 to {count - 1}")
+    return f"{stem}.{layer}"
+
+
+def _named(model: nn.Module, decoder: nn.Module, stem: str, name: str) -> str:
+    """The path in `decoder` of what is called `name` there, or in a module around it."""
+    paths = {id(module): path for path, module in decoder.named_modules() if path}
+    prefix = next(path for path, module in model.named_modules() if module is decoder)
+    around = _around(model, prefix)
+    for spelling in dict.fromkeys((name, _unwrapped(name))):
+        found = {id(module) for root in around if (module := _submodule(root, spelling))}
+        if len(found) > 1:
+            raise ValueError(f"layer: {name!r} is the name of several modules; give a longer one")
+        if found and found.isdisjoint(paths):
+            raise ValueError(f"layer: {name!r} is no module inside the language decoder")
+        if found:
+            return paths[found.pop()]
+    canonical = _canonical(name, stem)
+    if canonical in paths.values():
+        return canonical
+    known = [*paths.values(), *(f"{prefix}.{path}" for path in paths.values())]
+    raise ValueError(f"layer: {type(model).__name__} has no module {name!r}{nearest(name, known)}")
+
+
+def _canonical(name: str, stem: str) -> str | None:
+    """The path of the decoder layer in a spelling that is not a model's own."""
+    if re.fullmatch(r"blocks\.\d+\.hook_\w+", name):
+        point, name = name, hookpoints.of_transformer_lens(name)
+        if name is None:
+            raise ValueError(
+                f"layer: {point!r} is the output of no module, or of different ones in different "
+                "models; accepted are blocks.N.hook_resid_post, and hook_resid_pre of N > 0"
+            )
+    match = re.fullmatch(r"layers\.(\d+)", name)
+    return f"{stem}.{int(match[1])}" if match and stem else None
+
+
+def _around(model: nn.Module, prefix: str) -> list[nn.Module]:
+    """The modules on the way to the decoder, from it to the model."""
+    around = [model]
+    for name in prefix.split(".") if prefix else ():
+        around.insert(0, getattr(around[0], name))
+    return around
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = f".{name}".replace(f".{wrapper}.", ".")[1:]
+    return name
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path) if path else None
+    except AttributeError:
+        return None
+
+
+def _refuse_shared(decoder: nn.Module, path: str, module: nn.Module) -> None:
+    every = decoder.named_modules(remove_duplicate=False)
+    places = [name for name, found in every if found is module]
+    if len(places) > 1:
+        raise ValueError(f"layer: {path} is one module in several places: {', '.join(places)}")
+
+
+def _config(module: nn.Module):
+    """Of the text, where a model reads more."""
+    config = getattr(module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings weights that it keeps elsewhere, and on meta between calls."""
+    for inner in module.modules():
+        hook = getattr(inner, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return None
