@@ -1,0 +1,403 @@
+"""The JSON document of a recipe, version 1: read, with every mistake named by its place; written.
+
+    {
+      "format": "saesteer-steering",
+      "version": 1,
+      "model": "microsoft/Phi-3-mini-4k-instruct",
+      "steerings": [
+        {
+          "sae": "layers.6",
+          "layer": 6,
+          "edits": {"22373": 12.0, "511": {"kind": "at_most", "value": 2.0}},
+          "scope": "generated",
+          "when": {"active": {"7": 0.5}, "gate": {"weights": {"30": 0.8}, "bias": -2.0}}
+        }
+      ]
+    }
+
+A steering's keys are the arguments of sf.steering; `sae` and `edits` are needed, the others have
+its defaults.
+
+    sae      a folder or file, relative to this file's folder, or a repository on the Hub
+    layer    a number, or a module's name
+    edits    {latent: edit}, one configuration for all rows, where an edit is a number, which sets,
+             or {"kind", "value"} with a kind of edits.KINDS;
+             [configuration, ...] for the rows of the batch;
+             {name: configuration}, a table: its names must not read as integers
+    rows     [name or number, ...] of configurations
+    scope    "all", "prompt", "generated"; {"positions": [0, -1]}; {"not_tokens": [1, 2]};
+             {"mask": [[true, false], ...]}; [scope, ...]
+    when     {"active": {latent: threshold}}, or {"gate": gate}, or both. A gate is
+             {"weights": {latent: weight}, "bias", "threshold", "pool"}, or the path of its file,
+             relative to this one's folder
+    error, measure, impl
+
+schema.json beside this module says the same as a JSON Schema, for editors and other programs.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..conditions import POOLS, Gate, Logistic, active, gate, split
+from ..edits import KINDS, Edit
+from ..errors import nearest
+from ..formats import hub
+from ..sae import MEASURES, SAE
+from ..scopes import NotTokens, Positions, Scope, not_tokens, positions
+from ..steering import ERRORS
+from . import Recipe, Steering, named
+
+FORMAT, VERSION = "saesteer-steering", 1
+
+_LATENT = re.compile("0|[1-9][0-9]{0,17}")
+_INTEGER = re.compile("[-+]?[0-9]+")
+_SCOPES = ("all", "prompt", "generated")
+_IMPLS = ("auto", "cpu", "cuda", "triton", "reference")
+_LARGEST = torch.finfo(torch.float32).max
+
+
+class Node:
+    """A value of the document, and its place in it: `steerings[0].edits["511"].kind`."""
+
+    def __init__(self, value: object, place: str = ""):
+        self.value, self.place = value, place
+
+    def refuse(self, accepted: str) -> NoReturn:
+        place = f"{self.place}: " if self.place else ""
+        raise ValueError(f"{place}got {_shown(self.value)}, {accepted}")
+
+    def members(self, of: str, optional: Collection[str] = (), needed: Collection[str] = ()):
+        """The members of an object, by name, all of which must be known and the needed there."""
+        members, known = self.mapping(f"an object of {of} is needed"), (*needed, *optional)
+        for name, node in members.items():
+            if name not in known:
+                node.refuse(f"no such key; accepted are {', '.join(known)}{nearest(name, known)}")
+        for name in needed:
+            if name not in members:
+                raise ValueError(f"{self._inner(name)}: is missing; {of} needs it")
+        return members
+
+    def mapping(self, accepted: str) -> dict[str, Node]:
+        if not isinstance(self.value, _Object):
+            self.refuse(accepted)
+        if self.value.twice is not None:
+            raise ValueError(f"{self._inner(self.value.twice)}: is there twice")
+        return {name: Node(value, self._inner(name)) for name, value in self.value.items()}
+
+    def items(self, accepted: str) -> list[Node]:
+        """Of a list that is not empty."""
+        if not isinstance(self.value, list) or not self.value:
+            self.refuse(f"{accepted} is needed")
+        return [Node(value, f"{self.place}[{place}]") for place, value in enumerate(self.value)]
+
+    def number(self) -> float:
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+            self.refuse("a number is needed")
+        if not abs(self.value) <= _LARGEST:
+            self.refuse("a number that is finite in fp32 is needed")
+        return float(self.value)
+
+    def integer(self, least: int = -(2**63)) -> int:
+        integral = isinstance(self.value, float) and self.value.is_integer()
+        if isinstance(self.value, bool) or not (integral or isinstance(self.value, int)):
+            self.refuse("an integer is needed")
+        if not least <= self.value < 2**63:
+            self.refuse(f"an integer from {least} to {2**63 - 1} is needed")
+        return int(self.value)
+
+    def text(self) -> str:
+        if not isinstance(self.value, str) or not self.value:
+            self.refuse("text is needed")
+        return self.value
+
+    def one_of(self, choices: Collection[str]) -> str:
+        if self.value not in choices:
+            hint = nearest(self.value, choices) if isinstance(self.value, str) else ""
+            self.refuse(f"accepted are {', '.join(choices)}{hint}")
+        return self.value
+
+    def latents(self, what: str, read: Callable[[Node], object]) -> dict[int, object]:
+        """{latent: what `read` makes of its value}."""
+        found = {}
+        for name, node in self.mapping(f"an object {{latent: {what}}} is needed").items():
+            if not _LATENT.fullmatch(name):
+                raise ValueError(f'{node.place}: no latent; latents are "0", "1", "2", ...')
+            found[int(name)] = read(node)
+        return found
+
+    def _inner(self, name: str) -> str:
+        if not re.fullmatch("[A-Za-z_]+", name):
+            return f"{self.place}[{_shown(name)}]"
+        return f"{self.place}.{name}" if self.place else name
+
+
+class _Object(dict):
+    """A JSON object, and a name in it that is there twice."""
+
+    twice: str | None = None
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a JSON file; see load_steering."""
+    with named(f"{path}: "):
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not valid JSON ({error})") from None
+        return parse(value, path.parent)
+
+
+def parse(value: object, folder: Path) -> Recipe:
+    """The recipe of a document, paths in which are relative to `folder`."""
+    root = Node(value)
+    members = root.mapping("an object is needed")
+    for name, wanted in (("format", FORMAT), ("version", VERSION)):
+        # First, for what else may be there depends on them.
+        if name in members and _shown(members[name].value) != _shown(wanted):
+            members[name].refuse(f"{_shown(wanted)} is needed")
+    members = root.members("a steering file", ("model",), ("format", "version", "steerings"))
+    model = members["model"].text() if "model" in members else None
+    nodes = members["steerings"].items("a list of steerings")
+    return Recipe(tuple(_steering(node, folder) for node in nodes), model)
+
+
+def _steering(node: Node, folder: Path) -> Steering:
+    readers = {
+        "sae": lambda node: _located(node, folder),
+        "edits": _edits,
+        "layer": _layer,
+        "scope": _scope,
+        "rows": _rows,
+        "when": lambda node: _when(node, folder),
+        "error": lambda node: node.one_of(ERRORS),
+        "measure": lambda node: node.one_of((*MEASURES, "projection")),
+        "impl": lambda node: node.one_of(_IMPLS),
+    }
+    members = node.members("a steering", list(readers)[2:], ("sae", "edits"))
+    return Steering(**{name: readers[name](member) for name, member in members.items()})
+
+
+def _located(node: Node, folder: Path) -> str:
+    text = node.text()
+    with named(f"{node.place}: "):
+        place = Path(os.path.abspath(folder / text))
+        return text if hub.is_id(text) and not place.exists() else str(place)
+
+
+def _layer(node: Node) -> int | str:
+    return node.text() if isinstance(node.value, str) else node.integer(0)
+
+
+def _edits(node: Node):
+    if isinstance(node.value, list):
+        return [_configuration(row) for row in node.items("a list of configurations")]
+    if not isinstance(node.value, dict) or not node.value:
+        return _configuration(node)
+    if any(map(_INTEGER.fullmatch, node.value)):
+        return _configuration(node)
+    return {name: _configuration(row) for name, row in node.mapping("a table").items()}
+
+
+def _configuration(node: Node) -> dict[int, Edit]:
+    return node.latents("edit", _edit)
+
+
+def _edit(node: Node) -> Edit:
+    if not isinstance(node.value, dict):
+        return Edit("set", node.number())
+    members = node.members("an edit", (), ("kind", "value"))
+    return Edit(members["kind"].one_of(KINDS), members["value"].number())
+
+
+def _rows(node: Node) -> list[str | int]:
+    def row(node: Node) -> str | int:
+        return node.text() if isinstance(node.value, str) else node.integer(0)
+
+    return [row(item) for item in node.items("a list of configurations' names or numbers")]
+
+
+def _scope(node: Node) -> Scope:
+    if isinstance(node.value, list):
+        return [_scope(part) for part in node.items("a list of scopes")]
+    if not isinstance(node.value, dict):
+        return node.one_of(_SCOPES)
+    readers = {
+        "positions": lambda node: positions(*_integers(node)),
+        "not_tokens": lambda node: not_tokens(_integers(node, 0)),
+        "mask": _mask,
+    }
+    members = node.members("a scope", readers)
+    if len(members) != 1:
+        node.refuse(f"one of {', '.join(readers)} is needed; a list of scopes holds several")
+    ((name, member),) = members.items()
+    return readers[name](member)
+
+
+def _integers(node: Node, least: int = -(2**63)) -> list[int]:
+    return [item.integer(least) for item in node.items("a list of integers")]
+
+
+def _mask(node: Node) -> Tensor:
+    rows = [row.items("a list of true and false") for row in node.items("a list of rows")]
+    for row in rows:
+        for item in row:
+            if not isinstance(item.value, bool):
+                item.refuse("true or false is needed")
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(f"{node.place}: rows of one length are needed")
+    return torch.tensor([[item.value for item in row] for row in rows])
+
+
+def _when(node: Node, folder: Path):
+    readers = {
+        "active": lambda node: active(_some(node, node.latents("threshold", Node.number))),
+        "gate": lambda node: _gate(node, folder),
+    }
+    members = node.members("conditions", readers)
+    if not members:
+        node.refuse(f"{' or '.join(readers)} is needed")
+    return [readers[name](member) for name, member in members.items()]
+
+
+def _gate(node: Node, folder: Path) -> Gate:
+    if isinstance(node.value, str):
+        path = folder / node.text()
+        with named(f"{node.place}: "):
+            if not path.is_file():
+                raise FileNotFoundError(f"no file {path}")
+            return gate(path)
+    readers = {
+        "weights": lambda node: _some(node, node.latents("weight", Node.number)),
+        "bias": Node.number,
+        "threshold": Node.number,
+        "pool": lambda node: node.one_of(POOLS),
+    }
+    members = node.members("a gate", list(readers)[1:], ("weights",))
+    read = {name: readers[name](member) for name, member in members.items()}
+    with named(f"{node.place}."):
+        return gate(read.pop("weights"), **read)
+
+
+def _some(node: Node, latents: dict[int, float]) -> dict[int, float]:
+    if not latents:
+        node.refuse("one latent or more is needed")
+    return latents
+
+
+def _object(pairs: list[tuple[str, object]]) -> _Object:
+    made = _Object()
+    for name, value in pairs:
+        if name in made:
+            made.twice = name
+        made[name] = value
+    return made
+
+
+def _shown(value: object) -> str:
+    """As JSON, cut short."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def write(recipe: Recipe, path: Path) -> None:
+    """See Recipe.save."""
+    content = {"format": FORMAT, "version": VERSION}
+    if recipe.model is not None:
+        content["model"] = recipe.model
+    steerings = []
+    for place, step in enumerate(recipe.steerings):
+        with named(f"steerings[{place}]."):
+            steerings.append(_written(step, path.parent))
+    text = json.dumps(content | {"steerings": steerings}, indent=2) + "\n"
+    # What cannot be read back is refused before it takes another file's place.
+    parse(json.loads(text, object_pairs_hook=_object), path.parent)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _written(step: Steering, folder: Path) -> dict[str, object]:
+    members: dict[str, object] = {"sae": _relative(step.sae, folder)}
+    if step.layer is not None:
+        members["layer"] = _plain(step.layer)
+    members["edits"] = _plain_edits(step.edits)
+    if step.rows is not None:
+        rows = step.rows.tolist() if isinstance(step.rows, Tensor) else step.rows
+        members["rows"] = [_plain(row) for row in rows]
+    if not isinstance(step.scope, str) or step.scope != "all":
+        members["scope"] = _plain_scope(step.scope)
+    if step.when is not None:
+        members["when"] = _plain_conditions(step.when)
+    for name, default in (("error", "keep"), ("measure", None), ("impl", "auto")):
+        if getattr(step, name) != default:
+            members[name] = getattr(step, name)
+    return members
+
+
+def _relative(sae: SAE | str, folder: Path) -> str:
+    if isinstance(sae, SAE):
+        raise ValueError("sae: lies in no file that could be named; SAE.save it, and give its path")
+    if hub.is_id(sae) and not Path(sae).exists():
+        return sae
+    path = Path(os.path.relpath(sae, folder)).as_posix()
+    return f"./{path}" if hub.is_id(path) else path
+
+
+def _plain(name: str | int) -> str | int:
+    """Integers of other libraries as Python's own."""
+    return name if isinstance(name, str) else operator.index(name)
+
+
+def _plain_edits(edits) -> object:
+    if not isinstance(edits, Mapping):
+        return [_plain_edits(row) for row in edits]
+    return {str(key): _plain_edit(value) for key, value in edits.items()}
+
+
+def _plain_edit(edit) -> object:
+    if isinstance(edit, Mapping):
+        return _plain_edits(edit)
+    edit = edit if isinstance(edit, Edit) else Edit("set", edit)
+    value = edit.value.item() if isinstance(edit.value, Tensor) else edit.value
+    return value if edit.kind == "set" else {"kind": edit.kind, "value": value}
+
+
+def _plain_scope(scope: Scope) -> object:
+    if isinstance(scope, Positions):
+        return {"positions": list(scope.places)}
+    if isinstance(scope, NotTokens):
+        return {"not_tokens": list(scope.ids)}
+    if isinstance(scope, Tensor):
+        return {"mask": scope.tolist()}
+    return scope if isinstance(scope, str) else [_plain_scope(part) for part in scope]
+
+
+def _plain_conditions(when) -> dict[str, object]:
+    members, (tokens, prompt) = {}, split(when)
+    if tokens is not None:
+        members["active"] = {str(latent): above for latent, above in tokens.above.items()}
+    if prompt is not None:
+        decide = prompt.decide
+        if not isinstance(decide, Logistic):
+            raise ValueError("when.gate: is decided by a callable, which is no data")
+        weights = zip(map(str, prompt.latents), decide.weights, strict=True)
+        members["gate"] = {
+            "weights": dict(weights),
+            "bias": decide.bias,
+            "threshold": decide.threshold,
+            "pool": decide.pool,
+        }
+    return members
