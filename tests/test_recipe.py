@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from saesteer_fast import mini
 from saesteer_fast.cli import main
 from saesteer_fast.eval import answers, is_refusal
 from saesteer_fast.mini import corpus
+from saesteer_fast.recipe.document import __doc__ as DOCUMENTED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -230,6 +232,13 @@ def test_saved_and_read_again(folder, tmp_path_factory):
     assert [path.name for path in elsewhere.iterdir()] == ["again.json"]
 
 
+def test_a_path_is_never_taken_for_a_repository(folder, sae):
+    sae.save(folder / "org/name")
+    sf.Recipe([sf.Steering(str(folder / "org/name"), {3: 1.0})]).save(folder / "path.json")
+    (step,) = json.loads((folder / "path.json").read_text())["steerings"]
+    assert step["sae"] == "./org/name"
+
+
 def test_what_a_program_makes_is_saved(folder):
     recipe = sf.Recipe(
         [
@@ -379,10 +388,15 @@ def test_files_that_are_none(folder):
         ({"edits": {"no": {}}, "rows": ["n"]}, r"^steerings\[0\]\.rows: no configuration 'n'"),
         ({"measure": "relu"}, r"^steerings\[0\]\.measure: got 'relu', accepted are topk, proj"),
         ({"when": {"active": {"200": 1}}}, r"^steerings\[0\]\.when: latent 200"),
+        (
+            {"sae": "narrow", "layer": 1},
+            r"^steerings\[0\]\.sae: is for width 16, .*layers.1 is 32 wide",
+        ),
         ({"layer": "layers.9"}, r"^steerings\[0\]\.layer: Phi3ForCausalLM has no module"),
     ],
 )
-def test_what_does_not_fit_is_named(folder, model, members, message, monkeypatch):
+def test_what_does_not_fit_is_named(folder, model, make_sae, members, message, monkeypatch):
+    make_sae(d=16).save(folder / "narrow")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     path = written(folder, one(**members))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -424,6 +438,7 @@ SMALL["steerings"][0]["scope"] = [
     {"positions": [0]},
 ]
 VALUES = [None, True, "x", "", -1, 1.5, 2.0, 2**63, 1e39, [], {}, [[]], ["x"], {"5": 1}]
+VALUES += [{"positions": [0], "not_tokens": [1]}]
 KEYS = ("5", "05", "x", "+7", "mask")
 
 
@@ -542,6 +557,20 @@ def test_check_needs_a_model_that_is_there(folder, monkeypatch):
         main(["check", str(written(folder, one())), "--model", str(folder / "empty")])
     with pytest.raises(SystemExit, match="saesteer check: path: no file"):
         main(["check", str(folder / "none.json")])
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ((ROOT / "README.md").read_text(), r"```json\n(.*?)```"),
+        (DOCUMENTED, r"^(    \{\n.*?^    \})"),
+    ],
+    ids=["README", "document"],
+)
+def test_documented_files_are_read(tmp_path, text, pattern):
+    (example,) = re.findall(pattern, text, re.DOTALL | re.MULTILINE)
+    (step,) = sf.load_steering(written(tmp_path, example)).steerings
+    assert 22373 in step.edits
 
 
 @pytest.fixture(scope="module")

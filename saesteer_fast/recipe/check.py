@@ -13,7 +13,7 @@ from .. import formats
 from ..attach import _check_width, _locate
 from ..edits import Edit
 from ..sae import SAE
-from ..scopes import NotTokens, Positions, Scope, Scoped
+from ..scopes import NotTokens, Positions, Scope
 from ..steering import Plan
 from . import Steering, load_sae, load_steering, named
 
@@ -44,17 +44,15 @@ def report(path: str | os.PathLike[str], model: str | None = None) -> str:
 
 
 def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[str, str]]:
-    cpu = torch.device("cpu")
     yield "module", _module(step, sae, body)
     yield "SAE", f"{_source(step)}: N={sae.num_latents}, d={sae.d}, {_measure(sae)}, {_dtype(sae)}"
     keywords = {name: getattr(step, name) for name in ("when", "error", "measure")}
-    plan = Plan(sae, step.edits, cpu, **keywords)
+    plan = Plan(sae, step.edits, torch.device("cpu"), **keywords)
     plan.choose(step.rows)
     yield "measure", _measured(plan.measured.measure)
     yield from _edits(step, plan)
     if plan.chosen is not None:
         yield "rows", ", ".join(map(str, step.rows or plan.chosen.tolist()))
-    Scoped(step.scope, cpu)
     yield "scope", f"{_scope(step.scope)}; never padding"
     yield "when", _condition(plan)
     yield "error", "kept" if step.error == "keep" else "dropped: decode(a') is returned"

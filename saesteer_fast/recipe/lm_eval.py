@@ -164,17 +164,20 @@ def _vector(hookpoint: object, told: object) -> Steering:
     action = _one_of("action", told["action"], _ACTIONS)
     if told.get("head_index") is not None:
         raise ValueError(f"head_index: got {told['head_index']!r}, heads are not steered")
-    vector, bias = _flat("steering_vector", told["steering_vector"]), told.get("bias")
+    if told.get("bias") is not None and action == "add":
+        raise ValueError("bias: has no use for 'add', and the harness refuses it; leave it out")
+    vector = _flat("steering_vector", told["steering_vector"])
+    bias = torch.zeros_like(vector) if told.get("bias") is None else _flat("bias", told["bias"])
     if not vector.any():
         raise ValueError("steering_vector: is zero, which steers nothing")
-    if bias is not None and action == "add":
-        raise ValueError("bias: has no use for 'add', and the harness refuses it; leave it out")
+    if len(bias) != len(vector):
+        raise ValueError(f"bias: is for width {len(bias)}, steering_vector for {len(vector)}")
     value = _number("steering_coefficient", told.get("steering_coefficient", 1.0))
     sae = SAE(
         W_enc=vector[None],
         bias=torch.zeros(1),
         W_dec=vector[None],
-        b_dec=torch.zeros_like(vector) if bias is None else _flat("bias", bias),
+        b_dec=bias,
         measure="relu",
         hookpoint=hookpoint,
     )
