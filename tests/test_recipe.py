@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from pathlib import Path
@@ -458,6 +459,13 @@ def keys(document, path):
     for key in path:
         document = document[key]
     return list(document) if isinstance(document, dict) else []
+
+
+def test_every_argument_can_be_written():
+    schema = json.loads((ROOT / "saesteer_fast/recipe/schema.json").read_text())
+    arguments = set(inspect.signature(sf.steering).parameters) - {"model"}
+    assert arguments == set(schema["$defs"]["steering"]["properties"])
+    assert arguments == {"sae", "edits", *sf.Steering("", {}).arguments()}
 
 
 def test_schema_and_reader_agree(tmp_path):

@@ -323,7 +323,10 @@ def write(recipe: Recipe, path: Path) -> None:
     parse(json.loads(text, object_pairs_hook=_object), path.parent)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
