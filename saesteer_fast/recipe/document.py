@@ -41,150 +41,66 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from ..conditions import POOLS, Gate, Logistic, active, gate, split
+from ..conditions import POOLS, Condition, Gate, Logistic, active, gate, split
 from ..edits import KINDS, Edit
-from ..errors import nearest
 from ..formats import hub
 from ..sae import MEASURES, SAE
 from ..scopes import NotTokens, Positions, Scope, not_tokens, positions
 from ..steering import ERRORS
 from . import Recipe, Steering, named
+from .node import Node
 
 FORMAT, VERSION = "saesteer-steering", 1
 
-_LATENT = re.compile("0|[1-9][0-9]{0,17}")
 _INTEGER = re.compile("[-+]?[0-9]+")
 _SCOPES = ("all", "prompt", "generated")
 _IMPLS = ("auto", "cpu", "cuda", "triton", "reference")
-_LARGEST = torch.finfo(torch.float32).max
-
-
-class Node:
-    """A value of the document, and its place in it: `steerings[0].edits["511"].kind`."""
-
-    def __init__(self, value: object, place: str = ""):
-        self.value, self.place = value, place
-
-    def refuse(self, accepted: str) -> NoReturn:
-        place = f"{self.place}: " if self.place else ""
-        raise ValueError(f"{place}got {_shown(self.value)}, {accepted}")
-
-    def members(self, of: str, optional: Collection[str] = (), needed: Collection[str] = ()):
-        """The members of an object, by name, all of which must be known and the needed there."""
-        members, known = self.mapping(f"an object of {of} is needed"), (*needed, *optional)
-        for name, node in members.items():
-            if name not in known:
-                node.refuse(f"no such key; accepted are {', '.join(known)}{nearest(name, known)}")
-        for name in needed:
-            if name not in members:
-                raise ValueError(f"{self._inner(name)}: is missing; {of} needs it")
-        return members
-
-    def mapping(self, accepted: str) -> dict[str, Node]:
-        if not isinstance(self.value, _Object):
-            self.refuse(accepted)
-        if self.value.twice is not None:
-            raise ValueError(f"{self._inner(self.value.twice)}: is there twice")
-        return {name: Node(value, self._inner(name)) for name, value in self.value.items()}
-
-    def items(self, accepted: str) -> list[Node]:
-        """Of a list that is not empty."""
-        if not isinstance(self.value, list) or not self.value:
-            self.refuse(f"{accepted} is needed")
-        return [Node(value, f"{self.place}[{place}]") for place, value in enumerate(self.value)]
-
-    def number(self) -> float:
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
-            self.refuse("a number is needed")
-        if not abs(self.value) <= _LARGEST:
-            self.refuse("a number that is finite in fp32 is needed")
-        return float(self.value)
-
-    def integer(self, least: int = -(2**63)) -> int:
-        integral = isinstance(self.value, float) and self.value.is_integer()
-        if isinstance(self.value, bool) or not (integral or isinstance(self.value, int)):
-            self.refuse("an integer is needed")
-        if not least <= self.value < 2**63:
-            self.refuse(f"an integer from {least} to {2**63 - 1} is needed")
-        return int(self.value)
-
-    def text(self) -> str:
-        if not isinstance(self.value, str) or not self.value:
-            self.refuse("text is needed")
-        return self.value
-
-    def one_of(self, choices: Collection[str]) -> str:
-        if self.value not in choices:
-            hint = nearest(self.value, choices) if isinstance(self.value, str) else ""
-            self.refuse(f"accepted are {', '.join(choices)}{hint}")
-        return self.value
-
-    def latents(self, what: str, read: Callable[[Node], object]) -> dict[int, object]:
-        """{latent: what `read` makes of its value}."""
-        found = {}
-        for name, node in self.mapping(f"an object {{latent: {what}}} is needed").items():
-            if not _LATENT.fullmatch(name):
-                raise ValueError(f'{node.place}: no latent; latents are "0", "1", "2", ...')
-            found[int(name)] = read(node)
-        return found
-
-    def _inner(self, name: str) -> str:
-        if not re.fullmatch("[A-Za-z_]+", name):
-            return f"{self.place}[{_shown(name)}]"
-        return f"{self.place}.{name}" if self.place else name
-
-
-class _Object(dict):
-    """A JSON object, and a name in it that is there twice."""
-
-    twice: str | None = None
 
 
 def read(path: Path) -> Recipe:
     """The recipe in a JSON file; see load_steering."""
     with named(f"{path}: "):
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not valid JSON ({error})") from None
-        return parse(value, path.parent)
+        return _parse(path.read_bytes(), path.parent)
 
 
-def parse(value: object, folder: Path) -> Recipe:
+def _parse(text: bytes, folder: Path) -> Recipe:
     """The recipe of a document, paths in which are relative to `folder`."""
-    root = Node(value)
-    members = root.mapping("an object is needed")
-    for name, wanted in (("format", FORMAT), ("version", VERSION)):
-        # First, for what else may be there depends on them.
-        if name in members and _shown(members[name].value) != _shown(wanted):
-            members[name].refuse(f"{_shown(wanted)} is needed")
-    members = root.members("a steering file", ("model",), ("format", "version", "steerings"))
-    model = members["model"].text() if "model" in members else None
-    nodes = members["steerings"].items("a list of steerings")
-    return Recipe(tuple(_steering(node, folder) for node in nodes), model)
+    root = Node.of(text)
+    readers = {
+        "format": lambda node: node.equals(FORMAT),
+        "version": lambda node: node.equals(VERSION),
+        "model": Node.text,
+        "steerings": lambda node: tuple(
+            _steering(item, folder) for item in node.items("a list of steerings")
+        ),
+    }
+    # First, for what else may be there depends on them.
+    for name, node in root.mapping("an object is needed").items():
+        if name in ("format", "version"):
+            readers[name](node)
+    read = root.read("a steering file", readers, ("format", "version", "steerings"))
+    return Recipe(read["steerings"], read.get("model"))
 
 
 def _steering(node: Node, folder: Path) -> Steering:
     readers = {
         "sae": lambda node: _located(node, folder),
         "edits": _edits,
-        "layer": _layer,
+        "layer": _name,
         "scope": _scope,
-        "rows": _rows,
+        "rows": lambda node: [_name(row) for row in node.items("a list of configurations")],
         "when": lambda node: _when(node, folder),
         "error": lambda node: node.one_of(ERRORS),
         "measure": lambda node: node.one_of((*MEASURES, "projection")),
         "impl": lambda node: node.one_of(_IMPLS),
     }
-    members = node.members("a steering", list(readers)[2:], ("sae", "edits"))
-    return Steering(**{name: readers[name](member) for name, member in members.items()})
+    return Steering(**node.read("a steering", readers, ("sae", "edits")))
 
 
 def _located(node: Node, folder: Path) -> str:
@@ -194,7 +110,7 @@ def _located(node: Node, folder: Path) -> str:
         return text if hub.is_id(text) and not place.exists() else str(place)
 
 
-def _layer(node: Node) -> int | str:
+def _name(node: Node) -> str | int:
     return node.text() if isinstance(node.value, str) else node.integer(0)
 
 
@@ -215,15 +131,8 @@ def _configuration(node: Node) -> dict[int, Edit]:
 def _edit(node: Node) -> Edit:
     if not isinstance(node.value, dict):
         return Edit("set", node.number())
-    members = node.members("an edit", (), ("kind", "value"))
-    return Edit(members["kind"].one_of(KINDS), members["value"].number())
-
-
-def _rows(node: Node) -> list[str | int]:
-    def row(node: Node) -> str | int:
-        return node.text() if isinstance(node.value, str) else node.integer(0)
-
-    return [row(item) for item in node.items("a list of configurations' names or numbers")]
+    readers = {"kind": lambda node: node.one_of(KINDS), "value": Node.number}
+    return Edit(**node.read("an edit", readers, ("kind", "value")))
 
 
 def _scope(node: Node) -> Scope:
@@ -236,11 +145,10 @@ def _scope(node: Node) -> Scope:
         "not_tokens": lambda node: not_tokens(_integers(node, 0)),
         "mask": _mask,
     }
-    members = node.members("a scope", readers)
-    if len(members) != 1:
+    found = list(node.read("a scope", readers).values())
+    if len(found) != 1:
         node.refuse(f"one of {', '.join(readers)} is needed; a list of scopes holds several")
-    ((name, member),) = members.items()
-    return readers[name](member)
+    return found[0]
 
 
 def _integers(node: Node, least: int = -(2**63)) -> list[int]:
@@ -258,15 +166,13 @@ def _mask(node: Node) -> Tensor:
     return torch.tensor([[item.value for item in row] for row in rows])
 
 
-def _when(node: Node, folder: Path):
+def _when(node: Node, folder: Path) -> list[Condition]:
     readers = {
-        "active": lambda node: active(_some(node, node.latents("threshold", Node.number))),
+        "active": lambda node: active(node.numbers("threshold")),
         "gate": lambda node: _gate(node, folder),
     }
-    members = node.members("conditions", readers)
-    if not members:
-        node.refuse(f"{' or '.join(readers)} is needed")
-    return [readers[name](member) for name, member in members.items()]
+    found = list(node.read("conditions", readers).values())
+    return found or node.refuse(f"{' or '.join(readers)} is needed")
 
 
 def _gate(node: Node, folder: Path) -> Gate:
@@ -277,36 +183,14 @@ def _gate(node: Node, folder: Path) -> Gate:
                 raise FileNotFoundError(f"no file {path}")
             return gate(path)
     readers = {
-        "weights": lambda node: _some(node, node.latents("weight", Node.number)),
+        "weights": lambda node: node.numbers("weight"),
         "bias": Node.number,
         "threshold": Node.number,
         "pool": lambda node: node.one_of(POOLS),
     }
-    members = node.members("a gate", list(readers)[1:], ("weights",))
-    read = {name: readers[name](member) for name, member in members.items()}
+    read = node.read("a gate", readers, ("weights",))
     with named(f"{node.place}."):
         return gate(read.pop("weights"), **read)
-
-
-def _some(node: Node, latents: dict[int, float]) -> dict[int, float]:
-    if not latents:
-        node.refuse("one latent or more is needed")
-    return latents
-
-
-def _object(pairs: list[tuple[str, object]]) -> _Object:
-    made = _Object()
-    for name, value in pairs:
-        if name in made:
-            made.twice = name
-        made[name] = value
-    return made
-
-
-def _shown(value: object) -> str:
-    """As JSON, cut short."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def write(recipe: Recipe, path: Path) -> None:
@@ -318,12 +202,12 @@ def write(recipe: Recipe, path: Path) -> None:
     for place, step in enumerate(recipe.steerings):
         with named(f"steerings[{place}]."):
             steerings.append(_written(step, path.parent))
-    text = json.dumps(content | {"steerings": steerings}, indent=2) + "\n"
+    text = json.dumps(content | {"steerings": steerings}, indent=2).encode() + b"\n"
     # What cannot be read back is refused before it takes another file's place.
-    parse(json.loads(text, object_pairs_hook=_object), path.parent)
+    _parse(text, path.parent)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
+        with scratch.open("wb") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
