@@ -14,9 +14,13 @@ import torch
 import saesteer_fast as sf
 from saesteer_fast import mini
 from saesteer_fast.cli import main
+from saesteer_fast.conditions import POOLS
+from saesteer_fast.edits import KINDS
 from saesteer_fast.eval import answers, is_refusal
 from saesteer_fast.mini import corpus
 from saesteer_fast.recipe.document import __doc__ as DOCUMENTED
+from saesteer_fast.sae import MEASURES
+from saesteer_fast.steering import ERRORS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -466,6 +470,17 @@ def test_every_argument_can_be_written():
     arguments = set(inspect.signature(sf.steering).parameters) - {"model"}
     assert arguments == set(schema["$defs"]["steering"]["properties"])
     assert arguments == {"sae", "edits", *sf.Steering("", {}).arguments()}
+
+
+def test_every_choice_can_be_written(make_sae):
+    defined = json.loads((ROOT / "saesteer_fast/recipe/schema.json").read_text())["$defs"]
+    steering = defined["steering"]["properties"]
+    assert defined["edit"]["anyOf"][1]["properties"]["kind"]["enum"] == list(KINDS)
+    assert defined["gate"]["properties"]["pool"]["enum"] == list(POOLS)
+    assert steering["measure"]["enum"] == [*MEASURES, "projection"]
+    assert steering["error"]["enum"] == list(ERRORS)
+    with pytest.raises(ValueError, match=f"accepted are {', '.join(steering['impl']['enum'])}$"):
+        sf.steer(torch.zeros(1, 32), make_sae(), {0: 1.0}, impl="x")
 
 
 def test_schema_and_reader_agree(tmp_path):
