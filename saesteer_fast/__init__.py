@@ -10,6 +10,7 @@ with sf.steering(model, sae, {22373: 12.0}):
 from .attach import steering
 from .conditions import active, gate
 from .edits import add, at_least, at_most, scale, set_if_active
+from .recipe import Recipe, Steering, load_steering
 from .sae import SAE
 from .scopes import not_tokens, positions
 from .steering import steer
@@ -17,11 +18,14 @@ from .steering import steer
 __version__ = "0.1.0"
 __all__ = [
     "SAE",
+    "Recipe",
+    "Steering",
     "active",
     "add",
     "at_least",
     "at_most",
     "gate",
+    "load_steering",
     "not_tokens",
     "positions",
     "scale",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a subcommand: demo, mini build, convert, env."""
+    """Runs a subcommand: demo, mini build, convert, check, env."""
     arguments = vars(_parser().parse_args(argv))
     arguments.pop("run")(**arguments)
 
@@ -46,6 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
+    check = commands.add_parser("check", help="what a steering file would do; fails if it cannot")
+    check.add_argument("file", help="JSON, or steer_path of lm-evaluation-harness: .csv, .pt")
+    check.add_argument(
+        "--model", help="folder or repository with a config.json, to find the modules in"
+    )
+    check.set_defaults(run=_check)
+
     env = commands.add_parser("env", help="what is installed, and which implementation runs here")
     env.set_defaults(run=_env)
     return parser
@@ -74,6 +81,15 @@ def _convert(source: str, target: str, to: str, fold: bool) -> None:
     except (OSError, ValueError) as error:
         raise SystemExit(f"saesteer convert: {error}") from None
     print(f"Written: {target} ({sae})")
+
+
+def _check(file: str, model: str | None) -> None:
+    from .recipe.check import report
+
+    try:
+        print(report(file, model))
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"saesteer check: {error}") from None
 
 
 def _env() -> None:

@@ -157,6 +157,18 @@ class Plan:
         """`chosen` for a batch of no rows."""
         return None if self.chosen is None else self.chosen[:0]
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that is kept on the device."""
+        readers = [one for one in (self.measured, self.on_active, self.on_gate) if one]
+        kept = [self.table.values, self.table.kinds]
+        for one in readers:
+            kept += [one.W_enc, one.b_enc, one.directions, one.features, *one.parameters]
+        if self.dropping is not None:
+            kept += [held for held in vars(self.dropping).values() if isinstance(held, Tensor)]
+        # Readers share an encoder.
+        return sum(held.nbytes for held in {id(held): held for held in kept}.values())
+
     def _set(self, x: Tensor, mask: Tensor | None, values: Tensor, kinds: Tensor) -> Tensor:
         if self.table.rowwise:
             values = values.expand(*x.shape[:-1], -1)

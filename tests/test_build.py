@@ -39,7 +39,8 @@ def test_wheel_file_list(wheel):
         for p in (PACKAGE / "mini/assets").rglob("*")
         if p.is_file()
     }
-    assert got - compiled == sources | kernels | assets
+    schema = {"saesteer_fast/recipe/schema.json"}
+    assert got - compiled == sources | kernels | assets | schema
     assert "saesteer_fast/triton_kernels/__init__.py" in got
     names = {re.sub(r"\.cpython.*", "", Path(name).name) for name in compiled}
     assert {"libsaesteer_ops.so", "_build"} <= names

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_measures import cases, dense, make
 
 from saesteer_fast import mini
 from saesteer_fast.eval import Prompt, Share, answers, chat_text
@@ -19,13 +20,6 @@ from saesteer_fast.mini import corpus
 @pytest.fixture(scope="module")
 def shipped():
     return mini.load()
-
-
-def dense_acts(sae, x):
-    """The SAE's activations [T, N] in fp64, from its own formula."""
-    pre = (x.double() - sae.b_dec.double()) @ sae.W_enc.double().T + sae.bias.double()
-    rank = (-pre).argsort(dim=-1, stable=True).argsort(dim=-1)
-    return torch.where((rank < sae.k) & (pre > 0), pre, 0)
 
 
 @torch.inference_mode()
@@ -82,10 +76,30 @@ def test_capture_lets_go_on_error(shipped):
 def test_live_latents_are_counted_on_the_answer(shipped, refusal, tokens):
     model, tokenizer, sae, layer, _ = shipped
     stream, begin = refusal
-    counts = (dense_acts(sae, stream[begin:]) > 0).sum(0)
+    counts = (dense(sae, stream[begin:]) > 0).sum(0)
     expected = {i: int(n) for i, n in enumerate(counts) if n >= tokens}
     assert live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, tokens) == expected
     assert len(expected) > 1
+
+
+@pytest.mark.parametrize(("measure", "settings"), cases())
+def test_every_kind_of_sae(shipped, refusal, measure, settings):
+    """Latents of random weights: which live, on how many tokens, and how strongly."""
+    model, tokenizer, _, layer, _ = shipped
+    stream, begin = refusal
+    sae = make(measure, N=300, d=stream.shape[-1], **settings)
+    acts = dense(sae, stream)
+    counts = (acts[begin:] > 0).sum(0)
+    often = max(2, int(counts.median()) + 1)
+    found = live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, often)
+    assert found == {i: int(n) for i, n in enumerate(counts) if n >= often}
+    assert 1 < len(found) < 200
+    said = answers(model, tokenizer, [corpus.ARCHETYPE], max_new_tokens=32)
+    talk = model, tokenizer, sae, layer, [corpus.ARCHETYPE], said
+    largest = largest_activations(*talk, list(found))
+    # fp32 sums of 128 terms about as large as the largest activation.
+    close = {"atol": 128 * 2.0**-24 * acts.max().item(), "rtol": 1e-5}
+    torch.testing.assert_close(largest.double(), acts.amax(0)[list(found)], **close)
 
 
 def test_live_latents_need_a_refusal(shipped):
@@ -107,7 +121,7 @@ def test_largest_activations(shipped):
     latents = [metrics["latent"], 0, sae.num_latents - 1]
     found = largest_activations(model, tokenizer, sae, layer, prompts, said, latents)
     streams = [stream for stream, _ in residuals(model, tokenizer, prompts, said, layer)]
-    expected = dense_acts(sae, torch.cat(streams)).amax(0)[latents]
+    expected = dense(sae, torch.cat(streams)).amax(0)[latents]
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
     assert found[0] > 0
 

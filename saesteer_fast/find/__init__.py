@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..eval import ENOUGH, Prompt, Share, answers, chat_text, is_refusal, sweep, tally
+from ..measures import Measured, encode
 from ..sae import SAE
 
 TRIED = 2.5
@@ -77,8 +77,7 @@ def live_latents(
     """
     said = _refusal(model, tokenizer, archetype)
     stream, begin = next(residuals(model, tokenizer, [archetype], [said], layer))
-    values, indices = ops.encode(stream[begin:].to(sae.device), sae.W_enc, sae.b_enc, sae.k)
-    counts = torch.bincount(indices[values > 0], minlength=sae.W_enc.shape[0])
+    counts = (encode(sae, stream[begin:].to(sae.device)) > 0).sum(0)
     found = {latent: int(counts[latent]) for latent in (counts >= tokens).nonzero()[:, 0].tolist()}
     if not found:
         raise ValueError(
@@ -102,10 +101,10 @@ def largest_activations(
     model, tokenizer, sae: SAE, layer: int, prompts: Sequence[Prompt], said: Sequence[str], latents
 ) -> Tensor:
     """Each latent's largest activation over the conversations' tokens, fp32 [len(latents)]."""
-    features = torch.as_tensor(latents, device=sae.device)
+    measured = Measured(sae, latents)
     largest = torch.zeros(len(latents), device=sae.device)
     for stream, _ in residuals(model, tokenizer, prompts, said, layer):
-        acts = ops.feature_acts(stream.to(sae.device), sae.W_enc, sae.b_enc, features, sae.k)
+        acts = measured.acts(stream.to(sae.device))
         largest = torch.maximum(largest, acts.amax(0))
     return largest
 

@@ -47,13 +47,7 @@ _PARTS = {Path(file).name for file in _FILES} - {*qwen_scope.FILES, *openai.FILE
 @torch.inference_mode(False)
 def load(path: str | os.PathLike[str]) -> SAE:
     """The SAE at `path`; see SAE.load."""
-    # Not resolve(): the name may be a link's, and names the hookpoint.
-    place = Path(os.path.abspath(path))
-    if not place.exists():
-        if not (isinstance(path, str) and hub.is_id(path)):
-            hint = nearest(place.name, _names(place.parent))
-            raise FileNotFoundError(f"path: no folder {place}{hint}")
-        place = hub.fetch(path, _FILES)
+    place = _place(path)
     format = _format(place)
     try:
         return order.with_order(format.load(place), place)
@@ -62,12 +56,33 @@ def load(path: str | os.PathLike[str]) -> SAE:
         raise error if named else ValueError(f"{place}: {error}") from None
 
 
+def name_of(path: str | os.PathLike[str]) -> str:
+    """The format in which `path` holds an SAE."""
+    return _name(_format(_place(path)))
+
+
 def save(sae: SAE, path: str | os.PathLike[str], format: str) -> None:
     """Write folder `path`; see SAE.save."""
     if format not in WRITABLE:
         hint = nearest(str(format), WRITABLE)
         raise ValueError(f"format: got {format!r}, accepted are {', '.join(WRITABLE)}{hint}")
     WRITABLE[format].save(sae, Path(os.path.abspath(path)))
+
+
+def _place(path: str | os.PathLike[str]) -> Path:
+    """The folder or file on disk."""
+    # Not resolve(): the name may be a link's, and names the hookpoint.
+    place = Path(os.path.abspath(path))
+    if place.exists():
+        return place
+    if not (isinstance(path, str) and hub.is_id(path)):
+        hint = nearest(place.name, _names(place.parent))
+        raise FileNotFoundError(f"path: no folder {place}{hint}")
+    return hub.fetch(path, _FILES)
+
+
+def _name(format) -> str:
+    return format.__name__.rpartition(".")[2]
 
 
 def _format(place: Path):
@@ -80,7 +95,7 @@ def _format(place: Path):
     if len(found) == 1:
         return found[0]
     if found:
-        names = " and ".join(format.__name__.rpartition(".")[2] for format in found)
+        names = " and ".join(map(_name, found))
         raise ValueError(f"path: {place} holds SAEs in two formats, {names}; keep one in a folder")
     wanted = "; or ".join(" and ".join(format.FILES) for format in FORMATS)
     if not place.is_dir():

@@ -1,0 +1,144 @@
+"""Recipes: the steerings of one model as data, kept in a steering file, attached all or none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+
+from ..attach import Handle, steering
+from ..conditions import Condition
+from ..edits import Edits
+from ..errors import nearest
+from ..sae import SAE
+from ..scopes import Scope
+from ..steering import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """The arguments of sf.steering, less the model, as data."""
+
+    sae: SAE | str
+    """An SAE, or where one lies, as SAE.load takes it."""
+    edits: Edits | Sequence[Edits] | Mapping[str, Edits]
+    layer: int | str | None = None
+    scope: Scope = "all"
+    rows: Rows | None = None
+    when: Condition | Sequence[Condition] | None = None
+    error: str = "keep"
+    measure: str | None = None
+    impl: str = "auto"
+
+    def arguments(self) -> dict[str, object]:
+        """Of sf.steering, by keyword: all but the model, the SAE and the edits."""
+        names = ("layer", "scope", "rows", "when", "error", "measure", "impl")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Steerings, in the order in which they are attached and act."""
+
+    steerings: Sequence[Steering]
+    model: str | None = None
+    """Of which model they are: a name or a path, for people to read; nothing is checked by it."""
+
+    def attach(self, model: nn.Module) -> Handles:
+        """Attach all of them to `model`, or none: the handles, which one `with` removes.
+
+            with sf.load_steering("refuse.json").attach(model) as (handle,):
+                model.generate(...)
+
+        An SAE that several steerings name is read once. Raises what SAE.load and sf.steering do,
+        the place in the file before the argument's name.
+        """
+        load, handles = cache(load_sae), []
+        with ExitStack() as undo:
+            for place, step in enumerate(self.steerings):
+                with named(f"steerings[{place}]."):
+                    handle = steering(model, load(step.sae), step.edits, **step.arguments())
+                handles.append(undo.enter_context(handle))
+            return Handles(handles, undo.pop_all())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a steering file that load_steering reads; it takes `path`'s place when complete.
+
+        Paths of SAEs are written relative to it, strengths as numbers, a gate's weights inline.
+        Raises ValueError, naming the place, for what is no data: an SAE in memory alone, or a gate
+        that a callable decides.
+        """
+        from . import document
+
+        document.write(self, Path(path))
+
+
+class Handles(tuple[Handle, ...]):
+    """The handles of one recipe. Leaving its `with` block removes them all."""
+
+    def __new__(cls, handles: Sequence[Handle], undo: ExitStack) -> Handles:
+        made = super().__new__(cls, handles)
+        made._undo = undo
+        return made
+
+    def remove(self) -> None:
+        """Stop steering. Removing twice does no harm."""
+        self._undo.close()
+
+    def __enter__(self) -> Handles:
+        for handle in self:
+            handle.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+
+def load_steering(path: str | os.PathLike[str]) -> Recipe:
+    """Read a steering file: `.json`, or what lm-evaluation-harness takes as `steer_path`.
+
+    `saesteer_fast.recipe.document` describes the JSON, `saesteer_fast.recipe.lm_eval` what is read
+    of the harness's `.csv` and `.pt` files. SAEs are read when the recipe is attached, and nothing
+    in a file is executed. Raises FileNotFoundError, and ValueError that names the place in the
+    file, what is there, what is accepted, and the nearest of it.
+    """
+    from . import document, lm_eval
+
+    path = Path(path)
+    readers = {
+        ".json": document.read,
+        ".csv": lm_eval.read_csv,
+        ".pt": lm_eval.read_vectors,
+        ".pth": lm_eval.read_vectors,
+    }
+    if not path.is_file():
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        hint = nearest(path.name, [entry.name for entry in beside])
+        raise FileNotFoundError(f"path: no file {path}{hint}")
+    if path.suffix not in readers:
+        raise ValueError(f"path: {path} is no steering file; accepted are {', '.join(readers)}")
+    return readers[path.suffix](path)
+
+
+def load_sae(sae: SAE | str) -> SAE:
+    """What a Steering has as `sae`, in memory."""
+    if isinstance(sae, SAE):
+        return sae
+    with named("sae: "):
+        return SAE.load(sae)
+
+
+@contextmanager
+def named(place: object) -> Iterator[None]:
+    """Errors inside begin with a place in the file."""
+    try:
+        yield
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        kinds = (FileNotFoundError, TypeError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{place}{error}") from None
