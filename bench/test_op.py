@@ -24,7 +24,7 @@ from torch import Tensor
 
 from saesteer_fast import ops, reference
 
-from . import conftest, native, verify, workloads
+from . import native, verify, workloads
 from .timing import Contestant, interleaved
 from .workloads import Workload
 
@@ -44,18 +44,24 @@ class Case:
         return f"{self.workload}-{self.dtype}-T{self.T}-F{self.F}"
 
 
-CASES = [
-    Case(workload, dtype, T, F)
-    for dtype, F, tokens in (
-        ("bf16", 1, (1, 16, 128, 512)),
-        ("bf16", 4, (1, 128)),
-        ("fp32", 1, (1, 128)),
-    )
-    for workload in ("planted", "worst")
-    for T in tokens
-]
 COMMON = ("ours", "naive", "lean", "smart", "linear", "copy", "L0", "read")
-NAMES = [(case, name) for case in CASES for name in COMMON + ("nothing",) * (case.T == 1)]
+
+
+def cases(full: bool) -> list[Case]:
+    return [
+        Case(workload, dtype, T, F)
+        for dtype, F, tokens in (
+            ("bf16", 1, (1, 16, 128, 512)),
+            ("bf16", 4, (1, 128)),
+            ("fp32", 1, (1, 128)),
+        )
+        for workload in ("planted", "worst")
+        for T in tokens
+    ]
+
+
+def names(case: Case) -> tuple[str, ...]:
+    return COMMON + ("nothing",) * (case.T == 1)
 
 
 def inputs(w: Workload, T: int) -> list[Tensor]:
@@ -80,20 +86,17 @@ def baselines(w: Workload) -> dict:
 
 
 @pytest.fixture(scope="session")
-def verified() -> dict[tuple[str, str, int], tuple[Workload, dict[str, float]]]:
+def verified(request) -> dict[tuple[str, str, int], tuple[Workload, dict[str, float]]]:
     """Workloads by name, dtype and F, with the share of tokens on which each baseline agrees."""
-    checked = {}
-    for dtype in dict.fromkeys(case.dtype for case in CASES):
-        edited = dict.fromkeys(case.F for case in CASES if case.dtype == dtype)
+    checked, every = {}, cases(request.config.getoption("full"))
+    for dtype in dict.fromkeys(case.dtype for case in every):
+        edited = dict.fromkeys(case.F for case in every if case.dtype == dtype)
         for whole in workloads.build(dtype, max(edited)):
             for features in edited:
                 w = whole.first(features)
                 key = w.name, dtype, features
-                tokens = [c.T for c in CASES if (c.workload, c.dtype, c.F) == key]
-                try:
-                    checked[key] = w, verify_all(w, tokens)
-                except verify.Disagreement as disagreement:
-                    pytest.exit(str(disagreement), returncode=1)
+                tokens = [c.T for c in every if (c.workload, c.dtype, c.F) == key]
+                checked[key] = w, verify_all(w, tokens)
     return checked
 
 
@@ -111,7 +114,7 @@ def verify_all(w: Workload, tokens: list[int]) -> dict[str, float]:
 
 
 @pytest.fixture(scope="session")
-def seconds(request, verified) -> Callable[[Case], dict[str, list[float]]]:
+def seconds(record, verified) -> Callable[[Case], dict[str, list[float]]]:
     """Seconds a call of one case, by contestant and round; measured once."""
 
     @cache
@@ -122,7 +125,7 @@ def seconds(request, verified) -> Callable[[Case], dict[str, list[float]]]:
             found = interleaved(contestants(w, case.T, planted.settled(case.T)), ROUNDS)
         facts = {"d": w.x.shape[1], "N": len(w.W_enc), "k": w.k, **w.shares(case.T)}
         facts |= {"close": int(w.close.sum()), "agreement": agreement, "seconds": found}
-        request.config.stash[conftest.RESULTS].append(asdict(case) | facts)
+        record("op", asdict(case) | facts)
         return found
 
     return of
@@ -145,22 +148,5 @@ def contestants(w: Workload, T: int, settled: list[Tensor]) -> dict[str, Contest
     return chosen
 
 
-class Replay:
-    """A timer that lets pytest-benchmark report rounds that were timed before, interleaved."""
-
-    def __call__(self) -> float:
-        return next(self.readings)
-
-    def load(self, durations: list[float]) -> None:
-        self.readings = iter([reading for each in durations for reading in (0.0, each)])
-
-
-replay = Replay()
-
-
-@pytest.mark.benchmark(timer=replay)
-@pytest.mark.parametrize("case, name", NAMES, ids=[f"{case}-{name}" for case, name in NAMES])
-def test_op(benchmark, seconds, case, name):
-    benchmark.group = str(case)
-    replay.load(seconds(case)[name])
-    benchmark.pedantic(lambda: None, rounds=ROUNDS)
+def test_op(replay, seconds, case, name):
+    replay(str(case), seconds(case)[name])

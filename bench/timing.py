@@ -54,3 +54,13 @@ def interleaved(
     finally:
         gc.enable()
     return {name: of_rounds[1:] for name, of_rounds in seconds.items()}
+
+
+class Replay:
+    """A timer that lets pytest-benchmark report rounds that were timed before, interleaved."""
+
+    def __call__(self) -> float:
+        return next(self.readings)
+
+    def load(self, durations: Sequence[float]) -> None:
+        self.readings = iter([reading for each in durations for reading in (0.0, each)])

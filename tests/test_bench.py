@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # bench is not installed
 
 from bench import miniature, report, verify, workloads  # noqa: E402
+from bench.tables import common  # noqa: E402
+from bench.tables import op as op_tables  # noqa: E402
 from bench.timing import Contestant, interleaved  # noqa: E402
 from saesteer_fast import ops, reference  # noqa: E402
 
@@ -143,7 +145,7 @@ def run_small(tmp_path, *arguments, plugin=""):
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "bench", "-q", "-p", "small", *arguments],
+        [sys.executable, "-m", "pytest", "bench/test_op.py", "-q", "-p", "small", *arguments],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
@@ -154,7 +156,7 @@ def run_small(tmp_path, *arguments, plugin=""):
 def test_run_records_what_it_prints(tmp_path):
     done = run_small(tmp_path, "--record", "-k", "bf16-T1-F1")
     assert done.returncode == 0, done.stdout
-    result = report.newest(tmp_path)
+    result = report.newest(tmp_path, "op")
     assert report.render(result, everything=True) in done.stdout
     assert [case["workload"] for case in result["cases"]] == ["planted", "worst"]
     assert {"device", "threads", "instructions", "torch", "commit", "dirty", "date"} <= set(
@@ -192,7 +194,7 @@ def result():
 def verdicts(result):
     return {
         target.text: cells[-1]
-        for target in report.TARGETS
+        for target in op_tables.TARGETS
         if (cells := target.judge(result["cases"]))
     }
 
@@ -216,8 +218,8 @@ def test_stored_result_renders_the_same(tmp_path, result):
     older = json.loads(stored.read_text())
     older["machine"]["date"] = "2025-12-31T00:00:00+00:00"
     report.save(older, tmp_path)
-    assert report.newest(tmp_path) == result
-    text = report.render(report.newest(tmp_path))
+    assert report.newest(tmp_path, "op") == result
+    text = report.render(report.newest(tmp_path, "op"))
     assert text == report.render(result)
     assert "| planted | bf16 | 512 | 1 | 1.00 ms | 100× (100) |" in text
 
@@ -266,7 +268,7 @@ def test_check_detects_drift(tmp_path, result):
 
 
 def test_report_says_what_is_missing(tmp_path, result):
-    with pytest.raises(SystemExit, match="holds no result"):
+    with pytest.raises(SystemExit, match="no result of the suite op"):
         report.main([], tmp_path)
     report.save(result, tmp_path)
     record_demo(tmp_path)
@@ -294,4 +296,4 @@ def test_readme_holds_the_newest_result():
     ],
 )
 def test_number(value, text):
-    assert report.number(value) == text
+    assert common.number(value) == text
