@@ -1,7 +1,7 @@
 """Stores results, and puts them into README.md: `python -m bench.report [--write | --check]`.
 
 Without an option the newest result of every suite is printed as Markdown; --write puts it into
-README.md between its markers, --check fails unless it is there already.
+README.md between its markers and draws the plots, --check fails unless both are there already.
 """
 
 from __future__ import annotations
@@ -13,21 +13,39 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from . import miniature
+from . import miniature, plots
+from .tables import growth
+from .tables.common import circumstances
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "bench:op": lambda results: render(newest(results, "op")),
+    "bench:growth": lambda results: grown(newest(results, "op", full=True)),
     "demo": miniature.demo,
     "mini": lambda _: miniature.mini(),
 }
 """What README.md holds between `<!-- name -->` and `<!-- /name -->`, from the stored results."""
+IN_README = ("T", "N")
+"""Axes along which README shows the growth."""
 
 
 def render(result: dict, everything: bool = False) -> str:
     """Markdown of one result, by its suite's file in bench/tables."""
     return import_module(f".tables.{result['suite']}", __package__).render(result, everything)
+
+
+def grown(result: dict | None) -> str:
+    """Slopes and plots of some axes, of a run of the op suite's whole grid."""
+    if result is None:
+        return "No run of `make bench-full` is recorded."
+    images = [
+        f"![time along {axis}]({plots.path(RESULTS, axis).relative_to(ROOT)})"
+        for axis in IN_README
+        if axis in plots.shown(result)
+    ]
+    text = [growth.slopes(result["cases"], IN_README), circumstances(result["machine"])]
+    return "\n\n".join(images + text)
 
 
 def save(result: dict, folder: Path) -> Path:
@@ -41,15 +59,17 @@ def save(result: dict, folder: Path) -> Path:
     return path
 
 
-def newest(folder: Path, suite: str) -> dict:
-    """The suite's result with the latest date; FileNotFoundError if there is none."""
+def newest(folder: Path, suite: str, full: bool = False) -> dict | None:
+    """The suite's result with the latest date; FileNotFoundError if there is none. With `full` the
+    latest of the whole grid, or None."""
     results = [json.loads(path.read_text()) for path in folder.glob(f"{suite}-*.json")]
     if not results:
         raise FileNotFoundError(
             f"bench/results holds no result of the suite {suite}: "
             f"`python -m pytest bench/test_{suite}.py --record` stores one"
         )
-    return max(results, key=lambda result: result["machine"]["date"])
+    chosen = [result for result in results if result.get("full") or not full]
+    return max(chosen, key=lambda result: result["machine"]["date"], default=None)
 
 
 def placed(readme: str, name: str, block: str) -> str:
@@ -82,10 +102,18 @@ def main(
             wanted = placed(wanted, name, block)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
+    drawn = newest(results, "op", full=True)
     if options.write:
         readme.write_text(wanted)
-    elif text != wanted:
-        sys.exit("README.md differs from the stored results: `python -m bench.report --write`")
+        if drawn:
+            plots.write(drawn, results)
+        return
+    stale = plots.check(drawn, results) if drawn else []
+    if differing := stale + ["README.md"] * (text != wanted):
+        sys.exit(
+            f"{' and '.join(differing)}: differs from the stored results: "
+            "`python -m bench.report --write`"
+        )
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
-"""The op against everything that a careful PyTorch user writes instead.
+"""The op against everything that a careful PyTorch user writes instead, and against the libraries.
 
 ours      saesteer_fast.ops.steer, impl="cpu"
 naive, lean, smart      saesteer_fast.reference
+naive, compiled; ...    the same under torch.compile, compiled before they are timed
+sparsify, sae_lens      the libraries themselves, where installed
 linear    one encoder pass and nothing else
 copy      a copy of x
 L0        ours, on tokens that all end at L0
 read      reading W_enc once with all threads
 nothing   an op of steer's signature that computes nothing (T=1)
 
-Everything is verified before anything is timed; who disagrees ends the run.
+Everything is verified before anything of its shape is timed; who disagrees ends the run. On a GPU
+bench/gpu.py compares the kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -24,13 +27,31 @@ from torch import Tensor
 
 from saesteer_fast import ops, reference
 
-from . import native, verify, workloads
+from . import native, peers, verify, workloads
 from .timing import Contestant, interleaved
-from .workloads import Workload
+from .workloads import Shape, Workload
 
 ROUNDS = 7
+FEW, LONG = 3, 4.0
+"""Rounds where one takes longer than so many seconds."""
 BASELINE_TOKENS = 128
 WORST_CALLS = 64
+BASELINES = ("naive", "lean", "smart")
+COMPILED = (1, 512)
+"""Tokens a call at which the baselines are compiled too: the least and what prefill takes."""
+MOST_TOKENS = 2048
+"""Up to here the libraries run, and slow ones take seconds a call."""
+
+SHORT = (("bf16", 1, (1, 16, 128, 512)), ("bf16", 4, (1, 128)), ("fp32", 1, (1, 128)))
+"""dtype, F, T."""
+TOKENS = (1, 16, 128, 512, 2048, 8192)
+AXES = {
+    "F": [{"F": F} for F in (4, 16)],
+    "k": [{"k": k} for k in (16, 64, 192)],
+    "d": [{"d": d} for d in (768, 1536, 8192)],
+    "N": [{"d": 768, "N": N} for N in (6144, 98304, 393216, 1048576)],
+}
+"""Steps away from the centre, at T=1 and at T=128; N goes with a width at which a million fits."""
 
 
 @dataclass(frozen=True)
@@ -39,65 +60,106 @@ class Case:
     dtype: str
     T: int
     F: int
+    d: int
+    N: int
+    k: int
+
+    @property
+    def shape(self) -> Shape:
+        return replace(workloads.FULL, d=self.d, N=self.N, k=self.k)
+
+    @property
+    def built(self) -> tuple[str, Shape, bool]:
+        """What `workload` builds at once."""
+        return self.dtype, self.shape, self.workload == "real"
 
     def __str__(self) -> str:
-        return f"{self.workload}-{self.dtype}-T{self.T}-F{self.F}"
-
-
-COMMON = ("ours", "naive", "lean", "smart", "linear", "copy", "L0", "read")
+        parts = [self.workload, self.dtype, f"T{self.T}", f"F{self.F}"]
+        usual = workloads.MINIATURE if self.workload == "real" else workloads.FULL
+        changed = [n for n in ("d", "N", "k") if getattr(self, n) != getattr(usual, n)]
+        return "-".join(parts + [f"{name}{getattr(self, name)}" for name in changed])
 
 
 def cases(full: bool) -> list[Case]:
-    return [
-        Case(workload, dtype, T, F)
-        for dtype, F, tokens in (
-            ("bf16", 1, (1, 16, 128, 512)),
-            ("bf16", 4, (1, 128)),
-            ("fp32", 1, (1, 128)),
-        )
-        for workload in ("planted", "worst")
-        for T in tokens
-    ]
+    """The short set, or all of it: one axis at a time. Those that are built at once in a row."""
+    centre, small = workloads.FULL, workloads.MINIATURE
+    planted = Case("planted", "bf16", 1, 1, centre.d, centre.N, centre.k)
+    real = Case("real", "bf16", 1, 1, small.d, small.N, small.k)
+    found = [replace(planted, dtype=dtype, F=F, T=T) for dtype, F, Ts in SHORT for T in Ts]
+    if full:
+        found += [replace(planted, T=T) for T in TOKENS]
+        steps = [step for axis in AXES.values() for step in axis]
+        found += [replace(planted, T=T, **step) for step in steps for T in (1, 128)]
+    found = [c for case in found for c in (case, replace(case, workload="worst"))]
+    found += [replace(real, T=T) for T in (TOKENS if full else (1, 128))]
+    order = list(dict.fromkeys(case.built for case in found))
+    return sorted(dict.fromkeys(found), key=lambda case: order.index(case.built))
 
 
 def names(case: Case) -> tuple[str, ...]:
-    return COMMON + ("nothing",) * (case.T == 1)
+    compiled = case.F == 1 and case.T in COMPILED and case.dtype == "bf16"
+    compiled &= case.shape == workloads.FULL or case.workload == "real"
+    return (
+        ("ours", *BASELINES)
+        + tuple(f"{name}, compiled" for name in BASELINES) * compiled
+        + peers.NAMES * (case.T <= MOST_TOKENS)
+        + ("linear", "copy", "L0", "read")
+        + ("nothing",) * (case.T == 1)
+    )
 
 
 def inputs(w: Workload, T: int) -> list[Tensor]:
-    """What is verified and timed: all of the planted stream; worst calls all cost the same."""
-    return w.batches(T)[: None if w.name == "planted" else WORST_CALLS]
+    """What is verified and timed: all of the stream; worst calls all cost the same."""
+    return w.batches(T)[: WORST_CALLS if w.name == "worst" else None]
 
 
 def steer(w: Workload, x):
     return ops.steer(x, w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k, impl="cpu")
 
 
-def baselines(w: Workload) -> dict:
+def baselines(w: Workload) -> dict[str, Callable[[Tensor], Tensor]]:
     """Each takes x; all other inputs are prepared in W_enc's dtype."""
     b_enc = w.b_enc.to(w.W_enc.dtype)
     dense = w.W_enc, b_enc, w.W_dec, w.b_dec, w.features, w.values, w.k
     rows = w.W_enc, b_enc, w.directions, w.features, w.values, w.k
-    return {
-        "naive": lambda x: reference.naive(x, *dense),
-        "lean": lambda x: reference.lean(x, *dense),
-        "smart": lambda x: reference.smart(x, *rows),
-    }
+    arguments = {"naive": dense, "lean": dense, "smart": rows}
+
+    def bound(run, rest):
+        return lambda x: run(x, *rest)
+
+    found = {}
+    for name, rest in arguments.items():
+        run = getattr(reference, name)
+        found[name] = bound(run, rest)
+        found[f"{name}, compiled"] = bound(torch.compile(run, dynamic=False, fullgraph=True), rest)
+    return found
 
 
 @pytest.fixture(scope="session")
-def verified(request) -> dict[tuple[str, str, int], tuple[Workload, dict[str, float]]]:
-    """Workloads by name, dtype and F, with the share of tokens on which each baseline agrees."""
-    checked, every = {}, cases(request.config.getoption("full"))
-    for dtype in dict.fromkeys(case.dtype for case in every):
-        edited = dict.fromkeys(case.F for case in every if case.dtype == dtype)
-        for whole in workloads.build(dtype, max(edited)):
-            for features in edited:
-                w = whole.first(features)
-                key = w.name, dtype, features
-                tokens = [c.T for c in every if (c.workload, c.dtype, c.F) == key]
-                checked[key] = w, verify_all(w, tokens)
-    return checked
+def workload(request) -> Callable[[Case], tuple[Workload, list[Tensor], dict[str, float]]]:
+    """A case's workload, calls of it that all end at L0, and the share of tokens on which each
+    baseline agrees. Only what was built last is kept."""
+    every = cases(request.config.getoption("full"))
+
+    @lru_cache(maxsize=1)
+    def built(dtype: str, shape: Shape, real: bool) -> dict[str, Workload]:
+        if real:
+            return {"real": workloads.miniature(dtype)}
+        most = max(case.F for case in every if case.built == (dtype, shape, real))
+        return {w.name: w for w in workloads.build(dtype, most, shape)}
+
+    agreement: dict[Case, dict[str, float]] = {}
+
+    def of(case: Case):
+        whole = built(*case.built)
+        w, any_T = whole[case.workload].first(case.F), replace(case, T=0)
+        if any_T not in agreement:
+            tokens = [each.T for each in every if replace(each, T=0) == any_T]
+            agreement[any_T] = verify_all(w, tokens)
+        settled = w if w.name == "real" else whole["planted"].first(case.F)
+        return w, settled.settled(case.T), agreement[any_T]
+
+    return of
 
 
 @torch.inference_mode()
@@ -110,43 +172,71 @@ def verify_all(w: Workload, tokens: list[int]) -> dict[str, float]:
     for T in tokens:
         verify.check_ours(w, inputs(w, T), lambda x: steer(w, x), feature_acts)
     x = w.x[:BASELINE_TOKENS]
-    return {name: verify.check_baseline(w, name, run(x)) for name, run in baselines(w).items()}
+    agreed = {}
+    for name, run in baselines(w).items():
+        if name in BASELINES:
+            agreed[name] = verify.check_baseline(w, name, run(x))
+    for name, peer in peers.contestants(w).items():
+        agreed[name] = verify.check_baseline(w, name, peer.whole(x, peer.call(x)))
+    return agreed
+
+
+def compile_now(w: Workload, name: str, run: Callable[[Tensor], Tensor], T: int) -> None:
+    """Compiles for calls of T tokens and verifies on such calls."""
+    calls = w.batches(T)[: max(1, BASELINE_TOKENS // 8 // T)]
+    verify.check_baseline(w, name, torch.cat([run(x) for x in calls]))
 
 
 @pytest.fixture(scope="session")
-def seconds(record, verified) -> Callable[[Case], dict[str, list[float]]]:
-    """Seconds a call of one case, by contestant and round; measured once."""
+def measured(record, workload) -> Callable[[Case], dict]:
+    """One case's record: `seconds` a call by contestant and round, `not_run` with the reasons."""
 
     @cache
-    def of(case: Case) -> dict[str, list[float]]:
-        w, agreement = verified[case.workload, case.dtype, case.F]
-        planted, _ = verified["planted", case.dtype, case.F]
+    def of(case: Case) -> dict:
+        w, settled, agreement = workload(case)
+        torch.compiler.reset()
         with torch.inference_mode():
-            found = interleaved(contestants(w, case.T, planted.settled(case.T)), ROUNDS)
-        facts = {"d": w.x.shape[1], "N": len(w.W_enc), "k": w.k, **w.shares(case.T)}
-        facts |= {"close": int(w.close.sum()), "agreement": agreement, "seconds": found}
-        record("op", asdict(case) | facts)
+            chosen, not_run = contestants(w, case, settled)
+            once = sum(each.seconds * each.calls for each in chosen.values())
+            seconds = interleaved(chosen, ROUNDS if once < LONG else FEW)
+        found = asdict(case) | {"short": case in cases(full=False), **w.shares(case.T)}
+        found |= {"close": int(w.close.sum()), "agreement": agreement}
+        found |= {"not_run": not_run, "seconds": seconds}
+        record("op", found)
         return found
 
     return of
 
 
-def contestants(w: Workload, T: int, settled: list[Tensor]) -> dict[str, Contestant]:
-    batches, machine = inputs(w, T), native.load()
+def contestants(
+    w: Workload, case: Case, settled: list[Tensor]
+) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Those of `names`, ready to be timed; and why one is not."""
+    batches, machine = inputs(w, case.T), native.load()
     b_enc = w.b_enc.to(w.W_enc.dtype)
     fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
-    chosen = {
-        "ours": Contestant(lambda x: steer(w, x), batches, whole=w.name == "planted"),
-        **{name: Contestant(run, batches) for name, run in baselines(w).items()},
-        "linear": Contestant(lambda x: F.linear(x, w.W_enc, b_enc), batches),
-        "copy": Contestant(torch.clone, batches),
-        "L0": Contestant(lambda x: steer(w, x), settled),
-        "read": Contestant(machine.read, [w.W_enc]),
+    calls = baselines(w) | {name: peer.call for name, peer in peers.contestants(w).items()}
+    calls |= {"linear": lambda x: F.linear(x, w.W_enc, b_enc), "copy": torch.clone}
+    special = {
+        "ours": lambda: Contestant(lambda x: steer(w, x), batches, whole=w.name != "worst"),
+        "L0": lambda: Contestant(lambda x: steer(w, x), settled),
+        "read": lambda: Contestant(machine.read, [w.W_enc]),
+        "nothing": lambda: Contestant(lambda x: machine.nothing(x, *fixed), settled),
     }
-    if T == 1:
-        chosen["nothing"] = Contestant(lambda x: machine.nothing(x, *fixed), settled)
-    return chosen
+    chosen, not_run = {}, {}
+    for name in names(case):
+        if name.endswith("compiled"):
+            try:
+                compile_now(w, name, calls[name], case.T)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                not_run[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                continue
+        chosen[name] = special[name]() if name in special else Contestant(calls[name], batches)
+    return chosen, not_run
 
 
-def test_op(replay, seconds, case, name):
-    replay(str(case), seconds(case)[name])
+def test_op(replay, measured, case, name):
+    found = measured(case)
+    if name in found["not_run"]:
+        pytest.skip(found["not_run"][name])
+    replay(str(case), found["seconds"][name])

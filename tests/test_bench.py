@@ -56,7 +56,7 @@ def test_scanned_is_what_a_plain_count_says(pair):
         while needed < SMALL.N and beaten < w.k:
             beaten += bool(p[needed] > p[f])
             needed += 1
-        assert w.scanned[t] == pytest.approx(needed / SMALL.N)
+        assert w.ranks.scanned[t] == pytest.approx(needed / SMALL.N)
 
 
 def test_truth_is_the_reference_everywhere(pair):
