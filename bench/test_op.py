@@ -90,10 +90,12 @@ def cases(full: bool) -> list[Case]:
         found += [replace(planted, T=T) for T in TOKENS]
         steps = [step for axis in AXES.values() for step in axis]
         found += [replace(planted, T=T, **step) for step in steps for T in (1, 128)]
-    found = [c for case in found for c in (case, replace(case, workload="worst"))]
+    found += [replace(case, workload="worst") for case in found]
     found += [replace(real, T=T) for T in (TOKENS if full else (1, 128))]
-    order = list(dict.fromkeys(case.built for case in found))
-    return sorted(dict.fromkeys(found), key=lambda case: order.index(case.built))
+    built = list(dict.fromkeys(case.built for case in found))
+    any_T = list(dict.fromkeys(replace(case, T=0) for case in found))
+    order = {case: (built.index(case.built), any_T.index(replace(case, T=0))) for case in found}
+    return sorted(order, key=order.__getitem__)
 
 
 def names(case: Case) -> tuple[str, ...]:
@@ -117,22 +119,23 @@ def steer(w: Workload, x):
     return ops.steer(x, w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k, impl="cpu")
 
 
-def baselines(w: Workload) -> dict[str, Callable[[Tensor], Tensor]]:
+def baselines(w: Workload, wrap=lambda run: run) -> dict[str, Callable[[Tensor], Tensor]]:
     """Each takes x; all other inputs are prepared in W_enc's dtype."""
     b_enc = w.b_enc.to(w.W_enc.dtype)
     dense = w.W_enc, b_enc, w.W_dec, w.b_dec, w.features, w.values, w.k
     rows = w.W_enc, b_enc, w.directions, w.features, w.values, w.k
-    arguments = {"naive": dense, "lean": dense, "smart": rows}
+    naive, lean, smart = (wrap(getattr(reference, name)) for name in BASELINES)
+    return {
+        "naive": lambda x: naive(x, *dense),
+        "lean": lambda x: lean(x, *dense),
+        "smart": lambda x: smart(x, *rows),
+    }
 
-    def bound(run, rest):
-        return lambda x: run(x, *rest)
 
-    found = {}
-    for name, rest in arguments.items():
-        run = getattr(reference, name)
-        found[name] = bound(run, rest)
-        found[f"{name}, compiled"] = bound(torch.compile(run, dynamic=False, fullgraph=True), rest)
-    return found
+def compiled(w: Workload) -> dict[str, Callable[[Tensor], Tensor]]:
+    torch.compiler.reset()
+    found = baselines(w, lambda run: torch.compile(run, dynamic=False, fullgraph=True))
+    return {f"{name}, compiled": run for name, run in found.items()}
 
 
 @pytest.fixture(scope="session")
@@ -142,22 +145,24 @@ def workload(request) -> Callable[[Case], tuple[Workload, list[Tensor], dict[str
     every = cases(request.config.getoption("full"))
 
     @lru_cache(maxsize=1)
-    def built(dtype: str, shape: Shape, real: bool) -> dict[str, Workload]:
+    def built(dtype: str, shape: Shape, real: bool) -> Workload:
         if real:
-            return {"real": workloads.miniature(dtype)}
+            return workloads.miniature(dtype)
         most = max(case.F for case in every if case.built == (dtype, shape, real))
-        return {w.name: w for w in workloads.build(dtype, most, shape)}
+        planted, _ = workloads.build(dtype, most, shape)
+        return planted
 
-    agreement: dict[Case, dict[str, float]] = {}
+    @lru_cache(maxsize=1)
+    def verified(any_T: Case) -> tuple[Workload, Workload, dict[str, float]]:
+        w = whole = built(*any_T.built).first(any_T.F)
+        if any_T.workload == "worst":
+            w = whole.worst(any_T.shape.worst)
+        tokens = [each.T for each in every if replace(each, T=0) == any_T]
+        return w, whole, verify_all(w, tokens)
 
     def of(case: Case):
-        whole = built(*case.built)
-        w, any_T = whole[case.workload].first(case.F), replace(case, T=0)
-        if any_T not in agreement:
-            tokens = [each.T for each in every if replace(each, T=0) == any_T]
-            agreement[any_T] = verify_all(w, tokens)
-        settled = w if w.name == "real" else whole["planted"].first(case.F)
-        return w, settled.settled(case.T), agreement[any_T]
+        w, whole, agreement = verified(replace(case, T=0))
+        return w, whole.settled(case.T), agreement
 
     return of
 
@@ -172,10 +177,7 @@ def verify_all(w: Workload, tokens: list[int]) -> dict[str, float]:
     for T in tokens:
         verify.check_ours(w, inputs(w, T), lambda x: steer(w, x), feature_acts)
     x = w.x[:BASELINE_TOKENS]
-    agreed = {}
-    for name, run in baselines(w).items():
-        if name in BASELINES:
-            agreed[name] = verify.check_baseline(w, name, run(x))
+    agreed = {name: verify.check_baseline(w, name, run(x)) for name, run in baselines(w).items()}
     for name, peer in peers.contestants(w).items():
         agreed[name] = verify.check_baseline(w, name, peer.whole(x, peer.call(x)))
     return agreed
@@ -194,7 +196,6 @@ def measured(record, workload) -> Callable[[Case], dict]:
     @cache
     def of(case: Case) -> dict:
         w, settled, agreement = workload(case)
-        torch.compiler.reset()
         with torch.inference_mode():
             chosen, not_run = contestants(w, case, settled)
             once = sum(each.seconds * each.calls for each in chosen.values())
@@ -212,11 +213,12 @@ def contestants(
     w: Workload, case: Case, settled: list[Tensor]
 ) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Those of `names`, ready to be timed; and why one is not."""
-    batches, machine = inputs(w, case.T), native.load()
+    batches, machine, wanted = inputs(w, case.T), native.load(), names(case)
     b_enc = w.b_enc.to(w.W_enc.dtype)
     fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
+    late = compiled(w) if "naive, compiled" in wanted else {}
     calls = baselines(w) | {name: peer.call for name, peer in peers.contestants(w).items()}
-    calls |= {"linear": lambda x: F.linear(x, w.W_enc, b_enc), "copy": torch.clone}
+    calls |= late | {"linear": lambda x: F.linear(x, w.W_enc, b_enc), "copy": torch.clone}
     special = {
         "ours": lambda: Contestant(lambda x: steer(w, x), batches, whole=w.name != "worst"),
         "L0": lambda: Contestant(lambda x: steer(w, x), settled),
@@ -224,8 +226,8 @@ def contestants(
         "nothing": lambda: Contestant(lambda x: machine.nothing(x, *fixed), settled),
     }
     chosen, not_run = {}, {}
-    for name in names(case):
-        if name.endswith("compiled"):
+    for name in wanted:
+        if name in late:
             try:
                 compile_now(w, name, calls[name], case.T)
             except torch._dynamo.exc.TorchDynamoException as error:

@@ -107,45 +107,38 @@ class Workload:
 
     @cached_property
     def ranks(self) -> Ranks:
-        p_f, tau_f, shape = self.preacts, self.slack, self.preacts.shape
-        ranks = Ranks(
-            torch.zeros(shape, dtype=torch.bool, device=p_f.device),
-            p_f.abs() <= tau_f,
-            torch.zeros(shape, dtype=torch.float64, device=p_f.device),
-        )
-        open_ = (p_f > -tau_f).any(-1).nonzero().squeeze(-1)
-        for at in open_.split(max(1, 512 // shape[-1])):
-            beaten, sure, possible, needed = self._counts(at)
-            positive = p_f[at] > 0
-            ranks.live[at] = positive & (beaten < self.k)
-            ranks.close[at] |= (sure < self.k) & (possible >= self.k) & (p_f[at] > -tau_f[at])
-            ranks.scanned[at] = (needed + 1).clamp(max=len(self.W_enc)).where(positive, 0).double()
-        return ranks._replace(scanned=ranks.scanned / len(self.W_enc))
+        p_f, tau_f = self.preacts, self.slack
+        pairs = (p_f > -tau_f).nonzero(as_tuple=True)
+        beaten, sure, possible, counted = self._counts(*pairs)
+        positive = p_f[pairs] > 0
+        live = torch.zeros_like(p_f, dtype=torch.bool)
+        live[pairs] = positive & (beaten < self.k)
+        close = p_f.abs() <= tau_f
+        close[pairs] |= (sure < self.k) & (possible >= self.k)
+        scanned = torch.zeros_like(p_f)
+        scanned[pairs] = (counted + 1).clamp(max=len(self.W_enc)).where(positive, 0).double()
+        return Ranks(live, close, scanned / len(self.W_enc))
 
-    def _counts(self, at: Tensor) -> Tensor:
-        """Of the tokens x[at], how many latents beat each feature, how many surely and possibly
-        do in fp32, and how many are counted before k of them beat it: [4, tokens, F]."""
-        x, p_f, tau_f = self.x[at], self.preacts[at, :, None], self.slack[at, :, None]
-        counts = torch.zeros(4, *p_f.shape[:2], dtype=torch.int64, device=x.device)
+    def _counts(self, tokens: Tensor, which: Tensor) -> Tensor:
+        """For pairs of a token and a feature: how many latents beat the feature, how many surely
+        and possibly do in fp32, and how many are counted before k beat it: [4, pairs] int64."""
+        p_f, tau_f = (t[tokens, which, None] for t in (self.preacts, self.slack))
+        features = self.features[which, None]
+        counts = torch.zeros(4, len(tokens), dtype=torch.int64, device=tokens.device)
         for start in range(0, len(self.W_enc), ROWS):
-            W, b = self.W_enc[start : start + ROWS], self.b_enc[start : start + ROWS]
-            p = reference.preacts(x, W, b)[:, None]
-            # Twice is more than fp32 errs in so many terms, all of one sign.
-            size = reference.preacts(x.abs(), W.abs(), b.abs(), torch.float32)[:, None]
-            gap, slack = p - p_f, tau_f + self._error(size * (1 + 2 * x.shape[-1] * 2.0**-24))
-            j = torch.arange(start, start + len(W), device=x.device)
-            f = self.features[:, None]
-            others = j != f
-            beats = ((gap > 0) | ((gap == 0) & (j < f))) & others
-            before = counts[0][..., None] + beats.cumsum(-1)
-            counts += torch.stack(
-                [
-                    beats.sum(-1),
-                    ((gap > slack) & others).sum(-1),
-                    ((gap >= -slack) & others).sum(-1),
-                    (before < self.k).sum(-1),
-                ]
-            )
+            W, b = self.W_enc[start : start + ROWS].double(), self.b_enc[start : start + ROWS]
+            sizes, j = W.abs().float(), torch.arange(start, start + len(W), device=tokens.device)
+            for at in torch.arange(len(tokens), device=tokens.device).split(512):
+                rows, back = tokens[at].unique(return_inverse=True)
+                gap = reference.preacts(self.x[rows], W, b)[back] - p_f[at]
+                size = reference.preacts(self.x[rows].abs(), sizes, b.abs(), torch.float32)
+                # fp32 errs by less than this in so many terms of one sign.
+                tau = self._error(size.double() * (1 + 2 * self.x.shape[1] * 2.0**-24))[back]
+                slack, f = tau_f[at] + tau, features[at]
+                beats = ((gap > 0) | ((gap == 0) & (j < f))) & (j != f)
+                before = counts[0, at, None] + beats.cumsum(-1)
+                found = beats, (gap > slack) & (j != f), (gap >= -slack) & (j != f), before < self.k
+                counts[:, at] += torch.stack([each.sum(-1) for each in found])
         return counts
 
     @cached_property
@@ -164,7 +157,19 @@ class Workload:
         for name in ("preacts", "slack"):
             part.__dict__[name] = getattr(self, name)[:, :features]
         part.__dict__["ranks"] = Ranks(*(each[:, :features] for each in self.ranks))
+        part.__dict__["largest"] = self.largest
         return part
+
+    @cached_property
+    def largest(self) -> Tensor:
+        """The largest product of a token and a latent: [1]."""
+        return _largest(self.x, self.W_enc, 1)
+
+    def worst(self, tokens: int) -> Workload:
+        """The first tokens with every edited latent pushed among the k largest."""
+        push = self.largest.float() * self.directions.float().sum(0)
+        x = self.x[:tokens].float() + push
+        return replace(self, name="worst", x=x.to(self.x.dtype))
 
     def batches(self, tokens: int) -> list[Tensor]:
         """The stream in calls of so many tokens."""
@@ -214,10 +219,7 @@ def build(dtype: str, features: int, shape: Shape | None = None, seed: int = 0) 
     chosen = _nearest(x, W_enc, threshold, k)[:features]
 
     planted = Workload("planted", x, W_enc, b_enc, W_dec, b_dec, chosen, k)
-    largest = _largest(x, W_enc, 1).float()
-    push = largest * planted.directions.float().sum(0)
-    pushed = x[: shape.worst].float() + push
-    return [planted, replace(planted, name="worst", x=pushed.to(x.dtype))]
+    return [planted, planted.worst(shape.worst)]
 
 
 def miniature(dtype: str, tokens: int = 2048) -> Workload:
