@@ -157,19 +157,13 @@ class Workload:
         for name in ("preacts", "slack"):
             part.__dict__[name] = getattr(self, name)[:, :features]
         part.__dict__["ranks"] = Ranks(*(each[:, :features] for each in self.ranks))
-        part.__dict__["largest"] = self.largest
         return part
-
-    @cached_property
-    def largest(self) -> Tensor:
-        """The largest product of a token and a latent: [1]."""
-        return _largest(self.x, self.W_enc, 1)
 
     def worst(self, tokens: int) -> Workload:
         """The first tokens with every edited latent pushed among the k largest."""
-        push = self.largest.float() * self.directions.float().sum(0)
-        x = self.x[:tokens].float() + push
-        return replace(self, name="worst", x=x.to(self.x.dtype))
+        x = self.x[:tokens]
+        push = _largest(x, self.W_enc, 1).float() * self.directions.float().sum(0)
+        return replace(self, name="worst", x=(x.float() + push).to(x.dtype))
 
     def batches(self, tokens: int) -> list[Tensor]:
         """The stream in calls of so many tokens."""
