@@ -162,7 +162,8 @@ class Workload:
     def worst(self, tokens: int) -> Workload:
         """The first tokens with every edited latent pushed among the k largest."""
         x = self.x[:tokens]
-        push = _largest(x, self.W_enc, 1).float() * self.directions.float().sum(0)
+        # Twice, because latents near a pushed one rise with it.
+        push = 2 * _largest(x, self.W_enc, 1).float() * self.directions.float().sum(0)
         return replace(self, name="worst", x=(x.float() + push).to(x.dtype))
 
     def batches(self, tokens: int) -> list[Tensor]:

@@ -106,7 +106,9 @@ def render(result: dict, everything: bool = False) -> str:
         + [percent(case[name]) for name in shares]
         for case in cases
     ]
-    parts = [table(header, rows), _legend(cases, everything), judged(TARGETS, cases)]
+    parts = [table(header, rows), _legend(cases, everything)]
+    if any(target.applies(case) for target in TARGETS for case in cases):
+        parts.append(judged(TARGETS, cases))
     if everything and growth.series(cases):
         parts.append(growth.slopes(cases))
     return "\n\n".join([*parts, circumstances(result["machine"])])
