@@ -318,10 +318,11 @@ def test_the_fastest_is_judged_and_shown(result):
     assert got["T=512 planted: faster of lean and sparsify / ours"] == "**missed**"
     text = report.render(result)
     assert "| planted | bf16 | 512 | 1 | 1.00 ms | 30.0× (30.0) c | 20.0× (20.0) |" in text
-    assert "| 10.0× (10.0) |" in text and "| not run |" in text
+    assert "| 10.0× (10.0) |" in text and "| — |" in text and "not run" not in text
     assert "eai-sparsify 1.3.3; commit 0123456789ab" in text
-    large["not_run"] = {"smart, compiled": "CppCompileError: no compiler"}
+    planted["not_run"] = {"naive, compiled": "CppCompileError: no compiler"}
     assert "Not run: CppCompileError: no compiler." in report.render(result)
+    assert "| not run |" in report.render(result, everything=True)
     planted["short"] = False
     assert "| planted | bf16 | 1 |" not in report.render(result)
     assert "| planted | bf16 | 1 |" in report.render(result, everything=True)

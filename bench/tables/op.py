@@ -117,7 +117,7 @@ def render(result: dict, everything: bool = False) -> str:
 def _compared(case: Case, name: str, everything: bool) -> str:
     chosen = name if everything else best(case, name)
     if chosen not in case["seconds"]:
-        return "not run"
+        return "not run" if name in case.get("not_run", {}) else "—"
     mark = " c" if chosen != name else ""
     return spread(ratios(case, chosen), everything) + mark
 
