@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ class Case:
 
     @property
     def built(self) -> tuple[str, Shape, bool]:
-        """What `workload` builds at once."""
+        """What `subject` builds at once."""
         return self.dtype, self.shape, self.workload == "real"
 
     def __str__(self) -> str:
@@ -138,10 +139,20 @@ def compiled(w: Workload) -> dict[str, Callable[[Tensor], Tensor]]:
     return {f"{name}, compiled": run for name, run in found.items()}
 
 
+class Subject(NamedTuple):
+    """What the cases of one workload share, whatever their T."""
+
+    w: Workload
+    settling: Workload
+    """The workload that has tokens which end at L0."""
+    libraries: dict[str, peers.Peer]
+    agreement: dict[str, float]
+    """The share of tokens on which each baseline agrees."""
+
+
 @pytest.fixture(scope="session")
-def workload(request) -> Callable[[Case], tuple[Workload, list[Tensor], dict[str, float]]]:
-    """A case's workload, calls of it that all end at L0, and the share of tokens on which each
-    baseline agrees. Only what was built last is kept."""
+def subject(request) -> Callable[[Case], Subject]:
+    """A case's subject, verified. Only what was built last is kept."""
     every = cases(request.config.getoption("full"))
 
     @lru_cache(maxsize=1)
@@ -153,22 +164,21 @@ def workload(request) -> Callable[[Case], tuple[Workload, list[Tensor], dict[str
         return planted
 
     @lru_cache(maxsize=1)
-    def verified(any_T: Case) -> tuple[Workload, Workload, dict[str, float]]:
+    def verified(any_T: Case) -> Subject:
         w = whole = built(*any_T.built).first(any_T.F)
         if any_T.workload == "worst":
             w = whole.worst(any_T.shape.worst)
         tokens = [each.T for each in every if replace(each, T=0) == any_T]
-        return w, whole, verify_all(w, tokens)
+        libraries = peers.contestants(w)
+        return Subject(w, whole, libraries, verify_all(w, tokens, libraries))
 
-    def of(case: Case):
-        w, whole, agreement = verified(replace(case, T=0))
-        return w, whole.settled(case.T), agreement
-
-    return of
+    return lambda case: verified(replace(case, T=0))
 
 
 @torch.inference_mode()
-def verify_all(w: Workload, tokens: list[int]) -> dict[str, float]:
+def verify_all(
+    w: Workload, tokens: list[int], libraries: dict[str, peers.Peer]
+) -> dict[str, float]:
     def feature_acts(x):
         return ops.feature_acts(x, w.W_enc, w.b_enc, w.features, w.k, impl="cpu")
 
@@ -178,7 +188,7 @@ def verify_all(w: Workload, tokens: list[int]) -> dict[str, float]:
         verify.check_ours(w, inputs(w, T), lambda x: steer(w, x), feature_acts)
     x = w.x[:BASELINE_TOKENS]
     agreed = {name: verify.check_baseline(w, name, run(x)) for name, run in baselines(w).items()}
-    for name, peer in peers.contestants(w).items():
+    for name, peer in libraries.items():
         agreed[name] = verify.check_baseline(w, name, peer.whole(x, peer.call(x)))
     return agreed
 
@@ -190,14 +200,14 @@ def compile_now(w: Workload, name: str, run: Callable[[Tensor], Tensor], T: int)
 
 
 @pytest.fixture(scope="session")
-def measured(record, workload) -> Callable[[Case], dict]:
+def measured(record, subject) -> Callable[[Case], dict]:
     """One case's record: `seconds` a call by contestant and round, `not_run` with the reasons."""
 
     @cache
     def of(case: Case) -> dict:
-        w, settled, agreement = workload(case)
+        w, settling, libraries, agreement = subject(case)
         with torch.inference_mode():
-            chosen, not_run = contestants(w, case, settled)
+            chosen, not_run = contestants(w, case, settling.settled(case.T), libraries)
             once = sum(each.seconds * each.calls for each in chosen.values())
             rounds = next(rounds for most, rounds in ROUNDS.items() if once <= most)
             seconds = interleaved(chosen, rounds)
@@ -211,15 +221,15 @@ def measured(record, workload) -> Callable[[Case], dict]:
 
 
 def contestants(
-    w: Workload, case: Case, settled: list[Tensor]
+    w: Workload, case: Case, settled: list[Tensor], libraries: dict[str, peers.Peer]
 ) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Those of `names`, ready to be timed; and why one is not."""
     batches, machine, wanted = inputs(w, case.T), native.load(), names(case)
     b_enc = w.b_enc.to(w.W_enc.dtype)
     fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
     late = compiled(w) if "naive, compiled" in wanted else {}
-    libraries = {name: peer.call for name, peer in peers.contestants(w).items()}
-    runs = {name: (run, batches) for name, run in (baselines(w) | late | libraries).items()}
+    runs = {name: (run, batches) for name, run in (baselines(w) | late).items()}
+    runs |= {name: (library.call, batches) for name, library in libraries.items()}
     runs |= {
         "ours": (lambda x: steer(w, x), batches),
         "linear": (lambda x: F.linear(x, w.W_enc, b_enc), batches),

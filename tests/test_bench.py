@@ -202,7 +202,7 @@ def test_what_does_not_compile_is_not_run(pair, small, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", fails)
     w = pair[0].first(1)
-    chosen, not_run = suite.contestants(w, small, w.settled(1))
+    chosen, not_run = suite.contestants(w, small, w.settled(1), peers.contestants(w))
     assert not_run == {"naive, compiled": "TorchDynamoException: naive has"}
     assert sorted([*chosen, *not_run]) == sorted(suite.names(small))
 
@@ -211,7 +211,7 @@ def test_compiled_code_that_is_wrong_ends_the_run(pair, small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda run, **_: lambda x, *_: x)
     planted, worst = (w.first(1) for w in pair)
     with pytest.raises(verify.Disagreement, match="naive, compiled agrees on 0%"):
-        suite.contestants(worst, replace(small, workload="worst"), planted.settled(1))
+        suite.contestants(worst, replace(small, workload="worst"), planted.settled(1), {})
 
 
 def test_rounds_are_complete():
