@@ -11,7 +11,7 @@ BUILT   := .venv/.built
 SOURCES := $(shell find csrc -type f)
 RUN     := .venv/bin/python -m
 
-.PHONY: demo test bench gpu lint fmt clean
+.PHONY: demo test bench bench-full gpu lint fmt clean
 
 demo: $(BUILT)
 	.venv/bin/saesteer demo
@@ -19,8 +19,8 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(RUN) pytest
 
-bench: $(BUILT)
-	$(RUN) pytest bench -q --benchmark-columns=min,median,iqr
+bench bench-full: $(BUILT)
+	$(RUN) pytest bench -q --benchmark-columns=min,median,iqr $(if $(filter bench-full,$@),--full)
 
 # Builds, tests and measures on the GPU that is here, in at most nine minutes; OUT= names another
 # folder than bench/results. Everything from the Python at hand, as it is: nothing is installed.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -16,7 +18,11 @@ from saesteer_fast import _build
 ROOT = Path(__file__).parents[1]
 
 
-def facts() -> dict[str, str | int | bool]:
+PACKAGES = ("transformers", "eai-sparsify", "sae-lens")
+"""Others that a suite may run."""
+
+
+def facts() -> dict:
     """Device, threads, versions, commit (`dirty`: with changes not committed), date in UTC."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
@@ -27,6 +33,7 @@ def facts() -> dict[str, str | int | bool]:
         "torch": torch.__version__,
         "saesteer_fast": saesteer_fast.__version__,
         "python": platform.python_version(),
+        "packages": _installed(),
         "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": now.isoformat(timespec="seconds"),
@@ -41,6 +48,14 @@ def _processor() -> str:
         if line.startswith("model name")
     ]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _git(*arguments: str) -> str:

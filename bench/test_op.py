@@ -1,21 +1,26 @@
-"""The op against everything that a careful PyTorch user writes instead.
+"""The op against everything that a careful PyTorch user writes instead, and against the libraries.
 
 ours      saesteer_fast.ops.steer, impl="cpu"
 naive, lean, smart      saesteer_fast.reference
+naive, compiled; ...    the same under torch.compile, compiled before they are timed
+sparsify, sae_lens      the libraries themselves, where installed
 linear    one encoder pass and nothing else
 copy      a copy of x
 L0        ours, on tokens that all end at L0
 read      reading W_enc once with all threads
 nothing   an op of steer's signature that computes nothing (T=1)
 
-Everything is verified before anything is timed; who disagrees ends the run.
+Everything is verified before anything of its shape is timed; who disagrees ends the run. On a GPU
+bench/gpu.py compares the kernels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,13 +29,30 @@ from torch import Tensor
 
 from saesteer_fast import ops, reference
 
-from . import conftest, native, verify, workloads
+from . import native, peers, verify, workloads
 from .timing import Contestant, interleaved
-from .workloads import Workload
+from .workloads import Shape, Workload
 
-ROUNDS = 7
+ROUNDS = {1.0: 7, 8.0: 5, math.inf: 3}
+"""How many, by what one takes at the most in seconds."""
 BASELINE_TOKENS = 128
 WORST_CALLS = 64
+BASELINES = ("naive", "lean", "smart")
+COMPILED = (1, 512)
+"""Tokens a call at which the baselines are compiled too: the least and what prefill takes."""
+MOST_TOKENS = 2048
+"""Up to here the libraries run, and slow ones take seconds a call."""
+
+SHORT = (("bf16", 1, (1, 16, 128, 512)), ("bf16", 4, (1, 128)), ("fp32", 1, (1, 128)))
+"""dtype, F, T."""
+TOKENS = (1, 16, 128, 512, 2048, 8192)
+AXES = {
+    "F": [{"F": F} for F in (4, 16)],
+    "k": [{"k": k} for k in (16, 64, 192)],
+    "d": [{"d": d} for d in (768, 1536, 8192)],
+    "N": [{"d": 768, "N": N} for N in (6144, 98304, 1048576)],
+}
+"""Steps away from the centre, at T=1 and at T=128; N goes with a width at which a million fits."""
 
 
 @dataclass(frozen=True)
@@ -39,66 +61,124 @@ class Case:
     dtype: str
     T: int
     F: int
+    d: int
+    N: int
+    k: int
+
+    @property
+    def shape(self) -> Shape:
+        return replace(workloads.FULL, d=self.d, N=self.N, k=self.k)
+
+    @property
+    def built(self) -> tuple[str, Shape, bool]:
+        """What `subject` builds at once."""
+        return self.dtype, self.shape, self.workload == "real"
 
     def __str__(self) -> str:
-        return f"{self.workload}-{self.dtype}-T{self.T}-F{self.F}"
+        parts = [self.workload, self.dtype, f"T{self.T}", f"F{self.F}"]
+        usual = workloads.MINIATURE if self.workload == "real" else workloads.FULL
+        changed = [n for n in ("d", "N", "k") if getattr(self, n) != getattr(usual, n)]
+        return "-".join(parts + [f"{name}{getattr(self, name)}" for name in changed])
 
 
-CASES = [
-    Case(workload, dtype, T, F)
-    for dtype, F, tokens in (
-        ("bf16", 1, (1, 16, 128, 512)),
-        ("bf16", 4, (1, 128)),
-        ("fp32", 1, (1, 128)),
+def cases(full: bool) -> list[Case]:
+    """The short set, or all of it: one axis at a time. Those that are built at once in a row."""
+    centre, small = workloads.FULL, workloads.MINIATURE
+    planted = Case("planted", "bf16", 1, 1, centre.d, centre.N, centre.k)
+    real = Case("real", "bf16", 1, 1, small.d, small.N, small.k)
+    found = [replace(planted, dtype=dtype, F=F, T=T) for dtype, F, Ts in SHORT for T in Ts]
+    if full:
+        found += [replace(planted, T=T) for T in TOKENS]
+        steps = [step for axis in AXES.values() for step in axis]
+        found += [replace(planted, T=T, **step) for step in steps for T in (1, 128)]
+    found += [replace(case, workload="worst") for case in found]
+    found += [replace(real, T=T) for T in (TOKENS if full else (1, 128))]
+    built = list(dict.fromkeys(case.built for case in found))
+    any_T = list(dict.fromkeys(replace(case, T=0) for case in found))
+    order = {case: (built.index(case.built), any_T.index(replace(case, T=0))) for case in found}
+    return sorted(order, key=order.__getitem__)
+
+
+def names(case: Case) -> tuple[str, ...]:
+    compiled = case.F == 1 and case.T in COMPILED and case.dtype == "bf16"
+    compiled &= case.shape == workloads.FULL or case.workload == "real"
+    return (
+        ("ours", *BASELINES)
+        + tuple(f"{name}, compiled" for name in BASELINES) * compiled
+        + peers.NAMES * (case.T <= MOST_TOKENS)
+        + ("linear", "copy", "L0", "read")
+        + ("nothing",) * (case.T == 1)
     )
-    for workload in ("planted", "worst")
-    for T in tokens
-]
-COMMON = ("ours", "naive", "lean", "smart", "linear", "copy", "L0", "read")
-NAMES = [(case, name) for case in CASES for name in COMMON + ("nothing",) * (case.T == 1)]
 
 
 def inputs(w: Workload, T: int) -> list[Tensor]:
-    """What is verified and timed: all of the planted stream; worst calls all cost the same."""
-    return w.batches(T)[: None if w.name == "planted" else WORST_CALLS]
+    """What is verified and timed: all of the stream; worst calls all cost the same."""
+    return w.batches(T)[: WORST_CALLS if w.name == "worst" else None]
 
 
 def steer(w: Workload, x):
     return ops.steer(x, w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k, impl="cpu")
 
 
-def baselines(w: Workload) -> dict:
+def baselines(w: Workload, wrap=lambda run: run) -> dict[str, Callable[[Tensor], Tensor]]:
     """Each takes x; all other inputs are prepared in W_enc's dtype."""
     b_enc = w.b_enc.to(w.W_enc.dtype)
     dense = w.W_enc, b_enc, w.W_dec, w.b_dec, w.features, w.values, w.k
     rows = w.W_enc, b_enc, w.directions, w.features, w.values, w.k
+    naive, lean, smart = (wrap(getattr(reference, name)) for name in BASELINES)
     return {
-        "naive": lambda x: reference.naive(x, *dense),
-        "lean": lambda x: reference.lean(x, *dense),
-        "smart": lambda x: reference.smart(x, *rows),
+        "naive": lambda x: naive(x, *dense),
+        "lean": lambda x: lean(x, *dense),
+        "smart": lambda x: smart(x, *rows),
     }
 
 
+def compiled(w: Workload) -> dict[str, Callable[[Tensor], Tensor]]:
+    torch.compiler.reset()
+    found = baselines(w, lambda run: torch.compile(run, dynamic=False, fullgraph=True))
+    return {f"{name}, compiled": run for name, run in found.items()}
+
+
+class Subject(NamedTuple):
+    """What the cases of one workload share, whatever their T."""
+
+    w: Workload
+    settling: Workload
+    """The workload that has tokens which end at L0."""
+    libraries: dict[str, peers.Peer]
+    agreement: dict[str, float]
+    """The share of tokens on which each baseline agrees."""
+
+
 @pytest.fixture(scope="session")
-def verified() -> dict[tuple[str, str, int], tuple[Workload, dict[str, float]]]:
-    """Workloads by name, dtype and F, with the share of tokens on which each baseline agrees."""
-    checked = {}
-    for dtype in dict.fromkeys(case.dtype for case in CASES):
-        edited = dict.fromkeys(case.F for case in CASES if case.dtype == dtype)
-        for whole in workloads.build(dtype, max(edited)):
-            for features in edited:
-                w = whole.first(features)
-                key = w.name, dtype, features
-                tokens = [c.T for c in CASES if (c.workload, c.dtype, c.F) == key]
-                try:
-                    checked[key] = w, verify_all(w, tokens)
-                except verify.Disagreement as disagreement:
-                    pytest.exit(str(disagreement), returncode=1)
-    return checked
+def subject(request) -> Callable[[Case], Subject]:
+    """A case's subject, verified. Only what was built last is kept."""
+    every = cases(request.config.getoption("full"))
+
+    @lru_cache(maxsize=1)
+    def built(dtype: str, shape: Shape, real: bool) -> Workload:
+        if real:
+            return workloads.miniature(dtype)
+        most = max(case.F for case in every if case.built == (dtype, shape, real))
+        planted, _ = workloads.build(dtype, most, shape)
+        return planted
+
+    @lru_cache(maxsize=1)
+    def verified(any_T: Case) -> Subject:
+        w = whole = built(*any_T.built).first(any_T.F)
+        if any_T.workload == "worst":
+            w = whole.worst(any_T.shape.worst)
+        tokens = [each.T for each in every if replace(each, T=0) == any_T]
+        libraries = peers.contestants(w)
+        return Subject(w, whole, libraries, verify_all(w, tokens, libraries))
+
+    return lambda case: verified(replace(case, T=0))
 
 
 @torch.inference_mode()
-def verify_all(w: Workload, tokens: list[int]) -> dict[str, float]:
+def verify_all(
+    w: Workload, tokens: list[int], libraries: dict[str, peers.Peer]
+) -> dict[str, float]:
     def feature_acts(x):
         return ops.feature_acts(x, w.W_enc, w.b_enc, w.features, w.k, impl="cpu")
 
@@ -107,60 +187,71 @@ def verify_all(w: Workload, tokens: list[int]) -> dict[str, float]:
     for T in tokens:
         verify.check_ours(w, inputs(w, T), lambda x: steer(w, x), feature_acts)
     x = w.x[:BASELINE_TOKENS]
-    return {name: verify.check_baseline(w, name, run(x)) for name, run in baselines(w).items()}
+    agreed = {name: verify.check_baseline(w, name, run(x)) for name, run in baselines(w).items()}
+    for name, peer in libraries.items():
+        agreed[name] = verify.check_baseline(w, name, peer.whole(x, peer.call(x)))
+    return agreed
+
+
+def compile_now(w: Workload, name: str, run: Callable[[Tensor], Tensor], T: int) -> None:
+    """Compiles for calls of T tokens and verifies on such calls."""
+    calls = w.batches(T)[: max(1, BASELINE_TOKENS // 8 // T)]
+    verify.check_baseline(w, name, torch.cat([run(x) for x in calls]))
 
 
 @pytest.fixture(scope="session")
-def seconds(request, verified) -> Callable[[Case], dict[str, list[float]]]:
-    """Seconds a call of one case, by contestant and round; measured once."""
+def measured(record, subject) -> Callable[[Case], dict]:
+    """One case's record: `seconds` a call by contestant and round, `not_run` with the reasons."""
 
     @cache
-    def of(case: Case) -> dict[str, list[float]]:
-        w, agreement = verified[case.workload, case.dtype, case.F]
-        planted, _ = verified["planted", case.dtype, case.F]
+    def of(case: Case) -> dict:
+        w, settling, libraries, agreement = subject(case)
         with torch.inference_mode():
-            found = interleaved(contestants(w, case.T, planted.settled(case.T)), ROUNDS)
-        facts = {"d": w.x.shape[1], "N": len(w.W_enc), "k": w.k, **w.shares(case.T)}
-        facts |= {"close": int(w.close.sum()), "agreement": agreement, "seconds": found}
-        request.config.stash[conftest.RESULTS].append(asdict(case) | facts)
+            chosen, not_run = contestants(w, case, settling.settled(case.T), libraries)
+            once = sum(each.seconds * each.calls for each in chosen.values())
+            rounds = next(rounds for most, rounds in ROUNDS.items() if once <= most)
+            seconds = interleaved(chosen, rounds)
+        found = asdict(case) | {"short": case in cases(full=False), **w.shares(case.T)}
+        found |= {"close": int(w.close.sum()), "agreement": agreement}
+        found |= {"not_run": not_run, "seconds": seconds}
+        record("op", found)
         return found
 
     return of
 
 
-def contestants(w: Workload, T: int, settled: list[Tensor]) -> dict[str, Contestant]:
-    batches, machine = inputs(w, T), native.load()
+def contestants(
+    w: Workload, case: Case, settled: list[Tensor], libraries: dict[str, peers.Peer]
+) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Those of `names`, ready to be timed; and why one is not."""
+    batches, machine, wanted = inputs(w, case.T), native.load(), names(case)
     b_enc = w.b_enc.to(w.W_enc.dtype)
     fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
-    chosen = {
-        "ours": Contestant(lambda x: steer(w, x), batches, whole=w.name == "planted"),
-        **{name: Contestant(run, batches) for name, run in baselines(w).items()},
-        "linear": Contestant(lambda x: F.linear(x, w.W_enc, b_enc), batches),
-        "copy": Contestant(torch.clone, batches),
-        "L0": Contestant(lambda x: steer(w, x), settled),
-        "read": Contestant(machine.read, [w.W_enc]),
+    late = compiled(w) if "naive, compiled" in wanted else {}
+    runs = {name: (run, batches) for name, run in (baselines(w) | late).items()}
+    runs |= {name: (library.call, batches) for name, library in libraries.items()}
+    runs |= {
+        "ours": (lambda x: steer(w, x), batches),
+        "linear": (lambda x: F.linear(x, w.W_enc, b_enc), batches),
+        "copy": (torch.clone, batches),
+        "L0": (lambda x: steer(w, x), settled),
+        "read": (machine.read, [w.W_enc]),
+        "nothing": (lambda x: machine.nothing(x, *fixed), settled),
     }
-    if T == 1:
-        chosen["nothing"] = Contestant(lambda x: machine.nothing(x, *fixed), settled)
-    return chosen
+    chosen, not_run = {}, {}
+    for name in wanted:
+        if name in late:
+            try:
+                compile_now(w, name, late[name], case.T)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                not_run[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                continue
+        chosen[name] = Contestant(*runs[name], whole=name == "ours" and w.name != "worst")
+    return chosen, not_run
 
 
-class Replay:
-    """A timer that lets pytest-benchmark report rounds that were timed before, interleaved."""
-
-    def __call__(self) -> float:
-        return next(self.readings)
-
-    def load(self, durations: list[float]) -> None:
-        self.readings = iter([reading for each in durations for reading in (0.0, each)])
-
-
-replay = Replay()
-
-
-@pytest.mark.benchmark(timer=replay)
-@pytest.mark.parametrize("case, name", NAMES, ids=[f"{case}-{name}" for case, name in NAMES])
-def test_op(benchmark, seconds, case, name):
-    benchmark.group = str(case)
-    replay.load(seconds(case)[name])
-    benchmark.pedantic(lambda: None, rounds=ROUNDS)
+def test_op(replay, measured, case, name):
+    found = measured(case)
+    if name in found["not_run"]:
+        pytest.skip(found["not_run"][name])
+    replay(str(case), found["seconds"][name])

@@ -23,9 +23,9 @@ class Disagreement(AssertionError):
     """Two implementations differ by more than rounding; no time of theirs means anything."""
 
 
-def steered(w: Workload, live: Tensor) -> Tensor:
-    """x' in fp64, given which features are live: [tokens, d]."""
-    return w.x[: len(live)].double() + _delta(w, live) @ w.directions.double()
+def steered(w: Workload, rows: Tensor, live: Tensor) -> Tensor:
+    """x' of the stream's tokens `rows` in fp64, given which features are live: [rows, d]."""
+    return w.x[rows].double() + _delta(w, rows, live) @ w.directions.double()
 
 
 def check_ours(
@@ -38,14 +38,14 @@ def check_ours(
     x, tokens = torch.cat(batches), len(batches[0])
     live = torch.cat([feature_acts(batch) for batch in batches]) > 0
     got = torch.cat([steer(batch) for batch in batches])
-    rows = slice(0, len(x))
+    rows = torch.arange(len(x), device=x.device) % len(w.x)
 
-    wrong = (live != (w.truth[rows] > 0)) & ~w.close[rows]
+    wrong = (live != w.ranks.live[rows]) & ~w.close[rows]
     if wrong.any():
         raise Disagreement(f"{w.name}, T={tokens}: {int(wrong.sum())} decisions differ from fp64's")
 
-    wanted, size = steered(w, live), w.directions.double().abs()
-    terms = x.double().abs() + _delta(w, live).abs() @ size
+    wanted, size = steered(w, rows, live), w.directions.double().abs()
+    terms = x.double().abs() + _delta(w, rows, live).abs() @ size
     bound = (
         torch.finfo(x.dtype).eps / 2 * wanted.abs()
         + w.slack[rows] @ size
@@ -60,7 +60,8 @@ def check_ours(
 
 def check_baseline(w: Workload, name: str, y: Tensor) -> float:
     """The share of the tokens y [tokens, d] that agree; Disagreement if it is below 90 %."""
-    wanted = steered(w, w.truth > 0)[: len(y)]
+    rows = torch.arange(len(y), device=y.device)
+    wanted = steered(w, rows, w.ranks.live[rows])
     error = (y.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     share = (error <= AGREES).double().mean().item()
     if share < 0.9:
@@ -68,5 +69,5 @@ def check_baseline(w: Workload, name: str, y: Tensor) -> float:
     return share
 
 
-def _delta(w: Workload, live: Tensor) -> Tensor:
-    return w.values.double() - torch.where(live, w.preacts[: len(live)], 0)
+def _delta(w: Workload, rows: Tensor, live: Tensor) -> Tensor:
+    return w.values.double() - torch.where(live, w.preacts[rows], 0)

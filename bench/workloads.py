@@ -1,5 +1,5 @@
-"""The two workloads that every suite runs on: activations as a trained top-k SAE meets them, and
-the worst case.
+"""The workloads that every suite runs on: activations as a trained top-k SAE meets them, the worst
+case, and the miniature's own.
 
 planted   A token is a sum of 64 decoder rows, drawn by a Zipf law, plus noise; encoder rows lie
           near decoder rows, and one bias leaves 4.2 k latents above zero a token. The edited
@@ -9,19 +9,26 @@ planted   A token is a sum of 64 decoder rows, drawn by a Zipf law, plus noise; 
           most 0.13 % of the tokens, so these are among the busier ones.
 worst     The same tokens with every edited latent pushed among the k largest: each one needs the
           whole scan.
+real      The residual stream of the shipped miniature over its held-out prompts, with its own SAE
+          and its refusal latent: small, but nothing in it is made up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import random
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saesteer_fast import reference
+from saesteer_fast import mini, reference
+from saesteer_fast.eval import chat_text
+from saesteer_fast.find import TRIED, capture
+from saesteer_fast.mini import corpus
 
 UNDECIDED, LIVE = 0.022, 0.0049
 ABOVE_ZERO = 4.2
@@ -29,21 +36,34 @@ ABOVE_ZERO = 4.2
 ACTIVE, ZIPF, NOISE = 64, 0.8, 0.33
 VALUE = 12.0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ROWS = 4096
+"""Latents taken at once, so that a dictionary of a million fits."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Model width, latents, live latents; tokens of the planted stream and of the worst one."""
+    """Model width, latents, live latents; tokens of the planted stream and of the worst one.
 
-    d: int
-    N: int
-    k: int
+    By default Phi-3 Mini's width and a dictionary of eight times that.
+    """
+
+    d: int = 3072
+    N: int = 24576
+    k: int = 32
     stream: int = 2048
     worst: int = 512
 
 
-FULL = Shape(d=3072, N=24576, k=32)
-"""Phi-3 Mini's width and the dictionary of eight times that."""
+FULL = Shape()
+MINIATURE = Shape(d=128, N=1024, k=32)
+
+
+class Ranks(NamedTuple):
+    """What fp64 says of each (token, feature) pair: [tokens, F] each."""
+
+    live: Tensor  # bool: above zero and among the k largest
+    close: Tensor  # bool: fp32 sums may decide either way
+    scanned: Tensor  # fp64: the share of W_enc that a scan takes before the pair is decided
 
 
 @dataclass(frozen=True)
@@ -58,11 +78,12 @@ class Workload:
     b_dec: Tensor  # [d]
     features: Tensor  # [F] int64
     k: int
+    value: float = VALUE
 
     @cached_property
     def values(self) -> Tensor:
         """What each latent is set to: [F] fp32."""
-        return torch.full(self.features.shape, VALUE, device=self.x.device)
+        return torch.full(self.features.shape, self.value)
 
     @cached_property
     def directions(self) -> Tensor:
@@ -77,101 +98,141 @@ class Workload:
     @cached_property
     def slack(self) -> Tensor:
         """How far fp32 sums of d + 1 terms, in any order, may end from `preacts`: [tokens, F]."""
-        n, u = self.x.shape[-1] + 2, 2.0**-24
         W, b = self.W_enc[self.features], self.b_enc[self.features]
-        return n * u / (1 - n * u) * reference.preacts(self.x.abs(), W.abs(), b.abs())
+        return self._error(reference.preacts(self.x.abs(), W.abs(), b.abs()))
+
+    def _error(self, size: Tensor) -> Tensor:
+        n, u = self.x.shape[-1] + 2, 2.0**-24
+        return n * u / (1 - n * u) * size
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        p_f, tau_f = self.preacts, self.slack
+        pairs = (p_f > -tau_f).nonzero(as_tuple=True)
+        beaten, sure, possible, counted = self._counts(*pairs)
+        positive = p_f[pairs] > 0
+        live = torch.zeros_like(p_f, dtype=torch.bool)
+        live[pairs] = positive & (beaten < self.k)
+        close = p_f.abs() <= tau_f
+        close[pairs] |= (sure < self.k) & (possible >= self.k)
+        scanned = torch.zeros_like(p_f)
+        scanned[pairs] = (counted + 1).clamp(max=len(self.W_enc)).where(positive, 0).double()
+        return Ranks(live, close, scanned / len(self.W_enc))
+
+    def _counts(self, tokens: Tensor, which: Tensor) -> Tensor:
+        """For pairs of a token and a feature: how many latents beat the feature, how many surely
+        and possibly do in fp32, and how many are counted before k beat it: [4, pairs] int64."""
+        p_f, tau_f = (t[tokens, which, None] for t in (self.preacts, self.slack))
+        features = self.features[which, None]
+        counts = torch.zeros(4, len(tokens), dtype=torch.int64, device=tokens.device)
+        for start in range(0, len(self.W_enc), ROWS):
+            W, b = self.W_enc[start : start + ROWS].double(), self.b_enc[start : start + ROWS]
+            sizes, j = W.abs().float(), torch.arange(start, start + len(W), device=tokens.device)
+            for at in torch.arange(len(tokens), device=tokens.device).split(512):
+                rows, back = tokens[at].unique(return_inverse=True)
+                gap = reference.preacts(self.x[rows], W, b)[back] - p_f[at]
+                size = reference.preacts(self.x[rows].abs(), sizes, b.abs(), torch.float32)
+                # fp32 errs by less than this in so many terms of one sign.
+                tau = self._error(size.double() * (1 + 2 * self.x.shape[1] * 2.0**-24))[back]
+                slack, f = tau_f[at] + tau, features[at]
+                beats = ((gap > 0) | ((gap == 0) & (j < f))) & (j != f)
+                before = counts[0, at, None] + beats.cumsum(-1)
+                found = beats, (gap > slack) & (j != f), (gap >= -slack) & (j != f), before < self.k
+                counts[:, at] += torch.stack([each.sum(-1) for each in found])
+        return counts
 
     @cached_property
     def truth(self) -> Tensor:
         """The features' activations in fp64: [tokens, F]."""
-        return self._where_open(reference.feature_acts, dtype=torch.float64)
+        return self.preacts.where(self.ranks.live, 0)
 
-    @cached_property
+    @property
     def close(self) -> Tensor:
         """Where fp32 sums may decide either way: [tokens, F] bool."""
-        return self._where_open(reference.undecided) > 0
-
-    def _where_open(self, measure: Callable[..., Tensor], **options) -> Tensor:
-        """`measure` for the tokens with a feature above zero, or near it; 0 for the others."""
-        rows = (self.preacts > -self.slack).any(-1).nonzero().squeeze(-1)
-        measured = torch.zeros_like(self.preacts)
-        for at in rows.split(512):
-            found = measure(self.x[at], self.W_enc, self.b_enc, self.features, self.k, **options)
-            measured[at] = found.double()
-        return measured
-
-    @cached_property
-    def scanned(self) -> Tensor:
-        """The share of W_enc that each token's scan takes before every feature is decided."""
-        scanned = torch.zeros(len(self.x), device=self.x.device)
-        rows = (self.preacts > 0).any(-1).nonzero().squeeze(-1)
-        for at in rows.split(512):
-            p = reference.preacts(self.x[at], self.W_enc, self.b_enc, torch.float32)
-            for f in self.features:
-                p_f = p[:, f, None]
-                beaten = (p > p_f).cumsum(-1)
-                share = (beaten < self.k).sum(-1).add(1).clamp(max=p.shape[-1]) / p.shape[-1]
-                share[p_f[:, 0] <= 0] = 0
-                scanned[at] = torch.maximum(scanned[at], share)
-        return scanned
+        return self.ranks.close
 
     def first(self, features: int) -> Workload:
         """The same workload with only its first few edited latents."""
         part = replace(self, features=self.features[:features])
-        for name in ("preacts", "slack", "truth", "close"):
+        for name in ("preacts", "slack"):
             part.__dict__[name] = getattr(self, name)[:, :features]
+        part.__dict__["ranks"] = Ranks(*(each[:, :features] for each in self.ranks))
         return part
+
+    def worst(self, tokens: int) -> Workload:
+        """The first tokens with every edited latent pushed among the k largest."""
+        x = self.x[:tokens]
+        # Twice, because latents near a pushed one rise with it.
+        push = 2 * _largest(x, self.W_enc, 1).float() * self.directions.float().sum(0)
+        return replace(self, name="worst", x=(x.float() + push).to(x.dtype))
 
     def batches(self, tokens: int) -> list[Tensor]:
         """The stream in calls of so many tokens."""
-        return list(self.x[: len(self.x) // tokens * tokens].split(tokens))
+        return _calls(self.x, tokens)
 
     def settled(self, tokens: int) -> list[Tensor]:
         """Calls of so many tokens that all end at L0."""
-        rows = self.x[(self.preacts <= 0).all(-1)]
-        return list(rows[: len(rows) // tokens * tokens].split(tokens))
+        return _calls(self.x[(self.preacts <= 0).all(-1)], tokens)
 
     def shares(self, tokens: int) -> dict[str, float]:
         """Of all (token, latent) pairs, those `undecided` at L0 and those `live`; of an encoder
         pass, the multiplications that are needed (`work`) and the rows of W_enc that one call of
         so many tokens reads (`read`)."""
-        calls = self.scanned[: len(self.x) // tokens * tokens].view(-1, tokens)
+        calls = torch.stack(_calls(self.ranks.scanned.amax(-1), tokens))
         return {
             "undecided": (self.preacts > 0).double().mean().item(),
-            "live": (self.truth > 0).double().mean().item(),
-            "work": calls.double().mean().item(),
-            "read": calls.amax(-1).double().mean().item(),
+            "live": self.ranks.live.double().mean().item(),
+            "work": calls.mean().item(),
+            "read": calls.amax(-1).mean().item(),
         }
 
 
-def build(
-    dtype: str,
-    features: int,
-    shape: Shape | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> list[Workload]:
+def _calls(rows: Tensor, tokens: int) -> list[Tensor]:
+    """Rows by so many, without the rest; over and over if they are fewer than one call takes."""
+    again = math.ceil(tokens / len(rows))
+    rows = rows.repeat(again, *[1] * (rows.dim() - 1))
+    return list(rows[: len(rows) // tokens * tokens].split(tokens))
+
+
+def build(dtype: str, features: int, shape: Shape | None = None, seed: int = 0) -> list[Workload]:
     """The planted and the worst workload, with so many edited latents."""
     shape = shape or FULL
     d, N, k = shape.d, shape.N, shape.k
-    random = torch.Generator().manual_seed(seed)
-    W_dec = torch.randn(N, d, generator=random)
-    W_dec /= W_dec.norm(dim=1, keepdim=True)
-    W_enc = torch.randn(N, d, generator=random).mul_(0.5 * d**-0.5).add_(W_dec)
-    x = _tokens(W_dec, shape.stream, random)
-    b_dec = 0.1 * torch.randn(d, generator=random)
-    x, W_enc, W_dec, b_dec = (t.to(device, DTYPES[dtype]) for t in (x, W_enc, W_dec, b_dec))
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = torch.randn(N, d, generator=generator)
+    W_enc = torch.empty(N, d, dtype=DTYPES[dtype])
+    for rows, encoder in zip(W_dec.split(ROWS), W_enc.split(ROWS), strict=True):
+        rows /= rows.norm(dim=1, keepdim=True)
+        encoder.copy_(torch.randn(rows.shape, generator=generator).mul_(0.5 * d**-0.5).add_(rows))
+    x = _tokens(W_dec, shape.stream, generator)
+    b_dec = 0.1 * torch.randn(d, generator=generator)
+    x, W_dec, b_dec = (t.to(DTYPES[dtype]) for t in (x, W_dec, b_dec))
 
-    p = F.linear(x, W_enc)
-    sample = p[: shape.stream // 8].flatten()
     above = int(ABOVE_ZERO * k * shape.stream // 8)
-    b_enc = sample.topk(above).values[-1].neg().float().repeat(N)
-    chosen = _nearest(p, -b_enc[0], k)[:features]
+    threshold = _largest(x[: shape.stream // 8], W_enc, above).min()
+    b_enc = threshold.neg().float().repeat(N)
+    chosen = _nearest(x, W_enc, threshold, k)[:features]
 
     planted = Workload("planted", x, W_enc, b_enc, W_dec, b_dec, chosen, k)
-    push = p.max().float() * planted.directions.float().sum(0)
-    pushed = x[: shape.worst].float() + push
-    return [planted, replace(planted, name="worst", x=pushed.to(x.dtype))]
+    return [planted, planted.worst(shape.worst)]
+
+
+def miniature(dtype: str, tokens: int = 2048) -> Workload:
+    """The real workload, on so many tokens of the miniature's test prompts, MINIATURE in shape."""
+    model, tokenizer, sae, layer, metrics = mini.load()
+    prompts = corpus.prompts("test")
+    random.Random(0).shuffle(prompts)
+    streams, count = [], 0
+    with torch.inference_mode(), mini.running_on(threads=1):
+        while count < tokens:
+            ids = tokenizer(chat_text(tokenizer, prompts.pop()), return_tensors="pt").input_ids
+            streams.append(capture(model, ids, [layer])[0][0])
+            count += len(streams[-1])
+    x = torch.cat(streams)[:tokens]
+    x, W_enc, W_dec, b_dec = (t.to(DTYPES[dtype]) for t in (x, sae.W_enc, sae.W_dec, sae.b_dec))
+    latent = torch.tensor([metrics["latent"]])
+    w = Workload("real", x, W_enc, sae.b_enc, W_dec, b_dec, latent, sae.k)
+    return replace(w, value=TRIED * w.truth.max().item())
 
 
 def _tokens(W_dec: Tensor, count: int, random: torch.Generator) -> Tensor:
@@ -191,12 +252,24 @@ def _tokens(W_dec: Tensor, count: int, random: torch.Generator) -> Tensor:
     return x + NOISE * size * torch.randn(count, d, generator=random)
 
 
-def _nearest(p: Tensor, threshold: Tensor, k: int) -> Tensor:
+def _largest(x: Tensor, W_enc: Tensor, count: int) -> Tensor:
+    """The largest of all products of x [T, d] with W_enc [N, d]: [count]."""
+    found = x.new_empty(0)
+    for W in W_enc.split(ROWS):
+        p = F.linear(x, W).flatten()
+        found = torch.cat([found, p.topk(min(count, len(p))).values])
+        found = found.topk(min(count, len(found))).values
+    return found
+
+
+def _nearest(x: Tensor, W_enc: Tensor, threshold: Tensor, k: int) -> Tensor:
     """Latents by how near their shares are to UNDECIDED and LIVE."""
-    above = p > threshold
-    live = above & (p >= p.topk(k).values[:, -1:])
+    above, live = torch.zeros(2, len(W_enc))
+    for rows in x.split(max(1, (1 << 27) // len(W_enc))):
+        p = F.linear(rows, W_enc)
+        above += (p > threshold).sum(0)
+        live += ((p > threshold) & (p >= p.topk(k).values[:, -1:])).sum(0)
     miss = [
-        (mask.float().mean(0) / share).log().abs()
-        for mask, share in ((above, UNDECIDED), (live, LIVE))
+        (count / len(x) / share).log().abs() for count, share in ((above, UNDECIDED), (live, LIVE))
     ]
     return sum(miss).argsort(stable=True)

@@ -5,7 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # bench is not installed
 
-from bench import miniature, report, verify, workloads  # noqa: E402
+from bench import miniature, peers, report, verify, workloads  # noqa: E402
+from bench import test_op as suite  # noqa: E402
+from bench.tables import common  # noqa: E402
+from bench.tables import op as op_tables  # noqa: E402
 from bench.timing import Contestant, interleaved  # noqa: E402
 from saesteer_fast import ops, reference  # noqa: E402
 
@@ -22,6 +28,7 @@ SMALL = workloads.Shape(d=256, N=2048, k=16)
 
 @pytest.fixture(scope="module", params=workloads.DTYPES)
 def pair(request):
+    """The planted and the worst workload; not to be written to."""
     return workloads.build(request.param, 4, SMALL)
 
 
@@ -54,14 +61,28 @@ def test_scanned_is_what_a_plain_count_says(pair):
         while needed < SMALL.N and beaten < w.k:
             beaten += bool(p[needed] > p[f])
             needed += 1
-        assert w.scanned[t] == pytest.approx(needed / SMALL.N)
+        assert w.ranks.scanned[t] == pytest.approx(needed / SMALL.N)
 
 
-def test_truth_is_the_reference_everywhere(pair):
-    w = pair[0].first(4)
+@pytest.mark.parametrize("rows", [workloads.ROWS, 777])
+def test_ranks_are_the_references_everywhere(pair, rows, monkeypatch):
+    monkeypatch.setattr(workloads, "ROWS", rows)
+    whole = pair[0].first(4)
+    w = replace(whole)
     arguments = w.x, w.W_enc, w.b_enc, w.features, w.k
-    assert torch.equal(w.truth, reference.feature_acts(*arguments, dtype=torch.float64))
+    truth = reference.feature_acts(*arguments, dtype=torch.float64)
+    torch.testing.assert_close(w.truth, truth, rtol=1e-12, atol=0)
     assert torch.equal(w.close, reference.undecided(*arguments))
+    assert torch.equal(w.ranks.scanned, whole.ranks.scanned)
+
+
+def test_equal_latents_rank_by_index(monkeypatch):
+    monkeypatch.setattr(workloads, "ROWS", 3)
+    x, W = torch.randint(-3, 4, (5, 8)).float(), torch.ones(7, 8)
+    x[:, 0] = 50
+    everyone = torch.arange(7)
+    w = workloads.Workload("equal", x, W, torch.zeros(7), W, torch.zeros(8), everyone, k=2)
+    assert w.ranks.live.tolist() == [[True] * 2 + [False] * 5] * 5
 
 
 def test_workloads_repeat(pair):
@@ -73,11 +94,31 @@ def test_workloads_repeat(pair):
         )
 
 
-@pytest.mark.parametrize("tokens", [16, 512])
+@pytest.mark.parametrize("tokens", [16, 512, 3000])
 def test_ours_passes(pair, tokens):
     for w in pair:
         w = w.first(1)
         verify.check_ours(w, w.batches(tokens), steer(w), feature_acts(w))
+
+
+def test_a_call_may_take_more_tokens_than_the_stream_has(pair):
+    w = pair[0].first(1)
+    (call,) = w.batches(3000)
+    assert torch.equal(call, torch.cat([w.x, w.x])[:3000])
+    assert all(len(each) == 3000 for each in w.settled(3000))
+    assert w.shares(3000)["read"] == w.ranks.scanned.max()
+
+
+def test_miniature_is_what_its_sae_says():
+    w = workloads.miniature("fp32", tokens=300)
+    shape = workloads.MINIATURE
+    assert (w.x.shape, w.W_enc.shape, w.k) == ((300, shape.d), (shape.N, shape.d), shape.k)
+    p = w.x.double() @ w.W_enc.double().T + w.b_enc.double()
+    top = torch.zeros_like(p).scatter(-1, *p.relu().topk(w.k)[::-1])
+    torch.testing.assert_close(w.truth, top[:, w.features], rtol=1e-9, atol=1e-12)
+    assert 0 < w.shares(1)["live"] < w.shares(1)["undecided"] < 1
+    assert w.values.item() > w.truth.max()
+    verify.check_ours(w, w.batches(16), steer(w), feature_acts(w))
 
 
 def one_element_off(y):
@@ -116,6 +157,63 @@ def test_baselines(pair):
             verify.check_baseline(w, "nothing", x)
 
 
+def test_peers(pair):
+    if not peers.INSTALLED:
+        pytest.skip("neither sparsify nor sae_lens is installed")
+    with torch.inference_mode():
+        for w in (w.first(2) for w in pair):
+            found = peers.contestants(w)
+            assert tuple(found) == peers.NAMES
+            for name, peer in found.items():
+                x = w.x[:128]
+                assert verify.check_baseline(w, name, peer.whole(x, peer.call(x))) >= 0.9
+
+
+def test_peers_get_the_bias_before_b_dec_was_folded(pair):
+    w = pair[0]
+    x, W = w.x[:8].float(), w.W_enc.float()
+    folded, raw = x @ W.T + w.b_enc, (x - w.b_dec.float()) @ W.T + peers.raw_bias(w).float()
+    torch.testing.assert_close(raw, folded, rtol=0, atol=0.02 if w.x.dtype.itemsize == 2 else 1e-4)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The op suite's centre in SMALL, without the machine's own ops."""
+    monkeypatch.setattr(workloads, "FULL", SMALL)
+    load = SimpleNamespace(read=torch.sum, nothing=lambda x, *_: x)
+    monkeypatch.setattr(suite.native, "load", lambda: load)
+    return suite.Case("planted", "bf16", 1, 1, SMALL.d, SMALL.N, SMALL.k)
+
+
+def test_cases():
+    short, full = suite.cases(full=False), suite.cases(full=True)
+    assert set(short) < set(full) and len({str(case) for case in full}) == len(full)
+    for cases in (short, full):
+        built = [key for key, _ in groupby(cases, key=lambda case: case.built)]
+        assert len(built) == len(set(built))
+
+
+def test_what_does_not_compile_is_not_run(pair, small, monkeypatch):
+    def fails(run, **_):
+        def call(*_):
+            raise torch._dynamo.exc.TorchDynamoException(f"{run.__name__} has\ntwo lines")
+
+        return call if run is reference.naive else run
+
+    monkeypatch.setattr(torch, "compile", fails)
+    w = pair[0].first(1)
+    chosen, not_run = suite.contestants(w, small, w.settled(1), peers.contestants(w))
+    assert not_run == {"naive, compiled": "TorchDynamoException: naive has"}
+    assert sorted([*chosen, *not_run]) == sorted(suite.names(small))
+
+
+def test_compiled_code_that_is_wrong_ends_the_run(pair, small, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda run, **_: lambda x, *_: x)
+    planted, worst = (w.first(1) for w in pair)
+    with pytest.raises(verify.Disagreement, match="naive, compiled agrees on 0%"):
+        suite.contestants(worst, replace(small, workload="worst"), planted.settled(1), {})
+
+
 def test_rounds_are_complete():
     seen = {"a": [], "b": []}
     contestants = {
@@ -143,7 +241,7 @@ def run_small(tmp_path, *arguments, plugin=""):
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "bench", "-q", "-p", "small", *arguments],
+        [sys.executable, "-m", "pytest", "bench/test_op.py", "-q", "-p", "small", *arguments],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
@@ -152,9 +250,9 @@ def run_small(tmp_path, *arguments, plugin=""):
 
 
 def test_run_records_what_it_prints(tmp_path):
-    done = run_small(tmp_path, "--record", "-k", "bf16-T1-F1")
+    done = run_small(tmp_path, "--record", "-k", "bf16-T16-F1 and not real")
     assert done.returncode == 0, done.stdout
-    result = report.newest(tmp_path)
+    result = report.newest(tmp_path, "op")
     assert report.render(result, everything=True) in done.stdout
     assert [case["workload"] for case in result["cases"]] == ["planted", "worst"]
     assert {"device", "threads", "instructions", "torch", "commit", "dirty", "date"} <= set(
@@ -185,6 +283,7 @@ def case(workload, T, **seconds):
 def result():
     machine = dict(device="a processor", cores=4, threads=4, instructions="avx2", torch="2.13.0")
     machine |= dict(commit="0123456789ab", dirty=False, date="2026-01-02T03:04:05+00:00")
+    machine["packages"] = {"eai-sparsify": "1.3.3"}
     cases = [case("planted", 1, nothing=0.48), case("planted", 512), case("worst", 1, naive=2.5)]
     return {"suite": "op", "machine": machine, "cases": cases}
 
@@ -192,7 +291,7 @@ def result():
 def verdicts(result):
     return {
         target.text: cells[-1]
-        for target in report.TARGETS
+        for target in op_tables.TARGETS
         if (cells := target.judge(result["cases"]))
     }
 
@@ -211,13 +310,31 @@ def test_targets(result):
     assert got["any T, worst: ours / F.linear"] == "**missed**"
 
 
+def test_the_fastest_is_judged_and_shown(result):
+    planted, large, _ = result["cases"]
+    large["seconds"] |= {"naive, compiled": [0.03] * 9, "sparsify": [0.01] * 9}
+    got = verdicts(result)
+    assert got["T=512 planted: naive / ours"] == "**missed**, floor of 20× met"
+    assert got["T=512 planted: faster of lean and sparsify / ours"] == "**missed**"
+    text = report.render(result)
+    assert "| planted | bf16 | 512 | 1 | 1.00 ms | 30.0× (30.0) c | 20.0× (20.0) |" in text
+    assert "| 10.0× (10.0) |" in text and "| — |" in text and "not run" not in text
+    assert "eai-sparsify 1.3.3; commit 0123456789ab" in text
+    planted["not_run"] = {"naive, compiled": "CppCompileError: no compiler"}
+    assert "Not run: CppCompileError: no compiler." in report.render(result)
+    assert "| not run |" in report.render(result, everything=True)
+    planted["short"] = False
+    assert "| planted | bf16 | 1 |" not in report.render(result)
+    assert "| planted | bf16 | 1 |" in report.render(result, everything=True)
+
+
 def test_stored_result_renders_the_same(tmp_path, result):
     stored = report.save(result, tmp_path)
     older = json.loads(stored.read_text())
     older["machine"]["date"] = "2025-12-31T00:00:00+00:00"
     report.save(older, tmp_path)
-    assert report.newest(tmp_path) == result
-    text = report.render(report.newest(tmp_path))
+    assert report.newest(tmp_path, "op") == result
+    text = report.render(report.newest(tmp_path, "op"))
     assert text == report.render(result)
     assert "| planted | bf16 | 512 | 1 | 1.00 ms | 100× (100) |" in text
 
@@ -266,7 +383,7 @@ def test_check_detects_drift(tmp_path, result):
 
 
 def test_report_says_what_is_missing(tmp_path, result):
-    with pytest.raises(SystemExit, match="holds no result"):
+    with pytest.raises(SystemExit, match="no result of the suite op"):
         report.main([], tmp_path)
     report.save(result, tmp_path)
     record_demo(tmp_path)
@@ -294,4 +411,4 @@ def test_readme_holds_the_newest_result():
     ],
 )
 def test_number(value, text):
-    assert report.number(value) == text
+    assert common.number(value) == text
