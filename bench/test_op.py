@@ -1,6 +1,7 @@
 """The op against everything that a careful PyTorch user writes instead, and against the libraries.
 
 ours      saesteer_fast.ops.steer, impl="cpu"
+hot-first ours, with the rows of W_enc in the order that SAE.calibrate finds on other tokens
 naive, lean, smart      saesteer_fast.reference
 naive, compiled; ...    the same under torch.compile, compiled before they are timed
 sparsify, sae_lens      the libraries themselves, where installed
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import pytest
@@ -103,7 +104,9 @@ def names(case: Case) -> tuple[str, ...]:
     compiled = case.F == 1 and case.T in COMPILED and case.dtype == "bf16"
     compiled &= case.shape == workloads.FULL or case.workload == "real"
     return (
-        ("ours", *BASELINES)
+        ("ours",)
+        + ("hot-first",) * (case.workload != "worst")
+        + BASELINES
         + tuple(f"{name}, compiled" for name in BASELINES) * compiled
         + peers.NAMES * (case.T <= MOST_TOKENS)
         + ("linear", "copy", "L0", "read")
@@ -117,7 +120,8 @@ def inputs(w: Workload, T: int) -> list[Tensor]:
 
 
 def steer(w: Workload, x):
-    return ops.steer(x, w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k, impl="cpu")
+    fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
+    return ops.steer(x, *fixed, order=w.order, impl="cpu")
 
 
 def baselines(w: Workload, wrap=lambda run: run) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -179,13 +183,16 @@ def subject(request) -> Callable[[Case], Subject]:
 def verify_all(
     w: Workload, tokens: list[int], libraries: dict[str, peers.Peer]
 ) -> dict[str, float]:
-    def feature_acts(x):
-        return ops.feature_acts(x, w.W_enc, w.b_enc, w.features, w.k, impl="cpu")
+    def feature_acts(w, x):
+        fixed = w.W_enc, w.b_enc, w.features, w.k
+        return ops.feature_acts(x, *fixed, order=w.order, impl="cpu")
 
-    if w.name == "worst" and not (feature_acts(w.x) > 0).all():
+    if w.name == "worst" and not (feature_acts(w, w.x) > 0).all():
         raise verify.Disagreement("worst: a token does not need the whole scan")
-    for T in tokens:
-        verify.check_ours(w, inputs(w, T), lambda x: steer(w, x), feature_acts)
+    for each in (w,) if w.name == "worst" else (w, w.hot_first):
+        ours, acts = partial(steer, each), partial(feature_acts, each)
+        for T in tokens:
+            verify.check_ours(each, inputs(each, T), ours, acts)
     x = w.x[:BASELINE_TOKENS]
     agreed = {name: verify.check_baseline(w, name, run(x)) for name, run in baselines(w).items()}
     for name, peer in libraries.items():
@@ -212,6 +219,9 @@ def measured(record, subject) -> Callable[[Case], dict]:
             rounds = next(rounds for most, rounds in ROUNDS.items() if once <= most)
             seconds = interleaved(chosen, rounds)
         found = asdict(case) | {"short": case in cases(full=False), **w.shares(case.T)}
+        if w.name != "worst":
+            hot = w.hot_first.shares(case.T)
+            found |= {f"{name}, hot-first": hot[name] for name in ("work", "read")}
         found |= {"close": int(w.close.sum()), "agreement": agreement}
         found |= {"not_run": not_run, "seconds": seconds}
         record("op", found)
@@ -232,6 +242,7 @@ def contestants(
     runs |= {name: (library.call, batches) for name, library in libraries.items()}
     runs |= {
         "ours": (lambda x: steer(w, x), batches),
+        "hot-first": (lambda x: steer(w.hot_first, x), batches),
         "linear": (lambda x: F.linear(x, w.W_enc, b_enc), batches),
         "copy": (torch.clone, batches),
         "L0": (lambda x: steer(w, x), settled),
@@ -246,7 +257,9 @@ def contestants(
             except torch._dynamo.exc.TorchDynamoException as error:
                 not_run[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 continue
-        chosen[name] = Contestant(*runs[name], whole=name == "ours" and w.name != "worst")
+        chosen[name] = Contestant(
+            *runs[name], whole=name in ("ours", "hot-first") and w.name != "worst"
+        )
     return chosen, not_run
 
 

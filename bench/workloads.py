@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saesteer_fast import mini, reference
+from saesteer_fast import SAE, mini, reference
 from saesteer_fast.eval import chat_text
 from saesteer_fast.find import TRIED, capture
 from saesteer_fast.mini import corpus
@@ -36,6 +36,8 @@ ABOVE_ZERO = 4.2
 ACTIVE, ZIPF, NOISE = 64, 0.8, 0.33
 VALUE = 12.0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SAMPLE = 4
+"""Tokens to calibrate on, in units of the stream."""
 ROWS = 4096
 """Latents taken at once, so that a dictionary of a million fits."""
 
@@ -78,7 +80,9 @@ class Workload:
     b_dec: Tensor  # [d]
     features: Tensor  # [F] int64
     k: int
+    sample: Tensor | None = None  # [other tokens, d] of the same stream, to calibrate on
     value: float = VALUE
+    order: Tensor | None = None  # [N] int64: the latent of each row of W_enc, unless by number
 
     @cached_property
     def values(self) -> Tensor:
@@ -124,6 +128,8 @@ class Workload:
         and possibly do in fp32, and how many are counted before k beat it: [4, pairs] int64."""
         p_f, tau_f = (t[tokens, which, None] for t in (self.preacts, self.slack))
         features = self.features[which, None]
+        latent = torch.arange(len(self.W_enc)) if self.order is None else self.order
+        latent = latent.to(tokens.device)
         counts = torch.zeros(4, len(tokens), dtype=torch.int64, device=tokens.device)
         for start in range(0, len(self.W_enc), ROWS):
             W, b = self.W_enc[start : start + ROWS].double(), self.b_enc[start : start + ROWS]
@@ -135,7 +141,7 @@ class Workload:
                 # fp32 errs by less than this in so many terms of one sign.
                 tau = self._error(size.double() * (1 + 2 * self.x.shape[1] * 2.0**-24))[back]
                 slack, f = tau_f[at] + tau, features[at]
-                beats = ((gap > 0) | ((gap == 0) & (j < f))) & (j != f)
+                beats = ((gap > 0) | ((gap == 0) & (latent[j] < latent[f]))) & (j != f)
                 before = counts[0, at, None] + beats.cumsum(-1)
                 found = beats, (gap > slack) & (j != f), (gap >= -slack) & (j != f), before < self.k
                 counts[:, at] += torch.stack([each.sum(-1) for each in found])
@@ -158,6 +164,17 @@ class Workload:
             part.__dict__[name] = getattr(self, name)[:, :features]
         part.__dict__["ranks"] = Ranks(*(each[:, :features] for each in self.ranks))
         return part
+
+    @cached_property
+    def hot_first(self) -> Workload:
+        """The same workload, with the latents that are live most often in `sample` stored first."""
+        sae = SAE(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k, subtract_b_dec=False)
+        order = sae.calibrate(self.sample).order
+        rows = {name: getattr(self, name)[order] for name in ("W_enc", "b_enc", "W_dec")}
+        stored = replace(self, **rows, features=order.argsort()[self.features], order=order)
+        for name in ("preacts", "slack", "directions"):
+            stored.__dict__[name] = getattr(self, name)
+        return stored
 
     def worst(self, tokens: int) -> Workload:
         """The first tokens with every edited latent pushed among the k largest."""
@@ -204,16 +221,19 @@ def build(dtype: str, features: int, shape: Shape | None = None, seed: int = 0) 
     for rows, encoder in zip(W_dec.split(ROWS), W_enc.split(ROWS), strict=True):
         rows /= rows.norm(dim=1, keepdim=True)
         encoder.copy_(torch.randn(rows.shape, generator=generator).mul_(0.5 * d**-0.5).add_(rows))
-    x = _tokens(W_dec, shape.stream, generator)
+    popularity = torch.arange(1, N + 1).double() ** -ZIPF
+    popularity = popularity[torch.randperm(N, generator=generator)]
+    x = _tokens(W_dec, popularity, shape.stream, generator)
     b_dec = 0.1 * torch.randn(d, generator=generator)
-    x, W_dec, b_dec = (t.to(DTYPES[dtype]) for t in (x, W_dec, b_dec))
+    sample = _tokens(W_dec, popularity, SAMPLE * shape.stream, generator)
+    x, W_dec, b_dec, sample = (t.to(DTYPES[dtype]) for t in (x, W_dec, b_dec, sample))
 
     above = int(ABOVE_ZERO * k * shape.stream // 8)
     threshold = _largest(x[: shape.stream // 8], W_enc, above).min()
     b_enc = threshold.neg().float().repeat(N)
     chosen = _nearest(x, W_enc, threshold, k)[:features]
 
-    planted = Workload("planted", x, W_enc, b_enc, W_dec, b_dec, chosen, k)
+    planted = Workload("planted", x, W_enc, b_enc, W_dec, b_dec, chosen, k, sample)
     return [planted, planted.worst(shape.worst)]
 
 
@@ -224,23 +244,22 @@ def miniature(dtype: str, tokens: int = 2048) -> Workload:
     random.Random(0).shuffle(prompts)
     streams, count = [], 0
     with torch.inference_mode(), mini.running_on(threads=1):
-        while count < tokens:
+        while prompts and count < (1 + SAMPLE) * tokens:
             ids = tokenizer(chat_text(tokenizer, prompts.pop()), return_tensors="pt").input_ids
             streams.append(capture(model, ids, [layer])[0][0])
             count += len(streams[-1])
-    x = torch.cat(streams)[:tokens]
-    x, W_enc, W_dec, b_dec = (t.to(DTYPES[dtype]) for t in (x, sae.W_enc, sae.W_dec, sae.b_dec))
+    stream, W_enc, W_dec, b_dec = (
+        t.to(DTYPES[dtype]) for t in (torch.cat(streams), sae.W_enc, sae.W_dec, sae.b_dec)
+    )
+    x, sample = stream[:tokens], stream[tokens:]
     latent = torch.tensor([metrics["latent"]])
-    w = Workload("real", x, W_enc, sae.b_enc, W_dec, b_dec, latent, sae.k)
+    w = Workload("real", x, W_enc, sae.b_enc, W_dec, b_dec, latent, sae.k, sample)
     return replace(w, value=TRIED * w.truth.max().item())
 
 
-def _tokens(W_dec: Tensor, count: int, random: torch.Generator) -> Tensor:
-    N, d = W_dec.shape
-    popularity = torch.arange(1, N + 1).double() ** -ZIPF
-    latents = popularity[torch.randperm(N, generator=random)].multinomial(
-        count * ACTIVE, replacement=True, generator=random
-    )
+def _tokens(W_dec: Tensor, popularity: Tensor, count: int, random: torch.Generator) -> Tensor:
+    d = W_dec.shape[1]
+    latents = popularity.multinomial(count * ACTIVE, replacement=True, generator=random)
     coefficients = torch.empty(count * ACTIVE).exponential_(generator=random) + 1
     x = F.embedding_bag(
         latents.view(count, ACTIVE),

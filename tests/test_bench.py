@@ -33,11 +33,12 @@ def pair(request):
 
 
 def steer(w):
-    return lambda x: ops.steer(x, w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k)
+    fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
+    return lambda x: ops.steer(x, *fixed, order=w.order)
 
 
 def feature_acts(w):
-    return lambda x: ops.feature_acts(x, w.W_enc, w.b_enc, w.features, w.k)
+    return lambda x: ops.feature_acts(x, w.W_enc, w.b_enc, w.features, w.k, order=w.order)
 
 
 @pytest.mark.parametrize("features", [1, 4])
@@ -62,6 +63,20 @@ def test_scanned_is_what_a_plain_count_says(pair):
             beaten += bool(p[needed] > p[f])
             needed += 1
         assert w.ranks.scanned[t] == pytest.approx(needed / SMALL.N)
+
+
+def test_hot_first_is_the_same_workload_and_less_work(pair):
+    w = pair[0].first(4)
+    hot = w.hot_first
+    assert not (w.sample[:, None, :8] == w.x[:, :8]).all(-1).any(), "calibrated on what is timed"
+    assert torch.equal(hot.W_enc, w.W_enc[hot.order]) and torch.equal(hot.directions, w.directions)
+    assert torch.equal(hot.truth, w.truth) and torch.equal(hot.close, w.close)
+    assert torch.equal(steer(hot)(w.x), steer(w)(w.x))
+    verify.check_ours(hot, hot.batches(16), steer(hot), feature_acts(hot))
+    plain, less = w.shares(16), hot.shares(16)
+    assert (less["undecided"], less["live"]) == (plain["undecided"], plain["live"])
+    assert plain["live"] < less["work"] < 0.9 * plain["work"]
+    assert less["read"] < plain["read"]
 
 
 @pytest.mark.parametrize("rows", [workloads.ROWS, 777])

@@ -93,9 +93,12 @@ def render(result: dict, everything: bool = False) -> str:
     cases = [c for c in result["cases"] if everything or c.get("short", True)]
     shown = (*PEERS, "linear", "copy")
     if everything:
-        shown = (*BASELINES, *map(compiled, BASELINES), *LIBRARIES, "linear", "copy")
+        baselines = *BASELINES, *map(compiled, BASELINES)
+        shown = ("hot-first", *baselines, *LIBRARIES, "linear", "copy")
     shown = [name for name in shown if any(name in case["seconds"] for case in cases)]
-    shares = ("undecided", "live", "work", "read") if everything else ("undecided", "read")
+    shares = ("undecided", "read")
+    if everything:
+        shares = ("undecided", "live", "work", "work, hot-first", "read", "read, hot-first")
     shape = ("d", "N", "k") if everything else ()
     headings = [f"{HEADINGS.get(name, name)} / ours" for name in shown]
     header = ["workload", "dtype", "T", "F", *shape, "ours", *headings, *shares]
@@ -103,7 +106,7 @@ def render(result: dict, everything: bool = False) -> str:
         [str(case[name]) for name in ("workload", "dtype", "T", "F", *shape)]
         + [duration(median(case["seconds"]["ours"]))]
         + [_compared(case, name, everything) for name in shown]
-        + [percent(case[name]) for name in shares]
+        + [percent(case[name]) if name in case else "" for name in shares]
         for case in cases
     ]
     parts = [table(header, rows), _legend(cases, everything)]
@@ -138,6 +141,7 @@ def _legend(cases: list[Case], everything: bool) -> str:
     says.append("undecided: share of the (token, latent) pairs above zero;")
     if everything:
         says.append("live: of those among the k largest; work: needed of an encoder pass;")
+        says.append("hot-first: ours, with the latents stored that are live most often first;")
     says.append(
         "read: how much of W_enc a call reads. Verified first, on the same inputs: ours decides "
         f"every pair as fp64 does{but}; each baseline agrees within 2 % of |x'| on at least "
