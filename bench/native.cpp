@@ -14,7 +14,7 @@ namespace {
 
 // The least that such an op does: it makes its output, and leaves it unwritten.
 Tensor nothing(const Tensor& x, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-               const Tensor&, int64_t, std::optional<Tensor>) {
+               const Tensor&, int64_t, std::optional<Tensor>, std::optional<Tensor>) {
   return torch::stable::new_empty(x, x.sizes());
 }
 
@@ -46,7 +46,7 @@ int64_t read(const Tensor& W) {
 STABLE_TORCH_LIBRARY(saesteer_bench, m) {
   m.def(
       "nothing(Tensor x, Tensor W_enc, Tensor b_enc, Tensor directions, Tensor features, "
-      "Tensor values, int k, Tensor? mask=None) -> Tensor");
+      "Tensor values, int k, Tensor? mask=None, Tensor? order=None) -> Tensor");
   m.def("read(Tensor W) -> int");
 }
 
