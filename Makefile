@@ -11,7 +11,7 @@ BUILT   := .venv/.built
 SOURCES := $(shell find csrc -type f)
 RUN     := .venv/bin/python -m
 
-.PHONY: demo test bench bench-full gpu lint fmt clean
+.PHONY: demo test bench bench-full bench-compare gpu lint fmt clean
 
 demo: $(BUILT)
 	.venv/bin/saesteer demo
@@ -21,6 +21,11 @@ test: $(BUILT)
 
 bench bench-full: $(BUILT)
 	$(RUN) pytest bench -q --benchmark-columns=min,median,iqr $(if $(filter bench-full,$@),--full)
+
+# REV= names the commit that HEAD is compared with.
+bench-compare: $(BUILT)
+	@test -n "$(REV)" || { echo "make bench-compare: name a commit with REV=" >&2; exit 1; }
+	$(RUN) bench.compare "$(REV)"
 
 # Builds, tests and measures on the GPU that is here, in at most nine minutes; OUT= names another
 # folder than bench/results. Everything from the Python at hand, as it is: nothing is installed.

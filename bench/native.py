@@ -1,4 +1,4 @@
-"""Compiles native.cpp at first use, into build/bench, and loads its ops.
+"""Compiles the C++ of the benchmarks at first use, into build/bench; and loads native.cpp's ops.
 
 nothing(x, W_enc, b_enc, directions, features, values, k) -> Tensor     computes nothing
 read(W) -> int                                                          only reads W
@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 SOURCE = Path(__file__).with_name("native.cpp")
-LIBRARY = SOURCE.parents[1] / "build/bench" / f"native-{torch.__version__}.so"
+BUILD = SOURCE.parents[1] / "build/bench"
 TARGET = "0x020a000000000000"  # the oldest PyTorch of the stable ABI used, as for the ops
 
 
 def load():
     """The ops, as attributes; CalledProcessError if they do not compile."""
-    if not LIBRARY.exists() or LIBRARY.stat().st_mtime < SOURCE.stat().st_mtime:
-        LIBRARY.parent.mkdir(parents=True, exist_ok=True)
-        options = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-shared"]
-        include = [f"-isystem{path}" for path in include_paths()]
-        link = [f"-L{path}" for path in library_paths()] + ["-Wl,--no-as-needed", "-ltorch"]
-        define = [f"-DTORCH_TARGET_VERSION={TARGET}"]
-        command = [os.environ.get("CXX", "c++"), *options, *define, *include, SOURCE, *link]
-        subprocess.run([*command, "-o", LIBRARY], check=True)
-    torch.ops.load_library(LIBRARY)
+    include = [f"-isystem{path}" for path in include_paths()]
+    link = [f"-L{path}" for path in library_paths()] + ["-Wl,--no-as-needed", "-ltorch"]
+    define = [f"-DTORCH_TARGET_VERSION={TARGET}"]
+    torch.ops.load_library(compiled(SOURCE, [*define, *include], link))
     return torch.ops.saesteer_bench
+
+
+def compiled(source: Path, options: Sequence[str] = (), link: Sequence[str] = ()) -> Path:
+    """The shared library of this source; CalledProcessError if it does not compile."""
+    library = BUILD / f"{source.stem}-{torch.__version__}.so"
+    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O3", "-march=native", "-fPIC"]
+        subprocess.run([*command, "-shared", *options, source, *link, "-o", library], check=True)
+    return library

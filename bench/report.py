@@ -22,6 +22,10 @@ RESULTS = Path(__file__).with_name("results")
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "bench:op": lambda results: render(newest(results, "op")),
     "bench:growth": lambda results: grown(newest(results, "op", full=True)),
+    "bench:model": lambda results: recorded(results, "model"),
+    "bench:memory": lambda results: recorded(results, "memory"),
+    "bench:encode": lambda results: recorded(results, "encode"),
+    "bench:calls": lambda results: recorded(results, "calls"),
     "demo": miniature.demo,
     "mini": lambda _: miniature.mini(),
 }
@@ -33,6 +37,14 @@ IN_README = ("T", "N")
 def render(result: dict, everything: bool = False) -> str:
     """Markdown of one result, by its suite's file in bench/tables."""
     return import_module(f".tables.{result['suite']}", __package__).render(result, everything)
+
+
+def recorded(results: Path, suite: str) -> str:
+    """What README shows of a suite: its newest whole grid, or else its newest short set."""
+    try:
+        return render(newest(results, suite, full=True) or newest(results, suite))
+    except FileNotFoundError:
+        return f"No run of `python -m pytest bench/test_{suite}.py --record` is recorded."
 
 
 def grown(result: dict | None) -> str:

@@ -8,6 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 ROUND_SECONDS = 0.03
@@ -20,11 +21,18 @@ class Contestant:
     """A function and the inputs that it is called with, one after the other, over and over.
 
     A round takes about ROUND_SECONDS, and one call at least; with `whole` it takes every input
-    once, because their costs differ. `seconds` is about what one call takes.
+    once, because their costs differ. `around` is entered before a round, out of its time. `seconds`
+    is about what one call takes.
     """
 
-    def __init__(self, call: Callable[[Any], Any], inputs: Sequence[Any], whole: bool = False):
-        self.call = call
+    def __init__(
+        self,
+        call: Callable[[Any], Any],
+        inputs: Sequence[Any],
+        whole: bool = False,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.call, self.around = call, around
         self.inputs = itertools.cycle(inputs)
         self.calls = len(inputs)
         self.seconds = self.round(1)
@@ -37,10 +45,11 @@ class Contestant:
         """Mean seconds a call."""
         calls = calls or self.calls
         inputs = list(itertools.islice(self.inputs, calls))
-        start = time.perf_counter()
-        for each in inputs:
-            self.call(each)
-        return (time.perf_counter() - start) / calls
+        with self.around():
+            start = time.perf_counter()
+            for each in inputs:
+                self.call(each)
+            return (time.perf_counter() - start) / calls
 
 
 def interleaved(

@@ -8,6 +8,7 @@ pre-activations to the weights' dtype, so some decisions differ; how many is rec
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -61,12 +62,40 @@ def check_ours(
 def check_baseline(w: Workload, name: str, y: Tensor) -> float:
     """The share of the tokens y [tokens, d] that agree; Disagreement if it is below 90 %."""
     rows = torch.arange(len(y), device=y.device)
-    wanted = steered(w, rows, w.ranks.live[rows])
-    error = (y.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return check_near(f"{w.name}: {name}", y, steered(w, rows, w.ranks.live[rows]))
+
+
+def check_near(name: str, got: Tensor, wanted: Tensor) -> float:
+    """The share of the tokens on which got [tokens, ...] agrees; Disagreement if below 90 %."""
+    error = (got.double() - wanted.double()).norm(dim=-1) / wanted.double().norm(dim=-1)
     share = (error <= AGREES).double().mean().item()
     if share < 0.9:
-        raise Disagreement(f"{w.name}: {name} agrees on {share:.0%} of the tokens")
+        raise Disagreement(f"{name} agrees on {share:.0%} of the tokens")
     return share
+
+
+def check_encode(w: Workload, x: Tensor, values: Tensor, indices: Tensor) -> None:
+    """Raises Disagreement unless these are the k largest activations of x [tokens, d], in order,
+    as far as fp32 sums tell."""
+    every = replace(w, x=x, features=torch.arange(len(w.W_enc)))
+    acts, bound = every.preacts.clamp(min=0), every.slack.amax(-1, keepdim=True)
+    wanted, there = acts.topk(values.shape[-1]).values, acts.gather(-1, indices)
+    for which, other in (("values", wanted), ("indices", there)):
+        if not ((values - other).abs() <= bound).all():
+            raise Disagreement(f"{w.name}: encode's {which} are not those of the k largest")
+    if not (indices.sort().values.diff() > 0).all():
+        raise Disagreement(f"{w.name}: encode gives a latent twice")
+
+
+def check_decode(w: Workload, values: Tensor, indices: Tensor, recon: Tensor) -> None:
+    """Raises Disagreement unless recon is b_dec + sum_i values_i W_dec[indices_i], summed in fp32
+    and rounded once."""
+    terms, bias = values.double()[..., None] * w.W_dec[indices].double(), w.b_dec.double()
+    wanted, size = terms.sum(-2) + bias, terms.abs().sum(-2) + bias.abs()
+    sums = (values.shape[-1] + 2) * 2.0**-24 * size
+    bound = torch.finfo(recon.dtype).eps / 2 * wanted.abs() + sums
+    if not ((recon.double() - wanted).abs() <= bound).all():
+        raise Disagreement(f"{w.name}: decode's reconstruction differs from fp64's")
 
 
 def _delta(w: Workload, rows: Tensor, live: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class Workload:
     @cached_property
     def values(self) -> Tensor:
         """What each latent is set to: [F] fp32."""
-        return torch.full(self.features.shape, self.value)
+        return torch.full(self.features.shape, self.value, device=self.x.device)
 
     @cached_property
     def directions(self) -> Tensor:
@@ -211,27 +211,29 @@ def _calls(rows: Tensor, tokens: int) -> list[Tensor]:
     return list(rows[: len(rows) // tokens * tokens].split(tokens))
 
 
-def build(dtype: str, features: int, shape: Shape | None = None, seed: int = 0) -> list[Workload]:
+def build(
+    dtype: str,
+    features: int,
+    shape: Shape | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> list[Workload]:
     """The planted and the worst workload, with so many edited latents."""
     shape = shape or FULL
     d, N, k = shape.d, shape.N, shape.k
     generator = torch.Generator().manual_seed(seed)
-    W_dec = torch.randn(N, d, generator=generator)
-    W_enc = torch.empty(N, d, dtype=DTYPES[dtype])
-    for rows, encoder in zip(W_dec.split(ROWS), W_enc.split(ROWS), strict=True):
-        rows /= rows.norm(dim=1, keepdim=True)
-        encoder.copy_(torch.randn(rows.shape, generator=generator).mul_(0.5 * d**-0.5).add_(rows))
+    W_enc, W_dec = dictionary(N, d, DTYPES[dtype], generator)
     popularity = torch.arange(1, N + 1).double() ** -ZIPF
     popularity = popularity[torch.randperm(N, generator=generator)]
     x = _tokens(W_dec, popularity, shape.stream, generator)
     b_dec = 0.1 * torch.randn(d, generator=generator)
     sample = _tokens(W_dec, popularity, SAMPLE * shape.stream, generator)
-    x, W_dec, b_dec, sample = (t.to(DTYPES[dtype]) for t in (x, W_dec, b_dec, sample))
+    held = x, W_enc, W_dec, b_dec, sample
+    x, W_enc, W_dec, b_dec, sample = (t.to(device, DTYPES[dtype]) for t in held)
 
-    above = int(ABOVE_ZERO * k * shape.stream // 8)
-    threshold = _largest(x[: shape.stream // 8], W_enc, above).min()
-    b_enc = threshold.neg().float().repeat(N)
-    chosen = _nearest(x, W_enc, threshold, k)[:features]
+    above = threshold(x[: shape.stream // 8], W_enc, k)
+    b_enc = above.neg().float().repeat(N)
+    chosen = nearest(x, W_enc, above, k)[:features]
 
     planted = Workload("planted", x, W_enc, b_enc, W_dec, b_dec, chosen, k, sample)
     return [planted, planted.worst(shape.worst)]
@@ -255,6 +257,23 @@ def miniature(dtype: str, tokens: int = 2048) -> Workload:
     latent = torch.tensor([metrics["latent"]])
     w = Workload("real", x, W_enc, sae.b_enc, W_dec, b_dec, latent, sae.k, sample)
     return replace(w, value=TRIED * w.truth.max().item())
+
+
+def dictionary(
+    N: int, d: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """W_enc [N, d] in dtype and W_dec [N, d] fp32: decoder rows of length 1, encoder rows near."""
+    W_dec = torch.randn(N, d, generator=generator)
+    W_enc = torch.empty(N, d, dtype=dtype)
+    for rows, encoder in zip(W_dec.split(ROWS), W_enc.split(ROWS), strict=True):
+        rows /= rows.norm(dim=1, keepdim=True)
+        encoder.copy_(torch.randn(rows.shape, generator=generator).mul_(0.5 * d**-0.5).add_(rows))
+    return W_enc, W_dec
+
+
+def threshold(x: Tensor, W_enc: Tensor, k: int) -> Tensor:
+    """What ABOVE_ZERO k products of a token with W_enc are above: [], of x [T, d]."""
+    return _largest(x, W_enc, int(ABOVE_ZERO * k * len(x))).min()
 
 
 def _tokens(W_dec: Tensor, popularity: Tensor, count: int, random: torch.Generator) -> Tensor:
@@ -281,9 +300,10 @@ def _largest(x: Tensor, W_enc: Tensor, count: int) -> Tensor:
     return found
 
 
-def _nearest(x: Tensor, W_enc: Tensor, threshold: Tensor, k: int) -> Tensor:
-    """Latents by how near their shares are to UNDECIDED and LIVE."""
-    above, live = torch.zeros(2, len(W_enc))
+def nearest(x: Tensor, W_enc: Tensor, threshold: Tensor, k: int) -> Tensor:
+    """Latents by how near their shares are to UNDECIDED and LIVE, where products with x [T, d] that
+    are above the threshold are above zero."""
+    above, live = torch.zeros(2, len(W_enc), device=x.device)
     for rows in x.split(max(1, (1 << 27) // len(W_enc))):
         p = F.linear(rows, W_enc)
         above += (p > threshold).sum(0)

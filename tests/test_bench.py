@@ -244,7 +244,7 @@ def test_rounds_are_complete():
     assert all(second > 0 for each in seconds.values() for second in each)
 
 
-def run_small(tmp_path, *arguments, plugin=""):
+def run_small(tmp_path, *arguments, plugin="", suites=("op",)):
     """`python -m pytest bench` on SMALL and on one core, with its results in tmp_path."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler for the op that does nothing")
@@ -255,8 +255,9 @@ def run_small(tmp_path, *arguments, plugin=""):
         f"workloads.FULL = workloads.{SMALL}\nreport.RESULTS = Path(__file__).parent\n{plugin}"
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    files = [f"bench/test_{suite}.py" for suite in suites]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "bench/test_op.py", "-q", "-p", "small", *arguments],
+        [sys.executable, "-m", "pytest", "-q", "-p", "small", *arguments, *files],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,

@@ -1,0 +1,135 @@
+"""Encode and decode against what is written without them.
+
+encode      ours    saesteer_fast.ops.encode
+            eager   F.linear, relu, topk, which is how sparsify encodes
+            linear  F.linear alone
+            topk    torch.topk alone, of stored pre-activations
+decode      ours    saesteer_fast.ops.decode
+            bag     F.embedding_bag, which is how sparsify decodes without Triton
+            dense   scatter into N activations, then a product with all of W_dec
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saesteer_fast import ops
+
+from . import verify, workloads
+from .timing import Contestant, interleaved
+from .workloads import Workload
+
+ROUNDS = 5
+VERIFIED = 64
+CALLS = 64
+NAMES = {"encode": ("ours", "eager", "linear", "topk"), "decode": ("ours", "bag", "dense")}
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    T: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.op}-T{self.T}-k{self.k}"
+
+
+def cases(full: bool) -> list[Case]:
+    tokens = (1, 8, 64, 512, 2048) if full else (1, 64, 512)
+    return [Case(op, T, k) for op in NAMES for k in (32, 64, 192)[: 1 + 2 * full] for T in tokens]
+
+
+def names(case: Case) -> tuple[str, ...]:
+    return NAMES[case.op]
+
+
+def encoders(w: Workload, k: int) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    b_enc = w.b_enc.to(w.W_enc.dtype)
+    return {
+        "ours": lambda x: ops.encode(x, w.W_enc, w.b_enc, k, impl="cpu"),
+        "eager": lambda x: F.relu(F.linear(x, w.W_enc, b_enc)).topk(k, dim=-1, sorted=False),
+    }
+
+
+def decoders(w: Workload) -> dict[str, Callable[[tuple[Tensor, Tensor]], Tensor]]:
+    """Each takes (values, indices), of which ours alone wants values of fp32."""
+    dtype = w.W_dec.dtype
+
+    def bag(top: tuple[Tensor, Tensor]) -> Tensor:
+        weights = top[0].to(dtype)
+        return F.embedding_bag(top[1], w.W_dec, per_sample_weights=weights, mode="sum") + w.b_dec
+
+    def dense(top: tuple[Tensor, Tensor]) -> Tensor:
+        acts = torch.zeros(len(top[1]), len(w.W_dec), dtype=dtype)
+        return F.linear(acts.scatter_(-1, top[1], top[0].to(dtype)), w.W_dec.mT, w.b_dec)
+
+    return {"ours": lambda top: ops.decode(*top, w.W_dec, w.b_dec), "bag": bag, "dense": dense}
+
+
+@pytest.fixture(scope="module")
+def workload() -> Workload:
+    planted, _ = workloads.build("bf16", 1)
+    return planted
+
+
+@pytest.fixture(scope="module")
+def verified(workload) -> Callable[[int], dict[str, float]]:
+    """The share of the tokens on which each way agrees, for this k; each call is checked once."""
+    return cache(partial(verify_all, workload))
+
+
+@torch.inference_mode()
+def verify_all(w: Workload, k: int) -> dict[str, float]:
+    x, encode, decode = w.x[:VERIFIED], encoders(w, k), decoders(w)
+    top = encode["ours"](x)
+    verify.check_encode(w, x, *top)
+    verify.check_decode(w, *top, decode["ours"](top))
+    eager = encode["eager"](x).values.sort(descending=True).values
+    found = {"eager": verify.check_near("eager encode", eager, top[0])}
+    for name in ("bag", "dense"):
+        found[name] = verify.check_near(f"{name} decode", decode[name](top), decode["ours"](top))
+    return found
+
+
+def contestants(w: Workload, case: Case) -> dict[str, Contestant]:
+    batches, encode = w.batches(case.T)[:CALLS], encoders(w, case.k)
+    if case.op == "decode":
+        tops = [encode["ours"](x) for x in batches]
+        return {name: Contestant(call, tops) for name, call in decoders(w).items()}
+    b_enc = w.b_enc.to(w.W_enc.dtype)
+    linear = partial(F.linear, weight=w.W_enc, bias=b_enc)
+    return {
+        **{name: Contestant(call, batches) for name, call in encode.items()},
+        "linear": Contestant(linear, batches),
+        "topk": Contestant(lambda p: p.topk(case.k, dim=-1), [linear(x) for x in batches]),
+    }
+
+
+@pytest.fixture(scope="module")
+def seconds(record, workload, verified) -> Callable[[Case], dict[str, list[float]]]:
+    """Seconds a call, by contestant and round; measured once."""
+
+    @cache
+    @torch.inference_mode()
+    def of(case: Case) -> dict[str, list[float]]:
+        agreement = verified(case.k)
+        found = interleaved(contestants(workload, case), ROUNDS)
+        N, d = workload.W_enc.shape
+        facts = {"short": case in cases(full=False), "dtype": "bf16", "d": d, "N": N}
+        facts |= {"agreement": agreement, "seconds": found}
+        record("encode", asdict(case) | facts)
+        return found
+
+    return of
+
+
+def test_encode(replay, seconds, case, name):
+    replay(str(case), seconds(case)[name])

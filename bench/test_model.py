@@ -1,0 +1,186 @@
+"""What steering adds to a whole model: Phi-3 Mini with random bf16 weights, a prompt of 512 tokens
+and decode steps after it.
+
+unsteered, again    nothing attached, twice: how far apart no difference is measured
+ours                sf.steering, one latent of a top-k SAE set to a constant
+worst               the same, of a latent that is live for every token
+naive               a forward hook that does reference.naive
+vector              a forward hook that adds a vector, and reads no SAE
+
+The SAE's biases and the edited latent are chosen from the model's own stream, to the shares of the
+planted workload. Short: the first layers only, so that steering weighs more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import saesteer_fast as sf
+from saesteer_fast import ops
+
+from . import phi3, verify, workloads
+from .test_op import baselines
+from .timing import Contestant, interleaved
+from .workloads import Workload
+
+PROMPT, STEPS = 512, 16
+ROUNDS = {"prefill": 3, "decode": 5}
+STEERED = ("ours", "worst", "naive")
+
+
+@dataclass(frozen=True)
+class Case:
+    run: str
+    layers: int
+    layer: int
+    T: int
+
+    def __str__(self) -> str:
+        return f"{self.run}-{self.layers}layers"
+
+
+def cases(full: bool) -> list[Case]:
+    layers, layer = (32, 6) if full else (2, 1)
+    return [Case("prefill", layers, layer, PROMPT), Case("decode", layers, layer, 1)]
+
+
+def names(case: Case) -> tuple[str, ...]:
+    return "unsteered", "again", *STEERED, "vector"
+
+
+class Subject:
+    """The model, what it is called with, and the ways to steer it."""
+
+    def __init__(self, layers: int, layer: int):
+        random = torch.Generator().manual_seed(0)
+        self.model, self.layer = phi3.build(layers), layer
+        self.steered = self.model.model.layers[layer]
+        drawn = torch.randint(self.model.config.vocab_size, (PROMPT + STEPS,), generator=random)
+        prompt, *steps = drawn[None].split([PROMPT] + [1] * STEPS, dim=1)
+        self.inputs = {"prefill": [prompt], "decode": steps}
+        self.calls = {"prefill": self.prefill, "decode": self.decode}
+        self.cache = self.prefill(prompt).past_key_values
+        stream = {run: torch.cat(self.streams(run)) for run in self.calls}
+        self.workload, self.sae, self.worst = _planted(torch.cat([*stream.values()]), random)
+        self.workloads = {run: replace(self.workload, name=run, x=x) for run, x in stream.items()}
+
+    def prefill(self, ids: Tensor):
+        return self.model(ids, use_cache=True, logits_to_keep=1)
+
+    def decode(self, ids: Tensor) -> None:
+        """One token after the prompt, which the cache then forgets."""
+        self.model(ids, past_key_values=self.cache, use_cache=True)
+        self.cache.crop(-1)
+
+    def streams(self, run: str) -> list[Tensor]:
+        """The steered layer's output, [T, d] a call."""
+        seen: list[Tensor] = []
+        with hooked(self.steered, lambda module, args, output: seen.append(output[0])):
+            for ids in self.inputs[run]:
+                self.calls[run](ids)
+        return seen
+
+    def ways(self) -> dict[str, Callable[[], AbstractContextManager]]:
+        w, naive = self.workload, baselines(self.workload)["naive"]
+        edits = {int(w.features[0]): workloads.VALUE}
+        vector = workloads.VALUE * w.directions[0]
+        hooks = {
+            "naive": lambda module, args, output: naive(output),
+            "vector": lambda module, args, output: output + vector,
+        }
+        return {
+            "unsteered": nullcontext,
+            "again": nullcontext,
+            "ours": lambda: sf.steering(self.model, self.sae, edits, layer=self.layer),
+            "worst": lambda: sf.steering(self.model, self.worst, edits, layer=self.layer),
+            **{name: lambda hook=hook: hooked(self.steered, hook) for name, hook in hooks.items()},
+        }
+
+
+def _planted(stream: Tensor, random: torch.Generator) -> tuple[Workload, sf.SAE, sf.SAE]:
+    """A workload of this stream, its SAE, and one in which the edited latent is always live."""
+    N, k = workloads.FULL.N, workloads.FULL.k
+    W_enc, W_dec = workloads.dictionary(N, stream.shape[1], stream.dtype, random)
+    W_dec, b_dec = W_dec.to(stream.dtype), stream.float().mean(0).to(stream.dtype)
+    z = stream - b_dec
+    above = workloads.threshold(z, W_enc, k)
+    ranked = workloads.nearest(z, W_enc, above, k)
+    met = (F.linear(z[PROMPT:], W_enc[ranked]) > above).any(0)  # by a decode step too
+    features = ranked[met][:1]
+    bias = above.neg().float().repeat(N)
+    sae = sf.SAE(W_enc, bias, W_dec, b_dec, k)
+    most = F.linear(z, W_enc).abs().amax().float()
+    always = bias.index_add(0, features, 4 * most[None])
+    w = Workload("model", stream, W_enc, sae.b_enc, W_dec, b_dec, features, k)
+    return w, sae, replace(sae, bias=always)
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def verify_all(subject: Subject, run: str) -> float:
+    """Raises Disagreement unless the layer's output is steered, and the other layers get that; the
+    share of tokens on which naive agrees."""
+    found = {}
+    for name in STEERED:
+        with subject.ways()[name]():
+            found[name] = subject.streams(run)
+    planted = subject.workloads[run]
+    worst = replace(planted, name=f"{run}, worst", b_enc=subject.worst.b_enc)
+    for w, name in ((planted, "ours"), (worst, "worst")):
+        outputs = iter(found[name])
+        verify.check_ours(
+            w,
+            w.batches(len(found[name][0])),
+            lambda x: next(outputs),  # noqa: B023
+            lambda x: ops.feature_acts(x, w.W_enc, w.b_enc, w.features, w.k),  # noqa: B023
+        )
+    if not (worst.truth > 0).all():
+        raise verify.Disagreement(f"{run}, worst: a token does not need the whole scan")
+    return verify.check_baseline(planted, "naive", torch.cat(found["naive"]))
+
+
+@pytest.fixture(scope="module")
+def subject() -> Callable[[int, int], Subject]:
+    return cache(Subject)
+
+
+@pytest.fixture(scope="module")
+def seconds(record, subject) -> Callable[[Case], dict[str, list[float]]]:
+    """Seconds a call, by contestant and round; measured once."""
+
+    @cache
+    @torch.inference_mode()
+    def of(case: Case) -> dict[str, list[float]]:
+        of_layers = subject(case.layers, case.layer)
+        w = of_layers.workloads[case.run]
+        agreement = verify_all(of_layers, case.run)
+        call, inputs = of_layers.calls[case.run], of_layers.inputs[case.run]
+        contestants = {
+            name: Contestant(call, inputs, whole=True, around=way)
+            for name, way in of_layers.ways().items()
+        }
+        found = interleaved(contestants, ROUNDS[case.run])
+        facts = {"d": w.x.shape[1], "N": len(w.W_enc), "k": w.k, "F": 1, **w.shares(case.T)}
+        record("model", asdict(case) | facts | {"agreement": agreement, "seconds": found})
+        return found
+
+    return of
+
+
+def test_model(replay, seconds, case, name):
+    replay(str(case), seconds(case)[name])
