@@ -79,8 +79,7 @@ def steering(
     require_sae(sae)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps a model in another one
     site = sites.locate(model, sae.hookpoint if layer is None else layer)
-    if site.is_layer and site.width not in (None, sae.d):
-        raise ValueError(f"sae: is for width {sae.d}, {site.path} is {site.width} wide")
+    site.check_width(sae)
     device = sites.device(site)
     plan = Plan(sae, edits, device, when=when, error=error, measure=measure, impl=impl)
     plan.choose(rows)

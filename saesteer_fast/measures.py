@@ -60,7 +60,8 @@ class Measured:
         with constants(sae.device):
             features = torch.tensor(self.latents, dtype=torch.int64, device=sae.device)
             unit_rows = sae.decoder_norm or self.measure == "projection"
-            directions = sae.W_dec[features]
+            # W_dec[features] would wake all threads.
+            directions = sae.W_dec.index_select(0, features)
             directions = _unit(directions) if unit_rows else directions
             parameters, order, rows = (), None, features
             if self.measure == "topk":

@@ -16,6 +16,7 @@ from torch import nn
 
 from .errors import nearest
 from .formats import hookpoints
+from .sae import SAE
 
 # What torch.compile, FSDP, DDP and PEFT put into the names of what they wrap.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "module", "base_model.model")
@@ -40,6 +41,11 @@ class Site(NamedTuple):
     def width(self) -> int | None:
         """Of the residual stream, where the model says it."""
         return getattr(_config(self.decoder) or _config(self.model), "hidden_size", None)
+
+    def check_width(self, sae: SAE) -> None:
+        """Raises ValueError where the stream is not as wide as the SAE."""
+        if self.is_layer and self.width not in (None, sae.d):
+            raise ValueError(f"sae: is for width {sae.d}, {self.path} is {self.width} wide")
 
 
 def locate(model: nn.Module, layer: int | str | None) -> Site:

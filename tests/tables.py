@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from bench.report import placed
+from tests.families import FAMILIES
 from tests.faults import faults_page
 from tests.support import support_table
 
@@ -42,14 +42,10 @@ def families_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-BLOCKS = {"support": support_table}
+BLOCKS = {"support": support_table, "families": families_line}
 """What README.md holds between `<!-- name -->` and `<!-- /name -->`."""
-PAGES = {"faults": lambda: faults_page(TESTS)}
+PAGES = {"faults": lambda: faults_page(TESTS), "families": families_page}
 """The files of docs/."""
-if find_spec("tests.families"):
-    from tests.families import FAMILIES
-
-    BLOCKS["families"], PAGES["families"] = families_line, families_page
 
 
 def wanted() -> dict[Path, str]:

@@ -103,6 +103,7 @@ def test_an_adapter_around_a_steered_model(model, sae, adapt, adapted_truth, sco
         assert torch.equal(generate(adapted), adapted_truth(scope))
 
 
+@pytest.mark.fault(67)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_model_with_an_adapter(model, sae, adapt, adapted_truth, scope):
     expected, adapted = adapted_truth(scope), adapt(model)
@@ -140,6 +141,7 @@ def test_virtual_tokens_shift_the_prompt(model, sae, textbook, peft, kind):
 # Weights that are kept elsewhere, or in another form
 
 
+@pytest.mark.fault(67)
 @pytest.mark.parametrize("place", ["disk", "cpu"])
 def test_weights_that_accelerate_brings_for_a_call(model, sae, place, tmp_path):
     accelerate = pytest.importorskip("accelerate")
@@ -207,6 +209,7 @@ def test_parameters_that_are_sharded(model, sae, mesh):
             assert torch.equal(logits(wrapped), expected)
 
 
+@pytest.mark.fault(67)
 def test_a_stream_that_is_sharded(model, sae, mesh):
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -245,6 +248,7 @@ ASSISTED = {
 }
 
 
+@pytest.mark.fault(59)
 @pytest.mark.parametrize("name", ASSISTED)
 @pytest.mark.parametrize("steered", ["model", "draft", "both"])
 def test_a_second_model_that_drafts(model, draft, sae, name, steered):

@@ -9,8 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .. import formats
-from ..attach import _check_width, _locate
+from .. import formats, sites
 from ..edits import Edit
 from ..sae import SAE
 from ..scopes import NotTokens, Positions, Scope
@@ -68,8 +67,8 @@ def _module(step: Steering, sae: SAE, body: nn.Module | None) -> str:
     by = " (the SAE's hookpoint)" if step.layer is None else ""
     if body is None:
         return f"{'decoder layer ' if isinstance(layer, int) else ''}{layer}{by}"
-    site = _locate(body, layer)
-    _check_width(body, sae, site)
+    site = sites.locate(body, layer)
+    site.check_width(sae)
     return f"{site.path}{by}, a {type(site.module).__name__} of {type(body).__name__}"
 
 
