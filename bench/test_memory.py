@@ -106,7 +106,7 @@ def measure(dtype: str, tokens: list[int], shape: dict, threads: int) -> dict[st
     for w in workloads.build(dtype, 1, shape):
         calls, inputs = contestants(w), [w.x[:T] for T in tokens]
         bytes_ = {name: held(call, inputs) for name, call in calls.items()}
-        verify_all(w, tokens)
+        verify_all(w, tokens, {})
         for i, T in enumerate(tokens):
             facts = {"F": 1, "d": shape.d, "N": shape.N, "k": shape.k, **w.shares(T)}
             of_T = {name: each[i] for name, each in bytes_.items()}
