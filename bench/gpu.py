@@ -28,7 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import steps
+from saesteer_fast import verdicts
+from saesteer_fast.verify import steps
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("build", "smoke", "checks", "measure")
@@ -148,7 +149,7 @@ def smoke(run: Run) -> None:
     with ThreadPoolExecutor(len(SCANS)) as pool:
         found = dict(zip(SCANS, pool.map(alone, SCANS), strict=True))
     for scan, each in found.items():
-        print(tell(f"smoke: SAESTEER_SCAN={scan}", each), flush=True)
+        print(steps.tell(f"smoke: SAESTEER_SCAN={scan}", each), flush=True)
     if chosen := choose_scan(found):
         run.env["SAESTEER_SCAN"] = chosen
         print(f"going on with SAESTEER_SCAN={chosen}", flush=True)
@@ -163,11 +164,6 @@ def choose_scan(found: Mapping[str, Mapping[str, dict]]) -> str:
         return bool(scans) and not any("failed" in each for each in scans)
 
     return next((scan for scan in SCANS if right(scan)), SCANS[-1])
-
-
-def tell(title: str, found: Mapping[str, dict]) -> str:
-    failed = [f"  {name}: {each['failed']}" for name, each in found.items() if "failed" in each]
-    return "\n".join([f"{title}: {len(found) - len(failed)} of {len(found)} right", *failed])
 
 
 # ---- checks ----
@@ -200,7 +196,7 @@ def checks(run: Run) -> None:
     with ThreadPoolExecutor(len(commands) + 1) as pool:
         triton = pool.submit(run.steps, "smoke triton", deadline, "smoke", "--impl=triton")
         list(pool.map(check, commands))
-    print(tell("smoke: triton", triton.result()), flush=True)
+    print(steps.tell("smoke: triton", triton.result()), flush=True)
 
 
 def summary(code: int, said: str) -> dict:
@@ -288,23 +284,19 @@ def table(found: Sequence[dict]) -> str:
 def propose(result: Mapping) -> str:
     """saesteer_fast.ops._ON_GPU as these times have it: the faster kernels first, by tokens.
 
-    Both workloads count alike: what decides is the geometric mean of their times.
+    Both workloads count alike.
     """
     if wrong := mistakes(result):
         return f"_ON_GPU stays as it is: not right: {', '.join(wrong)}"
-    rows: list[tuple[int, tuple[str, ...]]] = []
-    for T in sorted({case["T"] for case in result["cases"]}):
+    times: dict[int, dict[str, list[float]]] = {}
+    for T in {case["T"] for case in result["cases"]}:
         here = [case["seconds"] for case in result["cases"] if (case["T"], case["F"]) == (T, 1)]
-        kernels = [n for n in ("ours", "triton") if here and all(n in each for each in here)]
-        means = {
-            name: statistics.geometric_mean(statistics.median(each[name]) for each in here)
-            for name in kernels
+        times[T] = {
+            impl: [statistics.median(each[name]) for each in here]
+            for name, impl in (("ours", "cuda"), ("triton", "triton"))
+            if here and all(name in each for each in here)
         }
-        order = [{"ours": "cuda"}.get(name, name) for name in sorted(means, key=means.get)]
-        impls = (*order, "reference")
-        if not rows or rows[-1][1] != impls:
-            rows.append((T if rows else 0, impls))
-    return f"_ON_GPU = {tuple(rows)}"
+    return f"_ON_GPU = {verdicts.rows(times)}"
 
 
 def mistakes(result: Mapping) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `bench.gpu` runs on the GPU, as steps (bench.steps): `python -m bench.on_gpu PART STORE`.
+"""What `bench.gpu` runs on the GPU, in steps (verify/steps.py): `python -m bench.on_gpu PART STORE`
 
 smoke IMPL   every kernel of IMPL alone
 measure      the floors (a copy, a product, a launch), what a call costs the host, the op against
@@ -29,8 +29,9 @@ from torch import Tensor
 
 import saesteer_fast as sf
 from saesteer_fast import env, ops, reference
+from saesteer_fast.verify import smoke, steps
 
-from . import machine, smoke, steps, verify, workloads
+from . import machine, verify, workloads
 from .workloads import Workload
 
 TOKENS = (1, 8192, 64, 512, 8, 2048)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a subcommand: demo, mini build, convert, check, env."""
+    """Runs a subcommand: demo, mini build, convert, check, verify, env."""
     arguments = vars(_parser().parse_args(argv))
     arguments.pop("run")(**arguments)
 
@@ -53,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_check)
 
+    verify = commands.add_parser(
+        "verify",
+        help="tries the kernels on the GPUs at hand; those that are right run from then on",
+    )
+    verify.set_defaults(run=_verify)
+
     env = commands.add_parser("env", help="what is installed, and which implementation runs here")
     env.set_defaults(run=_env)
     return parser
@@ -90,6 +96,12 @@ def _check(file: str, model: str | None) -> None:
         print(report(file, model))
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"saesteer check: {error}") from None
+
+
+def _verify() -> None:
+    from .verify import main
+
+    main()
 
 
 def _env() -> None:

@@ -9,23 +9,25 @@ and chooses who computes them. The only file that names torch.ops.
     torch.ops.saesteer.encode(x, W_enc, b_enc, k) -> (Tensor values, Tensor indices)
     torch.ops.saesteer.decode(values, indices, W_dec, b_dec) -> Tensor
 
-The CPU has compiled kernels. On a GPU the reference runs: torch.ops.saesteer_triton and
-torch.ops.saesteer_cuda hold the same ops, always by Triton and always by the CUDA library, but
-their kernels have not been validated on a GPU, and run only where they are asked for.
+The CPU has compiled kernels. torch.ops.saesteer_triton and torch.ops.saesteer_cuda hold the same
+ops, always by Triton and always by the CUDA library. On a GPU these run where they were found right
+(verdicts.py) or are asked for; elsewhere the reference does.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from . import checks, reference, transforms
+from . import checks, reference, transforms, verdicts
 
 _LIBRARY = Path(__file__).with_name("libsaesteer_ops.so")
 try:
@@ -94,12 +96,6 @@ def _holds_numbers(t: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(t))
 
 
-_LATENTS = {
-    "steer": ("features", 4, 1),
-    "feature_acts": ("features", 3, 1),
-    "decode": ("indices", 1, 2),
-}
-"""The argument that names latents, its place, and that of the matrix with a row for each."""
 _REFERENCE = SimpleNamespace(**{name: _by_reference(name) for name in _NAMES})
 _BY = {"auto": _OPS, "cpu": _OPS, "cuda": _BY_CUDA, "triton": _TRITON, "reference": _REFERENCE}
 _DEFAULT = os.environ.get("SAESTEER_IMPL", "auto")
@@ -110,11 +106,11 @@ _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _CUDA = frozenset(name for name in _NAMES if _has_kernel(f"saesteer_cuda::{name}", "CUDA"))
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-_ON_GPU = ((0, ("reference",)),)
-"""What impl="auto" runs on a GPU: from so many tokens on, the first of these that is there. One row
-for all shapes, and no kernels in it until bench/results holds a run of `make gpu` that found them
-right; it proposes the rows. Until now Triton's have run in its interpreter alone, the CUDA
-library's on an emulated GPU."""
+_ON_GPU: verdicts.Rows = ((0, ("reference",)),)
+"""What impl="auto" runs on a GPU that `saesteer verify` has not tried: from so many tokens on, the
+first of these that is there. One row for all shapes, and no kernels in it until bench/results holds
+a run of `make gpu` that found them right; it proposes the rows. Until now Triton's have run in its
+interpreter alone, the CUDA library's on an emulated GPU."""
 
 
 def steer(
@@ -212,12 +208,25 @@ def decode(
 def implementations() -> dict[str, str]:
     """What impl="auto" runs for a tensor on each kind of device, and why."""
     isa, why = _build.instruction_set()
-    on_gpu = [f"{_first_there('steer', impls)} from {least} tokens on" for least, impls in _ON_GPU]
-    by_choice = "{} kernels run with impl={!r} alone: not validated on a GPU yet".format
-    on_gpu.append(_NO_CUDA or by_choice("CUDA", "cuda"))
-    on_gpu.append(by_choice("Triton's", "triton") if _HAS_TRITON else "Triton is not installed")
-    found = {"cpu": f"cpu: {isa} kernels, {why}", "cuda": "; ".join(on_gpu)}
+    there = {impl: missing(impl) for impl in ("cuda", "triton")}
+    said = [f"impl={impl!r}: {reason or 'is there'}" for impl, reason in there.items()]
+    found = {"cpu": f"cpu: {isa} kernels, {why}", "cuda": "; ".join([_rows_said(_ON_GPU), *said])}
+    for i in range(torch.cuda.device_count()):
+        rows = verdicts.read(torch.device("cuda", i))
+        tried = _rows_said(rows) if rows else "`saesteer verify` has not tried the kernels on it"
+        found[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}: {tried}"
     return found if _DEFAULT == "auto" else {**found, "SAESTEER_IMPL": f"{_DEFAULT}, everywhere"}
+
+
+def missing(impl: str) -> str | None:
+    """Why these kernels for GPUs cannot run, "cuda" or "triton"; None if they can."""
+    return {"cuda": _NO_CUDA, "triton": None if _HAS_TRITON else "Triton is not installed"}[impl]
+
+
+def _rows_said(rows: verdicts.Rows) -> str:
+    return ", ".join(
+        f"{_first_there('steer', impls)} from {least} tokens on" for least, impls in rows
+    )
 
 
 def _chosen(name: str, impl: str, x: Tensor) -> Callable:
@@ -225,7 +234,9 @@ def _chosen(name: str, impl: str, x: Tensor) -> Callable:
     if impl == "auto":
         impl = _DEFAULT
     if impl == "auto":
-        return _on_gpu(name, x) if x.is_cuda else getattr(_OPS, name)
+        # torch.compile keeps the op, whose kernel chooses: a file may have to be read for that
+        direct = x.is_cuda and not torch.compiler.is_compiling()
+        return _on_gpu(name, x) if direct else getattr(_OPS, name)
     if impl not in _BY:
         raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(_BY)}")
     if not _runs(name, impl, x):
@@ -252,8 +263,27 @@ def _runs(name: str, impl: str, x: Tensor) -> bool:
 def _on_gpu(name: str, x: Tensor) -> Callable:
     """The op as impl="auto" computes it for x, on a GPU."""
     tokens = x.shape[:-1].numel()
-    impls = next(impls for least, impls in reversed(_ON_GPU) if tokens >= least)
+    impls = next(impls for least, impls in reversed(_table(x.device)) if tokens >= least)
     return getattr(_BY[_first_there(name, impls)], name)
+
+
+def _table(device: torch.device) -> verdicts.Rows:
+    if rows := verdicts.read(device):
+        return rows
+    _tell_of_idle_kernels(device)
+    return _ON_GPU
+
+
+@cache
+def _tell_of_idle_kernels(device: torch.device) -> None:
+    idle = [impl for impl in ("cuda", "triton") if missing(impl) is None]
+    if idle and device.type == "cuda" and all(impls == ("reference",) for _, impls in _ON_GPU):
+        warnings.warn(
+            f"plain PyTorch steers on {torch.cuda.get_device_name(device)}, although there are "
+            f"kernels ({', '.join(idle)}): `saesteer verify` finds out in minutes whether they are "
+            "right on it, and lets them run",
+            stacklevel=2,
+        )
 
 
 def _first_there(name: str, impls: tuple[str, ...]) -> str:

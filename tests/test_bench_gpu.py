@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,119 +16,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # bench is not installed
 
 import saesteer_fast as sf  # noqa: E402
-from bench import gpu, on_gpu, smoke, steps, verify, workloads  # noqa: E402
+from bench import gpu, on_gpu, verify, workloads  # noqa: E402
 from saesteer_fast import ops  # noqa: E402
-
-# ---- steps ----
-
-BROKEN = """
-import os, signal, sys, time
-from pathlib import Path
-from bench import steps
-
-broken = []
-
-def healthy():
-    assert not broken
-
-def breaks():
-    broken.append(1)
-    raise RuntimeError("an illegal memory access")
-
-steps.work(
-    {
-        "right": lambda: {"a": 1},
-        "raises": lambda: 1 / 0,
-        "dies": lambda: os.kill(os.getpid(), signal.SIGSEGV),
-        "breaks": breaks,
-        "hangs": lambda: time.sleep(60),
-        "after all": lambda: [2.0],
-    },
-    Path(sys.argv[1]),
-    healthy,
-)
-"""
-
-
-def supervised(tmp_path, script: str, patience=2.0, seconds=30.0) -> dict[str, dict]:
-    store = tmp_path / "store.jsonl"
-    with (tmp_path / "log").open("w") as log:
-        steps.supervise(
-            [sys.executable, "-c", script, str(store)],
-            store,
-            patience=patience,
-            deadline=time.monotonic() + seconds,
-            log=log,
-            cwd=ROOT,
-        )
-    return steps.results(store)
-
-
-def test_every_step_has_its_line_whatever_another_does(tmp_path):
-    found = supervised(tmp_path, BROKEN)
-    assert list(found) == ["right", "raises", "dies", "breaks", "hangs", "after all"]
-    assert found["right"]["found"] == {"a": 1} and found["after all"]["found"] == [2.0]
-    assert found["raises"]["failed"] == "ZeroDivisionError: division by zero"
-    assert found["dies"]["failed"] == "the process ended with -11"
-    assert found["breaks"]["failed"] == "RuntimeError: an illegal memory access"
-    assert found["hangs"]["failed"] == "no end after 2 s"
-
-
-def test_a_process_that_cannot_start_is_not_started_for_ever(tmp_path):
-    found = supervised(tmp_path, "import nothing_of_this_name")
-    assert list(found) == [steps.BEFORE] and "ended with 1" in found[steps.BEFORE]["failed"]
-
-
-def test_nothing_outlasts_the_deadline(tmp_path):
-    start = time.monotonic()
-    found = supervised(tmp_path, BROKEN, patience=60, seconds=1.5)
-    assert time.monotonic() - start < 5 and found["hangs"]["failed"] == "no time was left"
-    assert "after all" not in found
-
+from saesteer_fast.verify import steps  # noqa: E402
 
 # ---- smoke ----
-
-
-def test_right_kernels_raise_no_smoke():
-    for name, step in smoke.steps("cpu", "cpu").items():
-        assert step()["compared"] > 0, name
-
-
-WRONG = {
-    # one column of the product of 64 tokens or more
-    "encode": ("scan, many, bfloat16, half a panel more: products", r"first \(0, 7\)"),
-    "feature_acts": ("scan, few, float32: counts", r"tokens \(0\), 1 of 17 columns \(2\)"),
-    "steer": ("scan, few, float16: steer", r"first \(0, 3\): nan instead of"),
-    "decode": ("decode float32", r"in 1 of 70 tokens \(69\)"),
-    "project": ("project bfloat16", r"by up to inf"),
-    "add_directions": ("add float32", r"1 of 14000 are wrong, by up to 0.5"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_smoke_tells_the_place(monkeypatch, name):
-    right = getattr(ops, name)
-
-    def wrong(*arguments, **options):
-        y = right(*arguments, **options)
-        if name == "encode":
-            y[0][y[1] == 7] += 1
-        elif name == "feature_acts":
-            y[0, 2] = 1000
-        elif name == "steer":
-            y[0, 3] = torch.nan
-        elif name == "decode":
-            y[69] += 1
-        elif name == "project":
-            y[3] = torch.inf
-        else:
-            y[5, 5] += 0.5
-        return y
-
-    monkeypatch.setattr(ops, name, wrong)
-    step, message = WRONG[name]
-    with pytest.raises(AssertionError, match=message):
-        smoke.steps("cpu", "cpu")[step]()
 
 
 def test_the_next_scan_serves_where_one_is_wrong():

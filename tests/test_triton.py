@@ -81,7 +81,7 @@ def test_the_table_is_followed_at_its_edges(monkeypatch):
         ):
             assert on_gpu(tokens) is expected
     assert ops.implementations()["cuda"].startswith(
-        "reference from 0 tokens on; triton from 17 tokens on; triton from 64 tokens on"
+        "reference from 0 tokens on, triton from 17 tokens on, triton from 64 tokens on; "
     )
 
 

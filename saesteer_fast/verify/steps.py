@@ -83,6 +83,12 @@ def results(store: Path) -> dict[str, dict]:
     return {line.pop("step"): line for line in _lines(store) if "step" in line}
 
 
+def tell(title: str, found: Mapping[str, dict]) -> str:
+    """How many steps were right, and a line for each that was not."""
+    failed = [f"  {name}: {each['failed']}" for name, each in found.items() if "failed" in each]
+    return "\n".join([f"{title}: {len(found) - len(failed)} of {len(found)} right", *failed])
+
+
 def start(command: Sequence[str], **options) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.STDOUT, **GROUP, **options)
 

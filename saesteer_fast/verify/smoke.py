@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from saesteer_fast import ops, reference
+from .. import ops, reference
+
+
+class Size(NamedTuple):
+    d: int
+    N: int
+
 
 N, K = 600, 20
+FULL = Size(3072, 24576)
+"""Of the SAE of Phi-3 Mini."""
 TOKENS = {"few": (1, 9, 50), "many": (65, 150)}
 """Up to 64 tokens other kernels scan than beyond."""
 WIDTHS = {"one panel": 64, "half a panel more": 96, "more panels than stages": 712}
@@ -65,10 +74,16 @@ def steps(impl: str, device: str) -> dict[str, Callable[[], dict]]:
                 found[f"scan, {size}, {name}: {what.__name__[1:]}"] = partial(
                     what, impl, device, dtype, tokens
                 )
+    for size, tokens in TOKENS.items():
+        found[f"scan, {size}, bfloat16, full size: counts"] = partial(
+            _counts, impl, device, torch.bfloat16, tokens, *FULL
+        )
     return found
 
 
-def _case(device: str, dtype: torch.dtype, T: int, d: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+def _case(
+    device: str, dtype: torch.dtype, T: int, d: int = 200, N: int = N
+) -> tuple[Tensor, Tensor, Tensor]:
     x, W = (integers(n, d, seed=s).to(dtype).to(device) for n, s in ((T, 0), (N, 1)))
     return x, W, integers(N, seed=2).to(device)
 
@@ -112,15 +127,17 @@ def _products(impl: str, device: str, dtype: torch.dtype, tokens: tuple, d: int)
     return found
 
 
-def _counts(impl: str, device: str, dtype: torch.dtype, tokens: tuple) -> dict:
-    """With ties everywhere, by number and in another order."""
+def _counts(
+    impl: str, device: str, dtype: torch.dtype, tokens: tuple, d: int = 200, N: int = N
+) -> dict:
+    """With ties everywhere, by number and in another order; half of the latents are live."""
     order = torch.randperm(N, generator=torch.Generator().manual_seed(3)).to(device)
-    features = torch.arange(0, N, 37).to(device)
+    features = torch.arange(0, N, N // 16).to(device)
     for T in tokens:
-        x, W, b = _case(device, dtype, T)
+        case = (*_case(device, dtype, T, d, N), features, N // 2)
         for named in (None, order):
-            acts = ops.feature_acts(x, W, b, features, 300, order=named, impl=impl)
-            wanted = reference.feature_acts(x, W, b, features, 300, named, dtype=torch.float64)
+            acts = ops.feature_acts(*case, order=named, impl=impl)
+            wanted = reference.feature_acts(*case, named, dtype=torch.float64)
             found = compared(acts, wanted)
     return found
 

@@ -1,0 +1,93 @@
+"""Which kernels were found right on the GPUs at hand, and from how many tokens on which is fastest:
+what `saesteer verify` stores and impl="auto" follows.
+
+A verdict holds for one model of GPU and for the very kernels that were tried: others, of another
+build or another Triton, have none.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+Rows = tuple[tuple[int, tuple[str, ...]], ...]
+"""From so many tokens on, the implementations in the order in which they are wanted."""
+HERE = Path(__file__).parent
+
+
+def store() -> Path:
+    """The file, in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "saesteer_fast" / "gpus.json"
+
+
+@functools.cache
+def read(device: torch.device) -> Rows | None:
+    """The verdict on these kernels on this device; None if they were not tried there."""
+    if device.type != "cuda":
+        return None
+    found = _stored().get(torch.cuda.get_device_name(device))
+    if found is None or found["kernels"] != kernels():
+        return None
+    return tuple((least, tuple(impls)) for least, impls in found["rows"])
+
+
+def write(device: torch.device, rows: Rows) -> None:
+    """Stores the verdict on these kernels; `read` gives it from now on, in this process too."""
+    table = _stored()
+    table[torch.cuda.get_device_name(device)] = {"kernels": kernels(), "rows": rows}
+    store().parent.mkdir(parents=True, exist_ok=True)
+    part = store().with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(table, indent=1) + "\n")
+    part.replace(store())
+    read.cache_clear()
+
+
+def rows(times: Mapping[int, Mapping[str, Iterable[float]]]) -> Rows:
+    """From the times of each implementation, by tokens: the faster first, the reference last.
+
+    What decides is the geometric mean. Rows that say the same are one, and the first is for any
+    number of tokens.
+    """
+    found: list[tuple[int, tuple[str, ...]]] = []
+    for tokens, by in sorted(times.items()):
+        means = {impl: statistics.geometric_mean(each) for impl, each in by.items()}
+        impls = (*sorted(means, key=means.get), "reference")
+        if not found or found[-1][1] != impls:
+            found.append((tokens if found else 0, impls))
+    return tuple(found) or ((0, ("reference",)),)
+
+
+@functools.cache
+def kernels() -> str:
+    """A digest of all that decides which instructions a GPU is given."""
+    digest = hashlib.sha256()
+    files = [HERE / "libsaesteer_cuda.so", *sorted((HERE / "triton_kernels").glob("*.py"))]
+    for file in files:
+        if file.exists():
+            digest.update(file.read_bytes())
+    try:
+        digest.update(importlib.metadata.version("triton").encode())
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    digest.update(os.environ.get("SAESTEER_SCAN", "").encode())
+    return digest.hexdigest()
+
+
+def _stored() -> dict[str, dict]:
+    try:
+        return json.loads(store().read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{store()} holds no verdicts; delete it and run `saesteer verify`") from (
+            error
+        )

@@ -1,0 +1,273 @@
+"""`saesteer verify`, without a GPU: what it tries, what it makes of it, and that auto follows."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from saesteer_fast import ops, verdicts, verify
+from saesteer_fast.verify import smoke, steps, times
+
+# ---- steps ----
+
+BROKEN = """
+import os, signal, sys, time
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[2])  # alone, it starts in no time
+import steps
+
+broken = []
+
+def healthy():
+    assert not broken
+
+def breaks():
+    broken.append(1)
+    raise RuntimeError("an illegal memory access")
+
+steps.work(
+    {
+        "right": lambda: {"a": 1},
+        "raises": lambda: 1 / 0,
+        "dies": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+        "breaks": breaks,
+        "hangs": lambda: time.sleep(60),
+        "after all": lambda: [2.0],
+    },
+    Path(sys.argv[1]),
+    healthy,
+)
+"""
+
+
+def supervised(tmp_path, script: str, patience=2.0, seconds=30.0) -> dict[str, dict]:
+    store = tmp_path / "store.jsonl"
+    with (tmp_path / "log").open("w") as log:
+        steps.supervise(
+            [sys.executable, "-c", script, str(store), str(Path(steps.__file__).parent)],
+            store,
+            patience=patience,
+            deadline=time.monotonic() + seconds,
+            log=log,
+        )
+    return steps.results(store)
+
+
+def test_every_step_has_its_line_whatever_another_does(tmp_path):
+    found = supervised(tmp_path, BROKEN)
+    assert list(found) == ["right", "raises", "dies", "breaks", "hangs", "after all"]
+    assert found["right"]["found"] == {"a": 1} and found["after all"]["found"] == [2.0]
+    assert found["raises"]["failed"] == "ZeroDivisionError: division by zero"
+    assert found["dies"]["failed"] == "the process ended with -11"
+    assert found["breaks"]["failed"] == "RuntimeError: an illegal memory access"
+    assert found["hangs"]["failed"] == "no end after 2 s"
+
+
+def test_a_process_that_cannot_start_is_not_started_for_ever(tmp_path):
+    found = supervised(tmp_path, "import nothing_of_this_name")
+    assert list(found) == [steps.BEFORE] and "ended with 1" in found[steps.BEFORE]["failed"]
+
+
+def test_nothing_outlasts_the_deadline(tmp_path):
+    start = time.monotonic()
+    found = supervised(tmp_path, BROKEN, patience=60, seconds=1.5)
+    assert time.monotonic() - start < 5 and found["hangs"]["failed"] == "no time was left"
+    assert "after all" not in found
+
+
+# ---- smoke ----
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(smoke, "FULL", smoke.Size(d=520, N=1500))
+    monkeypatch.setattr(times, "FULL", smoke.FULL)
+
+
+def test_right_kernels_raise_no_smoke():
+    for name, step in smoke.steps("cpu", "cpu").items():
+        assert step()["compared"] > 0, name
+
+
+WRONG = {
+    # one column of the product of 64 tokens or more
+    "encode": ("scan, many, bfloat16, half a panel more: products", r"first \(0, 7\)"),
+    "feature_acts": ("scan, few, float32: counts", r"tokens \(0\), 1 of 17 columns \(2\)"),
+    "steer": ("scan, few, float16: steer", r"first \(0, 3\): nan instead of"),
+    "decode": ("decode float32", r"in 1 of 70 tokens \(69\)"),
+    "project": ("project bfloat16", r"by up to inf"),
+    "add_directions": ("add float32", r"1 of 14000 are wrong, by up to 0.5"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_smoke_tells_the_place(monkeypatch, name):
+    right = getattr(ops, name)
+
+    def wrong(*arguments, **options):
+        y = right(*arguments, **options)
+        if name == "encode":
+            y[0][y[1] == 7] += 1
+        elif name == "feature_acts":
+            y[0, 2] = 1000
+        elif name == "steer":
+            y[0, 3] = torch.nan
+        elif name == "decode":
+            y[69] += 1
+        elif name == "project":
+            y[3] = torch.inf
+        else:
+            y[5, 5] += 0.5
+        return y
+
+    monkeypatch.setattr(ops, name, wrong)
+    step, message = WRONG[name]
+    with pytest.raises(AssertionError, match=message):
+        smoke.steps("cpu", "cpu")[step]()
+
+
+def test_times_are_of_right_calls_alone(monkeypatch):
+    monkeypatch.setattr(times, "TOKENS", (1, 70))
+    found = {name: {"found": step()} for name, step in times.steps("cpu", "cpu").items()}
+    assert times.by_tokens(found).keys() == {1, 70}
+    assert all(0 < each < 60 for seconds in times.by_tokens(found).values() for each in seconds)
+    del found["T=70"]
+    assert times.by_tokens(found).keys() == {1}
+    right = ops.steer
+    monkeypatch.setattr(ops, "steer", lambda *a, **options: right(*a, **options) + 1)
+    with pytest.raises(AssertionError, match="are wrong"):
+        times.steps("cpu", "cpu")["T=70"]()
+
+
+# ---- verdicts ----
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU of which only the name is known, and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(ops, "_CUDA", frozenset(ops._NAMES))
+    monkeypatch.setattr(ops, "_NO_CUDA", None)
+    monkeypatch.setattr(ops, "_HAS_TRITON", True)
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    for cached in (verdicts.read, verdicts.kernels, ops._tell_of_idle_kernels):
+        cached.cache_clear()
+
+
+class OnGpu:
+    """What `ops._on_gpu` asks of a tensor."""
+
+    def __init__(self, tokens: int):
+        self.shape, self.device = torch.Size((tokens, 4)), GPU
+
+
+def chosen(tokens: int):
+    return ops._on_gpu("steer", OnGpu(tokens))
+
+
+@pytest.mark.parametrize(
+    ("times", "rows"),
+    [
+        ({}, [(0, "reference")]),
+        ({1: {"cuda": [1, 4]}}, [(0, "cuda reference")]),
+        ({8: {"cuda": [1, 4], "triton": [3, 3]}}, [(0, "cuda triton reference")]),
+        (
+            {
+                512: {"cuda": [9, 9], "triton": [1, 1]},
+                1: {"cuda": [1, 1], "triton": [9, 9]},
+                64: {"cuda": [2, 2], "triton": [9, 9]},
+                8192: {"cuda": [9, 9], "triton": [1, 1]},
+            },
+            [(0, "cuda triton reference"), (512, "triton cuda reference")],
+        ),
+    ],
+)
+def test_the_faster_comes_first(times, rows):
+    assert verdicts.rows(times) == tuple((least, tuple(impls.split())) for least, impls in rows)
+
+
+def test_auto_follows_the_verdict(gpu):
+    rows = (0, ("cuda", "reference")), (512, ("triton", "cuda", "reference"))
+    verdicts.write(GPU, rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(1) is chosen(511) is ops._BY_CUDA.steer
+        assert chosen(512) is ops._TRITON.steer
+    said = ops.implementations()["cuda:0"]
+    assert said == "A GPU: cuda from 0 tokens on, triton from 512 tokens on"
+
+
+def test_without_a_verdict_the_reference_runs_and_says_so(gpu):
+    with pytest.warns(UserWarning, match=r"on A GPU, .* \(cuda, triton\): `saesteer verify`"):
+        assert chosen(1) is ops._REFERENCE.steer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(1) is ops._REFERENCE.steer
+    assert "has not tried" in ops.implementations()["cuda:0"]
+
+
+def test_a_verdict_is_on_these_kernels_alone(gpu, monkeypatch):
+    verdicts.write(GPU, ((0, ("cuda", "reference")),))
+    monkeypatch.setenv("SAESTEER_SCAN", "simt")
+    forget()
+    assert verdicts.read(GPU) is None
+    monkeypatch.delenv("SAESTEER_SCAN")
+    forget()
+    assert verdicts.read(GPU) == ((0, ("cuda", "reference")),)
+
+
+def test_a_broken_file_is_named(gpu):
+    verdicts.store().parent.mkdir()
+    verdicts.store().write_text("{")
+    with pytest.raises(ValueError, match=r"gpus\.json holds no verdicts; delete it"):
+        verdicts.read(GPU)
+
+
+def found(*failed: str) -> dict[str, dict]:
+    lines = {"decode": {"found": {}}, "T=1": {"found": [1e-5, 5e-5]}, "T=64": {"found": [1, 1]}}
+    return lines | {name: {"failed": "wrong"} for name in failed}
+
+
+def test_only_what_is_right_enters_the_verdict(gpu, monkeypatch):
+    results = {"cuda": found("decode"), "triton": found()}
+    monkeypatch.setattr(verify, "tried", lambda impl, device: results[impl])
+    report, right = verify.verify(GPU)
+    assert not right and verdicts.read(GPU) == ((0, ("triton", "reference")),)
+    assert "cuda: 2 of 3 right\n  decode: wrong" in report and "triton: 3 of 3 right" in report
+    results["cuda"] = found()
+    results["triton"] = found("start")
+    assert not verify.verify(GPU)[1]
+    assert verdicts.read(GPU) == ((0, ("cuda", "reference")),)
+    monkeypatch.setattr(ops, "_NO_CUDA", "no compiler")
+    report, right = verify.verify(GPU)
+    assert not right and "cuda: no compiler" in report
+    assert verdicts.read(GPU) == ((0, ("reference",)),)
+
+
+def test_the_process_tries_every_step(monkeypatch):
+    """Triton's kernels outside of its interpreter: every step of them is refused."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    done = verify.tried("triton", torch.device("cpu"))
+    assert done.keys() == smoke.steps("triton", "cpu").keys() | times.steps("triton", "cpu").keys()
+    assert all("cannot run for a tensor on cpu" in each["failed"] for each in done.values())
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="saesteer verify: this PyTorch sees no GPU"):
+        verify.main()
