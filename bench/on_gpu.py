@@ -1,14 +1,14 @@
 """What `bench.gpu` runs on the GPU, in steps (verify/steps.py): `python -m bench.on_gpu PART STORE`
 
 smoke IMPL   every kernel of IMPL alone
-measure      the floors (a copy, a product, a launch), what a call costs the host, the op against
-             what a careful PyTorch user writes, a decode step of a full-size Phi-3 Mini
+measure      the floors (a copy, a product, a launch), the op against what a careful PyTorch user
+             writes, what a call costs the host and the memory, decode steps of a full-size Phi-3
+             Mini
 
 Times are the device's: replays of a CUDA graph that holds several calls, each with other tokens.
 
 ours, triton            saesteer_fast.ops.steer by those kernels, after they were found right
-naive, lean, smart      saesteer_fast.reference, bf16
-compiled                smart under torch.compile
+naive, lean, smart      saesteer_fast.reference, bf16; "smart, compiled": under torch.compile
 linear, copy            one encoder pass and nothing else; a copy of x
 """
 
@@ -20,28 +20,40 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import saesteer_fast as sf
 from saesteer_fast import env, ops, reference
 from saesteer_fast.verify import smoke, steps
 
 from . import machine, verify, workloads
+from .tables.contestants import BASELINES, compiled
+from .tables.gpu import KERNELS
+from .timing import Contestant, interleaved
 from .workloads import Workload
+
+DEVICE = "cuda"
 
 TOKENS = (1, 8192, 64, 512, 8, 2048)
 """What matters most first: the time may end before the list."""
 SEVERAL, SEVERAL_TOKENS = 4, (1, 512, 8192)
 """Latents edited at once, and for how many tokens that is measured."""
 COMPILED_TOKENS = (1, 512, 8192)
-CALLS = 64
-"""Calls in one graph, at most; as many as hold this many tokens at once, at least two."""
-KERNELS = {"ours": "cuda", "triton": "triton"}
+CALLS, CALLED = 512, 4096
+"""Calls in one graph, at most, and of how many tokens; at least two calls."""
+COPIED, SIDE = 1 << 30, 8192
+"""Bytes of the copy and side of the product that the floors are taken from."""
+LAYER = 6
+"""Of Phi-3 Mini, whose output is steered."""
+STEPS = {"graph": 128, "eager": 8}
+"""Decode steps in a round, each with another token; the host alone bounds the eager ones."""
 
 
 def facts() -> dict:
@@ -56,6 +68,7 @@ def facts() -> dict:
     return found | {
         "commit": os.environ.get("COMMIT", found["commit"]),
         "device": torch.cuda.get_device_name(0),
+        "processor": found["device"],
         "multiprocessors": properties.multi_processor_count,
         "capability": f"{properties.major}.{properties.minor}",
         "driver": driver.strip(),
@@ -107,27 +120,24 @@ def seconds(call: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> list[
 
 def floors() -> dict[str, float]:
     """Bytes a second of a copy (read and written), FLOP a second of a product, seconds a launch."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(COPIED, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     copy = statistics.median(replayed(lambda: target.copy_(source)))
-    a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
+    a, b = torch.randn(2, SIDE, SIDE, device=DEVICE).bfloat16()
     product = statistics.median(replayed(lambda: a @ b))
-    one = torch.zeros(1, device="cuda")
+    one = torch.zeros(1, device=DEVICE)
     launch = statistics.median(seconds(lambda x: x.add_(1), [one] * 100))
-    return {"copy": 2 * source.nbytes / copy, "product": 2 * 8192**3 / product, "launch": launch}
+    return {"copy": 2 * COPIED / copy, "product": 2 * SIDE**3 / product, "launch": launch}
 
 
-def on_host() -> dict[str, float]:
-    """Seconds that a call of one token that ends at L0 keeps the host, by implementation."""
-    w = whole()["planted"]
+def on_host(by: str) -> list[float]:
+    """Seconds that a call of one token that ends at L0 keeps the host, by round."""
+    w = workload("planted", 1)
     x = w.settled(1)[0]
-    fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
-    calls = {name: partial(ops.steer, x, *fixed, impl=impl) for name, impl in KERNELS.items()}
-    calls["copy"] = x.clone
-    return {name: host_seconds(call) for name, call in calls.items()}
+    return host_seconds(partial(contestant(w, by), x))
 
 
-def host_seconds(call: Callable[[], object], calls: int = 100, rounds: int = 9) -> float:
+def host_seconds(call: Callable[[], object], calls: int = 100, rounds: int = 9) -> list[float]:
     """So few calls that the device's queue never fills; the first round warms up."""
     found = []
     for _ in range(rounds + 1):
@@ -136,7 +146,7 @@ def host_seconds(call: Callable[[], object], calls: int = 100, rounds: int = 9) 
         for _ in range(calls):
             call()
         found.append((time.perf_counter() - start) / calls)
-    return statistics.median(found[1:])
+    return found[1:]
 
 
 # ---- the op ----
@@ -146,7 +156,7 @@ def host_seconds(call: Callable[[], object], calls: int = 100, rounds: int = 9) 
 def whole() -> dict[str, Workload]:
     """Both workloads, on the GPU."""
     shape = workloads.Shape(stream=max(TOKENS), worst=max(TOKENS))
-    return {w.name: w for w in workloads.build("bf16", SEVERAL, shape, device="cuda")}
+    return {w.name: w for w in workloads.build("bf16", SEVERAL, shape, device=DEVICE)}
 
 
 @cache
@@ -155,36 +165,39 @@ def workload(name: str, features: int) -> Workload:
 
 
 @cache
-def compiled() -> Callable[..., Tensor]:
-    torch._dynamo.reset()
-    return torch.compile(reference.smart, dynamic=False)
+def torch_compiled(name: str) -> Callable[..., Tensor]:
+    return torch.compile(getattr(reference, name), dynamic=False)
 
 
 def contestant(w: Workload, name: str) -> Callable[[Tensor], Tensor]:
     rows = w.directions, w.features, w.values, w.k
     b_enc = w.b_enc.to(w.W_enc.dtype)
-    if name in KERNELS:
-        return lambda x: ops.steer(x, w.W_enc, w.b_enc, *rows, impl=KERNELS[name])
-    if name in ("naive", "lean"):
-        dense = w.W_enc, b_enc, w.W_dec, w.b_dec, w.features, w.values, w.k
-        return lambda x: getattr(reference, name)(x, *dense)
-    return {
-        "smart": lambda x: reference.smart(x, w.W_enc, b_enc, *rows),
-        "compiled": lambda x: compiled()(x, w.W_enc, b_enc, *rows),
-        "linear": lambda x: F.linear(x, w.W_enc, b_enc),
-        "copy": torch.clone,
-    }[name]
+    if name in KERNELS or name == "reference":
+        impl = KERNELS.get(name, name)
+        return lambda x: ops.steer(x, w.W_enc, w.b_enc, *rows, impl=impl)
+    if name in ("linear", "copy"):
+        return {"linear": lambda x: F.linear(x, w.W_enc, b_enc), "copy": torch.clone}[name]
+    baseline = name.removesuffix(compiled(""))
+    run = getattr(reference, name) if baseline == name else torch_compiled(baseline)
+    dense = w.W_dec, w.b_dec, w.features, w.values, w.k
+    return lambda x: run(x, w.W_enc, b_enc, *(rows if baseline == "smart" else dense))
 
 
 def batches(w: Workload, tokens: int) -> list[Tensor]:
     """Other tokens for each call of a graph."""
-    return w.batches(tokens)[: min(CALLS, max(2, 4096 // tokens))] * (1 + (tokens > len(w.x) // 2))
+    found = w.batches(tokens)[: calls(tokens)]
+    return found * (1 + (len(found) == 1))
+
+
+def calls(tokens: int) -> int:
+    return min(CALLS, max(2, CALLED // tokens))
 
 
 def about(name: str, tokens: int, features: int) -> dict:
+    """The case, with the shares of the tokens that are timed."""
     w = workload(name, features)
     case = {"dtype": "bf16", "d": w.x.shape[1], "N": len(w.W_enc), "k": w.k}
-    return case | w.shares(tokens)
+    return case | w.shares(tokens, calls(tokens))
 
 
 def timed(name: str, tokens: int, features: int, by: str) -> list[float]:
@@ -201,60 +214,125 @@ def timed(name: str, tokens: int, features: int, by: str) -> list[float]:
     return seconds(call, batches(w, tokens))
 
 
+def memory(by: str) -> dict[str, int]:
+    """The most bytes that one call holds at once beyond its inputs and its output, by tokens."""
+    found = {}
+    for tokens in sorted(TOKENS):
+        w = workload("worst", 1)
+        call, x = contestant(w, by), w.batches(tokens)[0]
+        call(x)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = call(x)
+        found[str(tokens)] = torch.cuda.max_memory_allocated() - before - y.nbytes
+    return found
+
+
 # ---- a whole model ----
 
 
 @cache
-def phi3() -> torch.nn.Module:
-    """Phi-3 Mini, full size, random weights."""
-    from transformers import Phi3Config, Phi3ForCausalLM
+def phi3_mini() -> nn.Module:
+    from . import phi3  # transformers may be missing: all else goes on
 
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            return Phi3ForCausalLM(Phi3Config()).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    return phi3.build(device=DEVICE)
 
 
-def decode_step(model: torch.nn.Module) -> Callable[[], Tensor]:
-    """One token through the model, always at the same place of a static cache."""
+def decode_step(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+    """One token through the model, with each call the next of ids [n, 1], always at the same place
+    of a static cache."""
     from transformers import StaticCache
 
-    device = model.device
     cache = StaticCache(config=model.config, max_cache_len=256)
-    ids, place = torch.full((1, 1), 7, device=device), torch.tensor([[100]], device=device)
+    at, place = ids.new_zeros(1), ids.new_full((1, 1), 100)
 
     def step() -> Tensor:
         # Each token moves the cache on: without this some later one would not fit.
         if lengths := [layer.cumulative_length for layer in cache.layers if layer.is_initialized]:
             torch._foreach_zero_(lengths)
             torch._foreach_add_(lengths, 100)
-        return model(ids, position_ids=place, past_key_values=cache, use_cache=True).logits
+        token = ids.index_select(0, at)
+        at.add_(1).remainder_(len(ids))
+        return model(token, position_ids=place, past_key_values=cache, use_cache=True).logits
 
     step()
+    at.zero_()
     return step
 
 
-def decode_seconds(steered: bool, graph: bool) -> list[float]:
-    model, w = phi3(), workload("planted", 1)
-    if not steered:
-        return _decode_seconds(model, graph)
-    sae = sf.SAE(W_enc=w.W_enc, bias=w.b_enc, W_dec=w.W_dec, b_dec=w.b_dec, k=w.k)
-    with sf.steering(model, sae, {int(w.features[0]): workloads.VALUE}, layer=6):
-        return _decode_seconds(model, graph)
+def runner(how: str, ids: Tensor) -> Callable[[], object]:
+    step = decode_step(phi3_mini(), ids)
+    return graphed(lambda _: step(), [None]).replay if how == "graph" else step
 
 
-def _decode_seconds(model: torch.nn.Module, graph: bool) -> list[float]:
-    step = decode_step(model)
-    return replayed(graphed(lambda _: step(), [None]).replay if graph else step)
+def read(how: str, ids: Tensor) -> Tensor:
+    """The layer's output, steered if the model is, a token a step: [len(ids), d]."""
+    from . import phi3
+
+    layer, seen, rows = phi3_mini().model.layers[LAYER], [], []
+    with phi3.hooked(layer, lambda module, args, output: seen.append(output[0])):
+        step = runner(how, ids)
+        for _ in ids:
+            step()
+            rows.append(seen[-1].clone())  # of a graph always the same tensor
+    return torch.cat(rows)
+
+
+@cache
+def planted_on_phi3() -> tuple[Tensor, Workload, sf.SAE, sf.SAE]:
+    """Tokens, the workload that they are at the layer, its SAE, and one in which the edited latent
+    is always live."""
+    ids = torch.arange(7, 7 + STEPS["graph"], device=DEVICE)[:, None]
+    planted = whole()["planted"]
+    return ids, *workloads.on_stream(read("graph", ids), planted.W_enc, planted.W_dec, planted.k)
+
+
+def decode_steps(by: str, how: str) -> dict:
+    """Seconds a step by round: unsteered twice, steered as planted on the model's own stream, and
+    steered at a latent that is always live. The layer's output is verified first."""
+    impl = KERNELS[by]
+    ids, w, sae, worst = planted_on_phi3()
+    ids = ids[: STEPS[how]]
+    unsteered = read(how, ids)
+
+    def steered(by_sae: sf.SAE) -> AbstractContextManager:
+        edits = {int(w.features[0]): workloads.VALUE}
+        return sf.steering(phi3_mini(), by_sae, edits, layer=LAYER, impl=impl)
+
+    ways = {"unsteered": nullcontext, "again": nullcontext}
+    ways |= {"ours": partial(steered, sae), "worst": partial(steered, worst)}
+    for name, b_enc in (("ours", w.b_enc), ("worst", worst.b_enc)):
+        case = replace(w, name=f"decode step, {name}", x=unsteered, b_enc=b_enc)
+        with ways[name]():
+            rows = iter(read(how, ids))
+        verify.check_ours(
+            case,
+            case.batches(1),
+            lambda x: next(rows)[None],  # noqa: B023
+            lambda x: ops.feature_acts(x, w.W_enc, b_enc, w.features, w.k, impl=impl),  # noqa: B023
+        )
+    contestants = {}
+    for name, way in ways.items():
+        with way():
+            step = runner(how, ids)
+        around = nullcontext if how == "graph" else way
+        contestants[name] = Contestant(partial(_run, step), [len(ids)], whole=True, around=around)
+    found = interleaved(contestants, rounds=5)
+    seconds = {name: [each / len(ids) for each in rounds] for name, rounds in found.items()}
+    return {"T": 1, "tokens": len(ids), "seconds": seconds, **w.shares(1)}
+
+
+def _run(step: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        step()
+    torch.cuda.synchronize()
 
 
 # ---- all of it ----
 
 
 def measures() -> dict[str, Callable[[], object]]:
-    """By name; `bench.gpu` knows a case by the form of its name."""
+    """By name; bench/tables/gpu.py knows a case by the form of its name."""
     found: dict[str, Callable[[], object]] = {"machine": facts, "floors": floors}
 
     def add(names: Sequence[str], tokens: Sequence[int], features: int) -> None:
@@ -265,26 +343,29 @@ def measures() -> dict[str, Callable[[], object]]:
                 for by in names:
                     found[f"{key} {by}"] = partial(timed, name, T, features, by)
 
-    add(("ours", "triton", "linear", "copy"), TOKENS, 1)
-    found["host"] = on_host
-    for steered in (False, True):
-        for graph in (True, False):
-            name = f"{'steered' if steered else 'unsteered'}, {'graph' if graph else 'eager'}"
-            found[f"decode step: {name}"] = partial(decode_seconds, steered, graph)
-    add(("ours", "triton"), SEVERAL_TOKENS, SEVERAL)
-    add(("smart", "lean", "naive"), TOKENS, 1)
-    add(("compiled",), COMPILED_TOKENS, 1)
+    add((*KERNELS, "linear", "copy"), TOKENS, 1)
+    for by in (*KERNELS, "reference", "copy"):
+        found[f"host: {by}"] = partial(on_host, by)
+    for by in KERNELS:
+        found[f"memory: {by}"] = partial(memory, by)
+    for by in KERNELS:
+        for how in STEPS:
+            found[f"decode step: {by}, {how}"] = partial(decode_steps, by, how)
+    add(tuple(KERNELS), SEVERAL_TOKENS, SEVERAL)
+    add(BASELINES[::-1], TOKENS, 1)
+    for name in BASELINES[::-1]:
+        add((compiled(name),), COMPILED_TOKENS, 1)
     return found
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=("smoke", "measure"))
     parser.add_argument("store", type=Path)
-    parser.add_argument("--impl", choices=tuple(KERNELS.values()), default="cuda")
-    options = parser.parse_args()
-    part = smoke.steps(options.impl, "cuda") if options.part == "smoke" else measures()
+    parser.add_argument("--impl", default="cuda")
+    options = parser.parse_args(arguments)
+    part = smoke.steps(options.impl, DEVICE) if options.part == "smoke" else measures()
     steps.work(part, options.store, torch.cuda.synchronize)
 
 

@@ -26,6 +26,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "bench:memory": lambda results: recorded(results, "memory"),
     "bench:encode": lambda results: recorded(results, "encode"),
     "bench:calls": lambda results: recorded(results, "calls"),
+    "bench:gpu": lambda results: recorded(results, "gpu"),
     "demo": miniature.demo,
     "mini": lambda _: miniature.mini(),
 }
@@ -44,7 +45,13 @@ def recorded(results: Path, suite: str) -> str:
     try:
         return render(newest(results, suite, full=True) or newest(results, suite))
     except FileNotFoundError:
-        return f"No run of `python -m pytest bench/test_{suite}.py --record` is recorded."
+        nothing = ": nothing here has run on a GPU" if suite == "gpu" else ""
+        return f"No run of `{recorder(suite)}` is recorded{nothing}."
+
+
+def recorder(suite: str) -> str:
+    """The command that stores a result of this suite."""
+    return "make gpu" if suite == "gpu" else f"python -m pytest bench/test_{suite}.py --record"
 
 
 def grown(result: dict | None) -> str:
@@ -77,8 +84,7 @@ def newest(folder: Path, suite: str, full: bool = False) -> dict | None:
     results = [json.loads(path.read_text()) for path in folder.glob(f"{suite}-*.json")]
     if not results:
         raise FileNotFoundError(
-            f"bench/results holds no result of the suite {suite}: "
-            f"`python -m pytest bench/test_{suite}.py --record` stores one"
+            f"bench/results holds no result of the suite {suite}: `{recorder(suite)}` stores one"
         )
     chosen = [result for result in results if result.get("full") or not full]
     return max(chosen, key=lambda result: result["machine"]["date"], default=None)

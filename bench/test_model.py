@@ -13,15 +13,14 @@ planted workload. Short: the first layers only, so that steering weighs more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import saesteer_fast as sf
 from saesteer_fast import ops
@@ -29,7 +28,6 @@ from saesteer_fast import ops
 from . import phi3, verify, workloads
 from .test_op import baselines
 from .timing import Contestant, interleaved
-from .workloads import Workload
 
 PROMPT, STEPS = 512, 16
 ROUNDS = {"prefill": 3, "decode": 5}
@@ -69,7 +67,11 @@ class Subject:
         self.calls = {"prefill": self.prefill, "decode": self.decode}
         self.cache = self.prefill(prompt).past_key_values
         stream = {run: torch.cat(self.streams(run)) for run in self.calls}
-        self.workload, self.sae, self.worst = _planted(torch.cat([*stream.values()]), random)
+        rows, shape = torch.cat([*stream.values()]), workloads.FULL
+        W_enc, W_dec = workloads.dictionary(shape.N, rows.shape[1], rows.dtype, random)
+        self.workload, self.sae, self.worst = workloads.on_stream(
+            rows, W_enc, W_dec.to(rows.dtype), shape.k, met_from=PROMPT
+        )
         self.workloads = {run: replace(self.workload, name=run, x=x) for run, x in stream.items()}
 
     def prefill(self, ids: Tensor):
@@ -83,7 +85,7 @@ class Subject:
     def streams(self, run: str) -> list[Tensor]:
         """The steered layer's output, [T, d] a call."""
         seen: list[Tensor] = []
-        with hooked(self.steered, lambda module, args, output: seen.append(output[0])):
+        with phi3.hooked(self.steered, lambda module, args, output: seen.append(output[0])):
             for ids in self.inputs[run]:
                 self.calls[run](ids)
         return seen
@@ -101,35 +103,11 @@ class Subject:
             "again": nullcontext,
             "ours": lambda: sf.steering(self.model, self.sae, edits, layer=self.layer),
             "worst": lambda: sf.steering(self.model, self.worst, edits, layer=self.layer),
-            **{name: lambda hook=hook: hooked(self.steered, hook) for name, hook in hooks.items()},
+            **{
+                name: lambda hook=hook: phi3.hooked(self.steered, hook)
+                for name, hook in hooks.items()
+            },
         }
-
-
-def _planted(stream: Tensor, random: torch.Generator) -> tuple[Workload, sf.SAE, sf.SAE]:
-    """A workload of this stream, its SAE, and one in which the edited latent is always live."""
-    N, k = workloads.FULL.N, workloads.FULL.k
-    W_enc, W_dec = workloads.dictionary(N, stream.shape[1], stream.dtype, random)
-    W_dec, b_dec = W_dec.to(stream.dtype), stream.float().mean(0).to(stream.dtype)
-    z = stream - b_dec
-    above = workloads.threshold(z, W_enc, k)
-    ranked = workloads.nearest(z, W_enc, above, k)
-    met = (F.linear(z[PROMPT:], W_enc[ranked]) > above).any(0)  # by a decode step too
-    features = ranked[met][:1]
-    bias = above.neg().float().repeat(N)
-    sae = sf.SAE(W_enc, bias, W_dec, b_dec, k)
-    most = F.linear(z, W_enc).abs().amax().float()
-    always = bias.index_add(0, features, 4 * most[None])
-    w = Workload("model", stream, W_enc, sae.b_enc, W_dec, b_dec, features, k)
-    return w, sae, replace(sae, bias=always)
-
-
-@contextmanager
-def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def verify_all(subject: Subject, run: str) -> float:

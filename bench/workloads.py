@@ -191,16 +191,17 @@ class Workload:
         """Calls of so many tokens that all end at L0."""
         return _calls(self.x[(self.preacts <= 0).all(-1)], tokens)
 
-    def shares(self, tokens: int) -> dict[str, float]:
+    def shares(self, tokens: int, calls: int | None = None) -> dict[str, float]:
         """Of all (token, latent) pairs, those `undecided` at L0 and those `live`; of an encoder
         pass, the multiplications that are needed (`work`) and the rows of W_enc that one call of
-        so many tokens reads (`read`)."""
-        calls = torch.stack(_calls(self.ranks.scanned.amax(-1), tokens))
+        so many tokens reads (`read`). Of the first `calls` alone, where that is given."""
+        scanned = torch.stack(_calls(self.ranks.scanned.amax(-1), tokens)[:calls])
+        seen = slice(calls and calls * tokens)
         return {
-            "undecided": (self.preacts > 0).double().mean().item(),
-            "live": self.ranks.live.double().mean().item(),
-            "work": calls.mean().item(),
-            "read": calls.amax(-1).mean().item(),
+            "undecided": (self.preacts[seen] > 0).double().mean().item(),
+            "live": self.ranks.live[seen].double().mean().item(),
+            "work": scanned.mean().item(),
+            "read": scanned.amax(-1).mean().item(),
         }
 
 
@@ -237,6 +238,25 @@ def build(
 
     planted = Workload("planted", x, W_enc, b_enc, W_dec, b_dec, chosen, k, sample)
     return [planted, planted.worst(shape.worst)]
+
+
+def on_stream(
+    stream: Tensor, W_enc: Tensor, W_dec: Tensor, k: int, met_from: int = 0
+) -> tuple[Workload, SAE, SAE]:
+    """The planted workload on a model's own stream [tokens, d], its SAE, and one in which the
+    edited latent is always live. That latent is above zero somewhere from token `met_from` on."""
+    b_dec = stream.float().mean(0).to(stream.dtype)
+    z = stream - b_dec
+    above = threshold(z, W_enc, k)
+    ranked = nearest(z, W_enc, above, k)
+    met = (F.linear(z[met_from:], W_enc[ranked]) > above).any(0)
+    features = ranked[met][:1]
+    bias = above.neg().float().repeat(len(W_enc))
+    sae = SAE(W_enc, bias, W_dec, b_dec, k)
+    most = F.linear(z, W_enc).abs().amax().float()
+    always = bias.index_add(0, features, 4 * most[None])
+    planted = Workload("model", stream, W_enc, sae.b_enc, W_dec, b_dec, features, k)
+    return planted, sae, replace(sae, bias=always)
 
 
 def miniature(dtype: str, tokens: int = 2048) -> Workload:

@@ -109,8 +109,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _ON_GPU: verdicts.Rows = ((0, ("reference",)),)
 """What impl="auto" runs on a GPU that `saesteer verify` has not tried: from so many tokens on, the
 first of these that is there. One row for all shapes, and no kernels in it until bench/results holds
-a run of `make gpu` that found them right; it proposes the rows. Until now Triton's have run in its
-interpreter alone, the CUDA library's on an emulated GPU."""
+a run of `make gpu` that found them right; it proposes the rows."""
 
 
 def steer(

@@ -8,7 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.report import placed
+from bench import report
+from bench.tables import gpu
+from saesteer_fast import ops
 from tests.families import FAMILIES
 from tests.faults import faults_page
 from tests.support import support_table
@@ -42,7 +44,37 @@ def families_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-BLOCKS = {"support": support_table, "families": families_line}
+def support() -> str:
+    return support_table(gpu.standing(recorded_on_gpu()))
+
+
+def recorded_on_gpu() -> dict | None:
+    try:
+        return report.newest(report.RESULTS, "gpu")
+    except FileNotFoundError:
+        return None
+
+
+def devices_table() -> str:
+    """README's table of what impl="auto" runs, by device."""
+    shown = {"reference": "plain PyTorch, `saesteer_fast/reference.py`"}
+    rows = []
+    for least, impls in ops._ON_GPU:
+        named = ", else ".join(shown.get(impl, f"`{impl}`") for impl in impls)
+        rows.append(f"from {least} tokens on {named}" if least else named)
+    return "\n".join(
+        [
+            "| device | what runs |",
+            "|---|---|",
+            "| CPU | compiled kernels: AVX-512 BF16, AVX-512, AVX2 or plain C++, chosen at run "
+            "time; any mix of fp32, bf16, fp16 |",
+            "| GPU | the CUDA or Triton kernels that `saesteer verify` has found right and fastest "
+            f"on it; until then {'; '.join(rows)} |",
+        ]
+    )
+
+
+BLOCKS = {"support": support, "families": families_line, "devices": devices_table}
 """What README.md holds between `<!-- name -->` and `<!-- /name -->`."""
 PAGES = {"faults": lambda: faults_page(TESTS), "families": families_page}
 """The files of docs/."""
@@ -52,7 +84,7 @@ def wanted() -> dict[Path, str]:
     """Each file that holds a table, as it ought to be."""
     readme = (ROOT / "README.md").read_text()
     for name, block in BLOCKS.items():
-        readme = placed(readme, name, block())
+        readme = report.placed(readme, name, block())
     pages = {ROOT / "docs" / f"{name}.md": page() for name, page in PAGES.items()}
     return {ROOT / "README.md": readme, **pages}
 

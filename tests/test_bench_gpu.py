@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))  # bench is not installed
 
 import saesteer_fast as sf  # noqa: E402
 from bench import gpu, on_gpu, verify, workloads  # noqa: E402
+from bench.tables import gpu as tables  # noqa: E402
 from saesteer_fast import ops  # noqa: E402
 from saesteer_fast.verify import steps  # noqa: E402
 
@@ -36,6 +37,26 @@ def test_the_next_scan_serves_where_one_is_wrong():
         ((dead, dead, dead), "simt"),
     ):
         assert gpu.choose_scan(dict(zip(gpu.SCANS, found, strict=True))) == chosen
+
+
+def test_a_scan_that_was_not_tried_is_not_right(tmp_path, monkeypatch):
+    def tried(run, name, *_, **__):
+        run.result["missing"][name] = ["scan, many"] if name == "smoke all" else []
+        return {"scan, few": {"found": {}}}
+
+    monkeypatch.setattr(gpu.Run, "steps", tried)
+    run = gpu.Run(tmp_path, minutes=1)
+    gpu.smoke(run)
+    assert run.result["scan"] == run.env["SAESTEER_SCAN"] == "mma"
+
+
+def test_why_cuda_was_not_built_is_kept(tmp_path, monkeypatch):
+    said = iter([(1, "error: no such instruction"), (0, "building without CUDA: as was asked")])
+    monkeypatch.setattr(gpu.Run, "call", lambda *_, **__: next(said))
+    run = gpu.Run(tmp_path, minutes=1)
+    gpu.build(run)
+    found = json.loads(run.path.read_text())["build"]
+    assert (found["exit"], found["cuda"]) == (0, False) and "no such instruction" in found["said"]
 
 
 # ---- a decode step ----
@@ -63,12 +84,13 @@ class NoWaiting(TorchDispatchMode):
 def test_a_decode_step_can_be_captured_and_repeated(make_phi3, make_sae):
     model = make_phi3(max_position_embeddings=512).bfloat16()
     with torch.no_grad():
-        plain = on_gpu.decode_step(model)
+        ids = torch.tensor([[7], [8]])
+        plain = on_gpu.decode_step(model, ids)
         with NoWaiting():
-            first = plain()
-            assert torch.equal(plain(), first)
+            first, second = plain(), plain()
+            assert torch.equal(plain(), first) and not torch.equal(second, first)
         with sf.steering(model, make_sae(dtype=torch.bfloat16), {3: 5.0}):
-            steered = on_gpu.decode_step(model)
+            steered = on_gpu.decode_step(model, ids[:1])
             with NoWaiting():
                 moved = steered()
             for _ in range(160):  # more often than the cache has places
@@ -80,37 +102,27 @@ def test_a_decode_step_can_be_captured_and_repeated(make_phi3, make_sae):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_every_contestant_runs(monkeypatch):
-    """On the CPU, in small, without a clock: all but `compiled`."""
+def test_what_is_wrong_is_not_timed(monkeypatch):
     shape = workloads.Shape(d=256, N=2048, k=16, stream=512, worst=512)
     built = {w.name: w for w in workloads.build("bf16", on_gpu.SEVERAL, shape, device="cpu")}
-    calls = []
-
-    def seconds(call, inputs):
-        calls.append([tuple(call(x).shape) for x in inputs[:2]])
-        return [1e-6]
-
-    monkeypatch.setattr(on_gpu, "whole", lambda: built)
     monkeypatch.setattr(on_gpu, "workload", lambda name, F: built[name].first(F))
-    monkeypatch.setattr(on_gpu, "seconds", seconds)
     monkeypatch.setattr(on_gpu, "KERNELS", {"ours": "cpu", "triton": "cpu"})
-    monkeypatch.setattr(on_gpu, "TOKENS", (1, 512))
-    monkeypatch.setattr(on_gpu, "SEVERAL_TOKENS", (1,))
-    monkeypatch.setattr(on_gpu, "COMPILED_TOKENS", ())
-    found = {}
-    for name, step in on_gpu.measures().items():
-        if (match := gpu.CASE.fullmatch(name)) and match["by"] != "compiled":
-            found[name] = {"found": step()}
-    assert len(calls) == 2 * (2 * 7 + 2) and {len(x) for each in calls for x in each} <= {2}
-    cases = gpu.cases(
-        found | {"floors": {"found": {"copy": 3e12, "product": 8e14, "launch": 2e-6}}}
-    )
-    assert len(cases) == 6 and all(case["floor"] >= 2e-6 and not case["failed"] for case in cases)
-    assert all(0 < case["undecided"] <= 1 for case in cases)
-
     monkeypatch.setattr(ops, "steer", lambda x, *_, **__: x)
     with pytest.raises(verify.Disagreement):
         on_gpu.measures()["worst T=1 F=1 ours"]()
+
+
+@pytest.mark.parametrize(("tokens", "calls"), [(1, 512), (8, 512), (64, 64), (512, 8), (8192, 2)])
+def test_a_graph_holds_hundreds_of_tokens(tokens, calls):
+    shape = workloads.Shape(d=64, N=512, k=8, stream=8192, worst=1)
+    w = workloads.build("bf16", 1, shape)[0]
+    batches = on_gpu.batches(w, tokens)
+    assert len(batches) == calls and all(len(x) == tokens for x in batches)
+    timed = torch.cat(batches)
+    assert torch.equal(timed[:8192], w.x[: len(timed)])
+    p = timed.double() @ w.W_enc[w.features].double().T + w.b_enc[w.features]
+    undecided = w.shares(tokens, on_gpu.calls(tokens))["undecided"]
+    assert undecided == pytest.approx((p > 0).double().mean().item(), abs=1e-12)
 
 
 # ---- results ----
@@ -124,7 +136,6 @@ def measured(**times: tuple[float, float]) -> dict[str, dict]:
     """What `measure` finds, by (T=1, T=8192) in us."""
     found: dict[str, dict] = {
         "floors": {"found": {"copy": 3e12, "product": 8e14, "launch": 2e-6}},
-        "host": {"found": {"ours": 1e-5}},
     }
     about = {"d": 3072, "N": 24576, "read": 1.0, "work": 1.0, "undecided": 1.0}
     for i, T in enumerate((1, 8192)):
@@ -136,14 +147,17 @@ def measured(**times: tuple[float, float]) -> dict[str, dict]:
 
 
 def result(found: dict) -> dict:
-    return {"smoke all": {}, "checks": {"cuda": {"exit": 0}}, "cases": gpu.cases(found)}
+    return {"smoke all": {}, "missing": {}, "checks": {"cuda": {"exit": 0}}, "measure": found}
 
 
 def test_the_floor_is_the_larger_of_bytes_and_products():
-    case, *_, last = gpu.cases(measured(ours=(100.0, 2000.0)))
-    assert case["T"] == 1 and case["floor"] == pytest.approx(50.3e-6, rel=1e-2)
-    assert case["share_of_floor"] == pytest.approx(0.503, rel=1e-2)
-    assert last["T"] == 8192 and last["floor"] == pytest.approx(1546e-6, rel=1e-2)
+    found = measured(ours=(100.0, 2000.0))
+    case, *_, last = tables.cases(result(found))
+    rates = found["floors"]["found"]
+    assert case["T"] == 1 and last["T"] == 8192
+    assert tables.floors(case, rates)["bytes"] == pytest.approx(50.3e-6, rel=1e-2)
+    assert tables.floors(last, rates)["products"] == pytest.approx(1546e-6, rel=1e-2)
+    assert max(tables.floors(last, rates), key=tables.floors(last, rates).get) == "products"
 
 
 @pytest.mark.parametrize(
@@ -170,22 +184,18 @@ def test_nothing_is_proposed_unless_all_was_right():
         (result(found), "worst T=1 F=1 ours"),
         (good | {"checks": {"cuda": {"exit": 0}, "racecheck": {"exit": 1}}}, "racecheck"),
         (good | {"smoke mma": {"scan, few": {"failed": "all"}}}, "smoke mma: scan, few"),
+        (good | {"smoke mma": {}, "missing": {"smoke mma": ["scan"]}}, "smoke mma: scan"),
+        (good | {"checks broke": "RuntimeError"}, "checks broke"),
         (good | {"checks": {}}, "checks"),
     ):
         assert gpu.propose(bad) == f"_ON_GPU stays as it is: not right: {why}"
 
 
-def test_the_table_shows_what_failed():
-    found = measured(ours=(5, 9), linear=(50, 1500))
-    found["worst T=1 F=1 ours"] = {"failed": "the process ended with -11"}
-    text = gpu.table(gpu.cases(found))
-    assert "    ours: the process ended with -11" in text and text.count("wrong") == 1
-    assert " 1500.0 " in text and "100.00%" in text
-
-
 def test_pytests_end_is_understood():
     said = "....\nFAILED tests/test_gpu.py::test_a - assert 1\n=== 1 failed, 3 passed in 2.1s ===\n"
+    said = "SKIPPED [1] tests/test_gpu.py:9: needs two CUDA devices\n" + said
     found = gpu.summary(1, said)
+    assert found["skipped"] == ["tests/test_gpu.py:9: needs two CUDA devices"]
     assert found["failed"] == ["tests/test_gpu.py::test_a"] and found["said"] == said
     assert found["summary"] == "1 failed, 3 passed in 2.1s"
     assert gpu.summary(-1, "...")["summary"] == "no end"
@@ -200,4 +210,9 @@ def test_what_breaks_is_recorded(tmp_path):
     (recorded,) = tmp_path.glob("gpu-*.json")
     assert "failed" in json.loads(recorded.read_text())["measure"][steps.BEFORE]
     assert "cuda" in recorded.with_suffix(".log").read_text().lower()
-    assert "_ON_GPU stays as it is: not right: checks, cases" in done.stdout
+    assert "_ON_GPU stays as it is: not right: checks, measure" in done.stdout
+
+
+def test_nothing_is_imported_that_is_not_built_yet():
+    code = "import sys; sys.modules['saesteer_fast'] = None; from bench import gpu; gpu.steps.work"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

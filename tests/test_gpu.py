@@ -243,12 +243,13 @@ def test_a_sanitizer_finds_nothing(tool):
     done = subprocess.run(
         [
             *(sanitizer, f"--tool={tool}", "--error-exitcode=9", "--kernel-name=kns=saesteer"),
+            "--report-api-errors=no",  # PyTorch asks the driver for functions that it may lack
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
             *(tests, "-m", "gpu", "-k", TOOLS[tool]),
         ],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=180,
     )
     assert done.returncode == 0 and " passed" in done.stdout, (done.stdout + done.stderr)[-6000:]

@@ -74,11 +74,18 @@ def test_a_process_that_cannot_start_is_not_started_for_ever(tmp_path):
     assert list(found) == [steps.BEFORE] and "ended with 1" in found[steps.BEFORE]["failed"]
 
 
+def test_half_a_line_is_not_read(tmp_path):
+    store = tmp_path / "store.jsonl"
+    store.write_text('{"planned": ["a", "b"]}\n{"step": "a", "found": 1}\n{"step": "b", "fou')
+    assert steps.results(store) == {"a": {"found": 1}} and steps.missing(store) == ["b"]
+
+
 def test_nothing_outlasts_the_deadline(tmp_path):
     start = time.monotonic()
     found = supervised(tmp_path, BROKEN, patience=60, seconds=1.5)
     assert time.monotonic() - start < 5 and found["hangs"]["failed"] == "no time was left"
     assert "after all" not in found
+    assert steps.missing(tmp_path / "store.jsonl") == ["after all"]
 
 
 # ---- smoke ----

@@ -67,9 +67,10 @@ def render(result: dict, everything: bool = False) -> str:
 def _row(case: Case, name: str) -> list[str]:
     what, base = RUNGS[name]
     taken = [1e6 * each for each in case["seconds"][name]]
-    more = ["", ""] if base is None else [RUNGS[base][0], _spread(beyond(case, name, base))]
-    return [what, _spread(taken), *more]
+    more = ["", ""] if base is None else [RUNGS[base][0], spread(beyond(case, name, base))]
+    return [what, spread(taken), *more]
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Median and, in parentheses, the least and the most."""
     return f"{number(median(values))} ({number(min(values))} to {number(max(values))})"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 
 Case = dict
+TARGET_HEADER = ["target", "measured", ""]
 
 
 def number(value: float) -> str:
@@ -58,6 +59,10 @@ class Target:
     at_least: bool = True
     unit: str = "×"
 
+    @property
+    def title(self) -> str:
+        return f"{self.text} {'≥' if self.at_least else '≤'} {self.bound:g}{self.unit}"
+
     def judge(self, cases: Iterable[Case]) -> list[str] | None:
         """Cells of its row, or None if no case has been measured."""
         found = [(median(values := self.measure(c)), c, values) for c in cases if self.applies(c)]
@@ -68,25 +73,26 @@ class Target:
         verdict = "met" if met else "**missed**"
         if not met and self.floor is not None and value >= self.floor:
             verdict += f", floor of {self.floor:g}{self.unit} met"
-        sign = "≥" if self.at_least else "≤"
         worst = (min if self.at_least else max)(rounds)
         measured = f"{number(value)}{self.unit} (worst round {number(worst)}, at T={case['T']})"
-        return [f"{self.text} {sign} {self.bound:g}{self.unit}", measured, verdict]
+        return [self.title, measured, verdict]
 
 
 def judged(targets: Iterable[Target], cases: list[Case]) -> str:
     """The table of all targets that have been measured."""
     rows = [cells for target in targets if (cells := target.judge(cases))]
-    return table(["target", "measured", ""], rows)
+    return table(TARGET_HEADER, rows)
 
 
-def circumstances(machine: dict) -> str:
-    """The line below every table: device, threads, versions, commit, day."""
+def circumstances(machine: dict, more: str | None = None) -> str:
+    """The line below every table: device, threads or what `more` says, versions, commit, day."""
     state = " with changes" if machine["dirty"] else ""
     packages = machine.get("packages", {})
     versions = ", ".join(f"{name} {version}" for name, version in packages.items())
+    if more is None:
+        more = f"{machine['cores']} cores, {machine['threads']} threads, {machine['instructions']}"
     return (
-        f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['instructions']}; PyTorch {machine['torch']}{versions and f', {versions}'}; "
+        f"{machine['device']}, {more}; "
+        f"PyTorch {machine['torch']}{versions and f', {versions}'}; "
         f"commit {machine['commit']}{state}; {machine['date'][:10]}."
     )

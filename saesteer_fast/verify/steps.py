@@ -27,6 +27,7 @@ def work(
     does once a kernel has read outside of its memory, the process ends, and the next one goes on.
     """
     healthy()
+    _append(store, {"planned": [*steps]})
     done = results(store)
     for name, step in steps.items():
         if name in done:
@@ -89,6 +90,13 @@ def tell(title: str, found: Mapping[str, dict]) -> str:
     return "\n".join([f"{title}: {len(found) - len(failed)} of {len(found)} right", *failed])
 
 
+def missing(store: Path) -> list[str]:
+    """The steps that have no line, as far as any process told what it would do."""
+    planned = [name for line in _lines(store) for name in line.get("planned", ())]
+    found = results(store)
+    return [name for name in dict.fromkeys(planned) if name not in found]
+
+
 def start(command: Sequence[str], **options) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.STDOUT, **GROUP, **options)
 
@@ -114,10 +122,11 @@ def _end(child: subprocess.Popen, store: Path, patience: float, deadline: float)
 
 
 def _lines(store: Path) -> list[dict]:
+    """All that are whole: the last one may be about to be written."""
     text = store.read_text() if store.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
 
 
 def _append(store: Path, line: dict) -> None:
-    with store.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with store.open("ab", buffering=0) as file:
+        file.write(json.dumps(line).encode() + b"\n")
