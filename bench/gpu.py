@@ -83,6 +83,12 @@ class Run:
             whole.write_text(json.dumps(self.result, indent=1) + "\n")
             whole.replace(self.path)
 
+    def add(self, part: str, name: str, found: object) -> None:
+        """For parts whose steps end side by side."""
+        with self._writing:
+            self.result[part][name] = found
+        self.save()
+
     def call(self, command: Sequence[str], deadline: float, **env: str) -> tuple[int, str]:
         """Exit status, -1 if the time ended first, and what was printed."""
         with tempfile.TemporaryFile("w+", errors="replace") as printed:
@@ -118,8 +124,7 @@ class Run:
         while going:
             supervised.join(5)
             going = supervised.is_alive()
-            with self._writing:
-                self.result["missing"][name] = steps.missing(store)
+            self.add("missing", name, steps.missing(store))
             self.save(**{name: steps.results(store)})
         return self.result[name]
 
@@ -202,19 +207,20 @@ def checks(run: Run) -> None:
         "triton": ["tests/test_triton_kernels.py", *several],
         "triton, on a GPU only": ["tests/test_triton_gpu.py"],
     }
-    found = {name: {"exit": None, "summary": "no end"} for name in (*commands, *SANITIZERS)}
+    lacking = {name: "no compute-sanitizer" for name in SANITIZERS}
     if shutil.which("compute-sanitizer"):
+        lacking = {}
         for name in SANITIZERS:
             commands[name] = ["tests/test_gpu.py", "-k", f"sanitizer and {name.split()[0]}"]
-    else:
-        found |= {name: {"exit": None, "summary": "no compute-sanitizer"} for name in SANITIZERS}
+    ends = {name: "no end" for name in commands} | lacking
+    run.save(checks={name: {"exit": None, "summary": said} for name, said in ends.items()})
 
     def check(name: str) -> None:
         scan = {"SAESTEER_SCAN": SANITIZERS[name]} if SANITIZERS.get(name) else {}
         code, said = run.call([*pytest, *commands[name]], deadline, OMP_NUM_THREADS="2", **scan)
-        found[name] = summary(code, said)
-        run.save(checks=dict(found))
-        print(f"checks: {name}: {found[name]['summary']}", *found[name]["failed"], flush=True)
+        found = summary(code, said)
+        run.add("checks", name, found)
+        print(f"checks: {name}: {found['summary']}", *found["failed"], flush=True)
 
     with ThreadPoolExecutor(len(commands) + 1) as pool:
         alone = "smoke triton", deadline, "smoke", "--impl=triton"

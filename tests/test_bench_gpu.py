@@ -50,6 +50,19 @@ def test_a_scan_that_was_not_tried_is_not_right(tmp_path, monkeypatch):
     assert run.result["scan"] == run.env["SAESTEER_SCAN"] == "mma"
 
 
+def test_checks_that_end_at_once_are_all_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.Run, "call", lambda *_, **__: (0, "1 passed in 0.1s"))
+    monkeypatch.setattr(gpu.Run, "steps", lambda *_, **__: {})
+    for tool in (None, "compute-sanitizer"):
+        monkeypatch.setattr(gpu.shutil, "which", lambda name, tool=tool: tool)
+        for _ in range(20):
+            run = gpu.Run(tmp_path, minutes=1)
+            gpu.checks(run)
+            found = json.loads(run.path.read_text())["checks"]
+            ended = [name for name, each in found.items() if each["exit"] == 0]
+            assert len(found) == 10 and len(ended) == (10 if tool else 4)
+
+
 def test_why_cuda_was_not_built_is_kept(tmp_path, monkeypatch):
     said = iter([(1, "error: no such instruction"), (0, "building without CUDA: as was asked")])
     monkeypatch.setattr(gpu.Run, "call", lambda *_, **__: next(said))
