@@ -96,8 +96,21 @@ def _holds_numbers(t: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(t))
 
 
+def _called(space: torch._ops._OpNamespace) -> SimpleNamespace:
+    """Its ops, as they are called from here."""
+    ops = {name: getattr(space, name).default for name in _NAMES}
+    return SimpleNamespace(**{name: transforms.called(op) for name, op in ops.items()})
+
+
+_AUTO = _called(_OPS)
 _REFERENCE = SimpleNamespace(**{name: _by_reference(name) for name in _NAMES})
-_BY = {"auto": _OPS, "cpu": _OPS, "cuda": _BY_CUDA, "triton": _TRITON, "reference": _REFERENCE}
+_BY = {
+    "auto": _AUTO,
+    "cpu": _AUTO,
+    "cuda": _called(_BY_CUDA),
+    "triton": _called(_TRITON),
+    "reference": _REFERENCE,
+}
 _DEFAULT = os.environ.get("SAESTEER_IMPL", "auto")
 if _DEFAULT not in _BY:
     raise ValueError(f"SAESTEER_IMPL: got {_DEFAULT!r}, accepted are {', '.join(_BY)}")
@@ -235,7 +248,7 @@ def _chosen(name: str, impl: str, x: Tensor) -> Callable:
     if impl == "auto":
         # torch.compile keeps the op, whose kernel chooses: a file may have to be read for that
         direct = x.is_cuda and not torch.compiler.is_compiling()
-        return _on_gpu(name, x) if direct else getattr(_OPS, name)
+        return _on_gpu(name, x) if direct else getattr(_AUTO, name)
     if impl not in _BY:
         raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(_BY)}")
     if not _runs(name, impl, x):

@@ -66,6 +66,25 @@ def register(op: torch._ops.OpOverload, setup_context: Callable, backward: Calla
     library.impl(short, applied, "FuncTorchDynamicLayerFrontMode")
 
 
+def called(op: torch._ops.OpOverload) -> Callable:
+    """The op, past `autograd` above under torch.no_grad: a step into Python costs as much as a
+    short call itself."""
+
+    def call(*args):
+        # Tracing and inference_mode need no way past it.
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or torch.is_inference_mode_enabled()
+            or forward_ad._current_level >= 0
+        ):
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
 def _more_tokens(names: list[str], size: int, in_dims: tuple, args: tuple) -> list:
     """The arguments with the mapped dimension as the first of the leading sizes."""
     lead = [n for dim, n in enumerate(args[0].shape) if dim != in_dims[0]][:-1]

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from ops_cases import DTYPES, Case, integer_case, permutation, random_case, same_bits
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from saesteer_fast import ops
@@ -273,6 +274,32 @@ def test_without_gradients(mode):
         assert not y.requires_grad and same_bits(y, case.steer())
         assert same_bits(case.but(x=case.x.clone()).steer(), y)
     assert case.but(x=x).steer().requires_grad
+
+
+@pytest.mark.fault(15)
+def test_transforms_without_gradients():
+    """They see the op under torch.no_grad too, where plain calls pass autograd by."""
+    case = random_case(5)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return case.but(x=x).steer()
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            constant = run(x)
+        return (constant + x).sum()
+
+    slope = torch.func.grad(lambda x: run(x).sum())
+    expected = slope(case.x)
+    assert torch.equal(torch.func.grad(cut)(case.x), torch.ones_like(case.x))
+    with torch.no_grad():
+        assert same_bits(torch.func.vmap(run)(case.x), torch.stack([run(x) for x in case.x]))
+        assert same_bits(slope(case.x), expected)
+        with pytest.raises(NotImplementedError, match="has no forward-mode gradient"):
+            torch.func.jvp(run, (case.x,), (case.x,))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+            run(forward_ad.make_dual(case.x, case.x))
+        assert same_bits(compiled(run)(case.x), run(case.x))
 
 
 def flipped(t: torch.Tensor) -> torch.Tensor:

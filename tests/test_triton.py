@@ -68,7 +68,7 @@ def test_the_table_is_followed_at_its_edges(monkeypatch):
     monkeypatch.setattr(ops, "_HAS_TRITON", True)
     table = (0, ("reference",)), (17, ("cuda", "triton")), (64, ("triton",))
     monkeypatch.setattr(ops, "_ON_GPU", table)
-    reference, cuda, triton = ops._REFERENCE.steer, ops._BY_CUDA.steer, ops._TRITON.steer
+    reference, cuda, triton = (ops._BY[impl].steer for impl in ("reference", "cuda", "triton"))
     for has_cuda, middle in ((ops._NAMES, cuda), ((), triton)):
         monkeypatch.setattr(ops, "_CUDA", frozenset(has_cuda))
         for tokens, expected in (

@@ -213,8 +213,8 @@ def test_auto_follows_the_verdict(gpu):
     verdicts.write(GPU, rows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert chosen(1) is chosen(511) is ops._BY_CUDA.steer
-        assert chosen(512) is ops._TRITON.steer
+        assert chosen(1) is chosen(511) is ops._BY["cuda"].steer
+        assert chosen(512) is ops._BY["triton"].steer
     said = ops.implementations()["cuda:0"]
     assert said == "A GPU: cuda from 0 tokens on, triton from 512 tokens on"
 
