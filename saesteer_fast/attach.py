@@ -233,7 +233,8 @@ class _Hooks:
         call = self.calls.running
         call.awaited = False
         tokens = call.tokens
-        if tokens is not None and (tokens.batch, tokens.count) != hidden.shape[:-1]:
+        lead = hidden.shape[:-1]
+        if tokens is not None and (tokens.batch, tokens.count) != lead:
             tokens = None
         if tokens is None and self.follows:
             raise ValueError(
@@ -243,7 +244,10 @@ class _Hooks:
         mask = self._mask(call, tokens, hidden)
         if mask is False:
             return None
-        mask = None if mask is True else mask.expand(hidden.shape[:-1])
+        if mask is True:
+            mask = None
+        elif mask.shape != lead:
+            mask = mask.expand(lead)
         chosen = self.plan.chosen
         if chosen is not None:
             chosen = spread(chosen, tokens, "rows")
@@ -286,9 +290,8 @@ class _Hooks:
     def _tokens(self, call: _Call, args: tuple, kwargs: dict) -> Tokens | None:
         """What the decoder is called with, on the steered module's device; None if it does not
         tell."""
-        ids, embeds = (
-            self._argument(name, args, kwargs) for name in ("input_ids", "inputs_embeds")
-        )
+        ids = self._argument("input_ids", args, kwargs)
+        embeds = self._argument("inputs_embeds", args, kwargs)
         if ids is None and embeds is None:
             ids = args[0] if args else None
         given = ids if ids is not None else embeds

@@ -96,6 +96,8 @@ class Tokens:
 
 def past_length(cache) -> int | Tensor:
     """How many columns the cache holds; 0 without one."""
+    if cache is None:
+        return 0
     length = getattr(cache, "get_seq_length", None)
     past = 0 if length is None else length()
     if isinstance(past, Tensor):
