@@ -164,8 +164,10 @@ Condition = Active | Gate
 
 def split(when: Condition | Sequence[Condition] | None) -> tuple[Active | None, Gate | None]:
     """Conditions, all of which must hold, as at most one of each kind."""
+    if when is None:
+        return None, None
     alone = not isinstance(when, Sequence) or isinstance(when, str)
-    given = [] if when is None else [when] if alone else list(when)
+    given = [when] if alone else list(when)
     for condition in given:
         if not isinstance(condition, Condition):
             raise TypeError(

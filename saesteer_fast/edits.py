@@ -26,8 +26,11 @@ _AMOUNTS = {
     "at_most": lambda a, v: (v - a).clamp(max=0),
 }
 KINDS = tuple(_AMOUNTS)
+_SET, _ADD = KINDS.index("set"), KINDS.index("add")
 _NONE = len(KINDS)
 """The kind of a latent that a configuration leaves alone."""
+_LARGEST = torch.finfo(torch.float32).max
+"""Strengths are kept in fp32."""
 
 
 @dataclass(frozen=True)
@@ -104,20 +107,21 @@ class Table:
         values = [edits[f].value if f in edits else 0.0 for edits in checked for f in self.latents]
         self._by_row = [set(row) for row in kinds]
         self.present = tuple(sorted(set().union(*self._by_row)))
-        with torch.inference_mode(False):
-            shape = (len(checked), len(self.latents)) if self.rowwise else (len(self.latents),)
-            self.kinds = torch.tensor(kinds, dtype=torch.int8, device=device).view(shape)
-            self.values = _stacked(values, device).view(shape)
+        rows = kinds if self.rowwise else kinds[0]
+        self.kinds = torch.tensor(rows, dtype=torch.int8, device=device)
+        self.values = _stacked(values, device)
+        if self.rowwise:
+            self.values = self.values.view(self.kinds.shape)
 
     @property
     def measures(self) -> bool:
         """Whether any edit reads the activation."""
-        return any(kind not in (KINDS.index("add"), _NONE) for kind in self.present)
+        return any(kind not in (_ADD, _NONE) for kind in self.present)
 
     @property
     def sets_whole_rows(self) -> bool:
         """Whether every configuration sets all of the latents, or edits none."""
-        return all(kinds in ({KINDS.index("set")}, {_NONE}, set()) for kinds in self._by_row)
+        return all(kinds in ({_SET}, {_NONE}, set()) for kinds in self._by_row)
 
     def rows(self, chosen: Tensor, dims: int) -> tuple[Tensor, Tensor]:
         """Strengths and kinds [B, 1, ..., F] of the configurations chosen [B] int64, for x of
@@ -251,8 +255,7 @@ def _number(what: str, value: float | Tensor) -> float | Tensor:
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{what} {value!r}, a number is needed")
-    # Strengths are kept in fp32.
-    if not abs(value) <= torch.finfo(torch.float32).max or math.isnan(value):
+    if not abs(value) <= _LARGEST or math.isnan(value):
         raise ValueError(f"{what} {value}, which is not finite in fp32")
     return float(value)
 

@@ -66,7 +66,7 @@ class Measured:
             parameters, order, rows = (), None, features
             if self.measure == "topk":
                 W_enc, b_enc, order = sae.ranking
-                rows = features if order is None else order.argsort()[features]
+                rows = features if order is None else sae.places[features]
             elif self.measure == "groupmax":
                 W_enc, b_enc = sae.encoder
             elif self.measure == "projection":
@@ -76,11 +76,18 @@ class Measured:
             else:
                 W_enc, b_enc = sae.encoder_rows(features)
                 parameters = tuple(parameter[features] for parameter in _parameters(sae))
-            self.features, self.directions = features.to(device), directions.to(device)
-            self.rows, self.order = rows.to(device), None if order is None else order.to(device)
-            self.W_enc, self.b_enc = W_enc.to(device), _over(b_enc, self.scale).to(device)
-            self.parameters = tuple(parameter.to(device) for parameter in parameters)
+            self.features, self.directions, self.rows = features, directions, rows
+            self.W_enc, self.b_enc, self.order = W_enc, _over(b_enc, self.scale), order
+            self.parameters = parameters
+            if device != sae.device:
+                self._move(device)
             self.groups = self._grouped() if self.measure == "groupmax" else []
+
+    def _move(self, device: torch.device) -> None:
+        for name, held in vars(self).items():
+            if isinstance(held, Tensor):
+                setattr(self, name, held.to(device))
+        self.parameters = tuple(parameter.to(device) for parameter in self.parameters)
 
     def _grouped(self) -> list[tuple[slice, Tensor, Tensor]]:
         """Of each group its rows, its latents counted from its first, and their places."""

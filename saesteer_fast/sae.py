@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
@@ -216,6 +216,12 @@ class SAE:
         with constants(self.device):
             return *self.encoder_rows(self.order), self.order
 
+    @cached_property
+    def places(self) -> Tensor:
+        """[N] int64: the row that each latent has in `ranking`, where there is an `order`."""
+        with constants(self.device):
+            return self.order.argsort()
+
     def calibrate(self, x: Tensor | Iterable[Tensor]) -> SAE:
         """This SAE with the `order` in which latents are live most often on x.
 
@@ -309,11 +315,16 @@ class SAE:
         )
 
 
-@contextmanager
-def constants(device: torch.device) -> Iterator[None]:
+def constants(device: torch.device) -> AbstractContextManager:
     """What is made of weights inside is fp32 and fit for autograd, whatever goes on outside."""
-    autocast = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), autocast:
+    # To leave what is not on costs as much as an op.
+    on = torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.type)
+    return _outside(device) if on else nullcontext()
+
+
+@contextmanager
+def _outside(device: torch.device) -> Iterator[None]:
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         yield
 
 

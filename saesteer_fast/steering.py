@@ -67,8 +67,8 @@ def steer(
     if plan.gate is not None:
         raise ValueError("when: sf.gate is decided by a prompt, which only sf.steering sees")
     plan.choose(rows)
-    plan.check(x, mask)
     if plan.active is not None:
+        plan.check(x, mask)
         mask = _both(mask, plan.holds(x)[1])
     return plan(x, mask, plan.chosen)
 
@@ -93,13 +93,11 @@ class Plan:
     ):
         _check_choices(sae, error, measure)
         self.d, self.impl, self.device = sae.d, impl, device
-        self.table = Table(edits, sae.num_latents, device)
-        self.active, self.gate = split(when)
-        with torch.autocast(device.type, enabled=False):
-            self._build(sae, error, measure)
+        # What inference mode makes, nobody could use outside of it.
         with torch.inference_mode(False):
-            limits = () if self.active is None else tuple(self.active.above.values())
-            self.limits = torch.tensor(limits, dtype=torch.float32, device=device)
+            self.table = Table(edits, sae.num_latents, device)
+            self.active, self.gate = split(when)
+            self._build(sae, error, measure)
         self.chosen: Tensor | None = None
 
     def _build(self, sae: SAE, error: str, measure: str | None) -> None:
@@ -107,8 +105,12 @@ class Plan:
             measure = "none"
         self.measured = Measured(sae, self.table.latents, self.device, measure)
         self.on_active = self._conditional(sae, self.active)
+        if self.active is not None:
+            limits = tuple(self.active.above.values())
+            self.limits = torch.tensor(limits, dtype=torch.float32, device=self.device)
         self.on_gate = self._conditional(sae, self.gate)
-        self._share_encoder()
+        if self.on_active is not None or self.on_gate is not None:
+            self._share_encoder()
         self.dropping = sae.to(self.device) if error == "drop" else None
         self.fused = self.measured.fused and error == "keep" and self.table.sets_whole_rows
 

@@ -13,6 +13,8 @@ import torch
 from ops_cases import permutation, same_bits
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import saesteer_fast as sf
 from saesteer_fast import measures
@@ -152,6 +154,30 @@ def test_rows_are_stored_in_this_order_once(make_sae):
     assert first.W_enc.data_ptr() == second.W_enc.data_ptr() != sae.W_enc.data_ptr()
     for measure in ("projection", "none"):
         assert Measured(sae, LATENTS, measure=measure).order is None
+
+
+class Widest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that is made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.made = max(self.made, *(t.numel() for t in tree_leaves(made)))
+        return made
+
+
+@pytest.mark.parametrize("measure", ["topk", "projection"])
+def test_a_second_call_makes_nothing_of_the_dictionarys_size(make_sae, measure):
+    sae, x = make_sae(D, N, K).calibrate(stream(200)), stream(1)
+    measure = None if measure == "topk" else measure
+    with Widest() as first:
+        sf.steer(x, sae, {3: 2.0}, measure=measure)
+    with Widest() as second:
+        sf.steer(x, sae, {40: 2.0, 3: sf.scale(1.5)}, measure=measure)
+    assert second.made <= 2 * D and (first.made >= N) == (measure is None)
 
 
 def test_kept_by_copies_moves_and_folding(make_sae):
