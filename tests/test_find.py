@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import FAMILIES, build
 from test_measures import cases, dense, make
 
 from saesteer_fast import mini
@@ -62,6 +63,23 @@ def test_capture_is_what_the_next_layer_reads(shipped):
     with torch.inference_mode():
         caught = capture(model, ids, [5, 0, 2])
     assert all(torch.equal(x, expected[i]) for x, i in zip(caught, [5, 0, 2], strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_capture_in_every_family(family):
+    model, ids = build(family), torch.tensor([[5, 17, 60, 2, 33]])
+    with torch.inference_mode():
+        shown = model(input_ids=ids, output_hidden_states=True).hidden_states
+        caught = capture(model, ids, [1, family.layer, 0])
+    for stream, number in zip(caught, (2, 2, 1), strict=True):
+        assert torch.equal(stream, shown[number])
+
+
+def test_capture_refuses_what_has_no_such_layer(shipped):
+    with pytest.raises(ValueError, match="layer: got 6, accepted are 0 to 5"):
+        capture(shipped.model, torch.ones(1, 1), [0, 6])
+    with pytest.raises(ValueError, match="layer: Linear has no list of layers; name a module"):
+        capture(torch.nn.Linear(2, 2), torch.ones(1, 1), [0])
 
 
 def test_capture_lets_go_on_error(shipped):

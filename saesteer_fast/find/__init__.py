@@ -8,11 +8,13 @@ the best score is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import sites
 from ..eval import ENOUGH, Prompt, Share, answers, chat_text, is_refusal, sweep, tally
 from ..measures import Measured, encode
 from ..sae import SAE
@@ -47,23 +49,20 @@ def residuals(
         yield capture(model, ids.to(model.device), [layer])[0][0], begin
 
 
-def capture(model, input_ids: Tensor, layers: Sequence[int]) -> list[Tensor]:
-    """The residual stream [..., T, d] at the output of each of the decoder layers."""
+def capture(model, input_ids: Tensor, layers: Sequence[int | str]) -> list[Tensor]:
+    """The residual stream [..., T, d] at the output of each of the layers, as `steering` takes
+    them."""
+    found = [sites.locate(model, layer) for layer in layers]
     caught = {}
 
-    def keep(layer):
-        def hook(_module, _args, output):
-            caught[layer] = output[0] if isinstance(output, tuple) else output
+    def keep(module, _args, output):
+        caught[module] = output[0] if isinstance(output, tuple) else output
 
-        return hook
-
-    handles = [model.base_model.layers[i].register_forward_hook(keep(i)) for i in layers]
-    try:
-        model.base_model(input_ids=input_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [caught[i] for i in layers]
+    with ExitStack() as undo:
+        for site in found:
+            undo.callback(site.module.register_forward_hook(keep).remove)
+        found[0].decoder(input_ids=input_ids, use_cache=False)
+    return [caught[site.module] for site in found]
 
 
 def live_latents(
