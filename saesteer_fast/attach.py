@@ -69,12 +69,13 @@ def steering(
 
     Kept on the module's device, in the SAE's dtype: W_enc and b_enc (a row a latent, where the
     measure needs no more), one row of W_dec a latent; the whole SAE for error="drop". The model's
-    dtype may change later, its device may not. Steering belongs to the model, whichever thread
-    calls it; a deep copy or a pickle of the model is steered too, and save_pretrained writes the
-    weights as they are, unsteered. A model may be compiled before or after; attaching makes
-    torch.compile forget all it compiled, for it looks for no new hooks by itself, whereas
-    strengths, masks and choices change in place. A CUDA graph that was captured replays what it
-    captured.
+    dtype may change later, its device may not. Adapters may come and go, but where one is put
+    around the steered module itself, calls raise RuntimeError: attach after that. Steering belongs
+    to the model, whichever thread calls it; a deep copy or a pickle of the model is steered too,
+    and save_pretrained writes the weights as they are, unsteered. A model may be compiled before or
+    after; attaching makes torch.compile forget all it compiled, for it looks for no new hooks by
+    itself, whereas strengths, masks and choices change in place. A CUDA graph that was captured
+    replays what it captured.
     """
     require_sae(sae)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps a model in another one
@@ -182,7 +183,7 @@ class _Call:
 
     def __init__(self):
         self.tokens: Tokens | None = None
-        self.awaited = False
+        self.awaited_by: nn.Module | None = None
         self.told: Told | None = None
         self.begin()
 
@@ -224,14 +225,15 @@ class _Hooks:
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         call = self.calls.running
-        call.awaited = True
+        call.awaited_by = decoder
         call.tokens = self._tokens(call, args, kwargs)
 
     def steer(self, module: nn.Module, args: tuple, output):
         hidden = output[0] if isinstance(output, tuple) else output
         self._require_stream(hidden)
         call = self.calls.running
-        call.awaited = False
+        decoder, call.awaited_by = call.awaited_by, None
+        self._require_place(decoder, module)
         tokens = call.tokens
         lead = hidden.shape[:-1]
         if tokens is not None and (tokens.batch, tokens.count) != lead:
@@ -256,8 +258,8 @@ class _Hooks:
 
     def after(self, decoder: nn.Module, args: tuple, output) -> None:
         call = self.calls.running
-        passed_by = call.awaited and output is not None
-        call.tokens, call.awaited = None, False
+        passed_by = call.awaited_by is not None and output is not None
+        call.tokens, call.awaited_by = None, None
         if passed_by:
             raise RuntimeError(f"{self.path} was not called as a module: nothing was steered")
 
@@ -331,6 +333,13 @@ class _Hooks:
             )
         if self.is_layer and hidden.ndim > 3:
             raise ValueError(f"{self.path} gives {tuple(hidden.shape)}, not one vector a token")
+
+    def _require_place(self, decoder: nn.Module | None, module: nn.Module) -> None:
+        if decoder is not None and not sites.is_at(decoder, self.path, module):
+            raise RuntimeError(
+                f"model: what {self.path} gives is no longer what is steered: the module was "
+                "wrapped, as by an adapter, or moved; remove the steering and attach it again"
+            )
 
     def _require_followable(self, site: Site) -> None:
         config, kind = getattr(site.model, "config", None), type(site.decoder).__name__

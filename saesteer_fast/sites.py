@@ -18,8 +18,10 @@ from .errors import nearest
 from .formats import hookpoints
 from .sae import SAE
 
-# What torch.compile, FSDP, DDP and PEFT put into the names of what they wrap.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "module", "base_model.model")
+# What torch.compile, FSDP and activation checkpoints put into the names of what they wrap, a model
+# or a part of one, and give as it is; and what DDP and PEFT put into those of whole models.
+_TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = (*_TRANSPARENT, "module", "base_model.model")
 
 
 class Site(NamedTuple):
@@ -87,6 +89,23 @@ def device(site: Site) -> torch.device:
     if brought is None:
         raise ValueError(f"model: {site.path} is on meta; load its weights first")
     return brought
+
+
+def is_at(decoder: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether the decoder still has the output of `module` at `path`; half a microsecond.
+
+    An adapter that was put around it adds to that output.
+    """
+    place = decoder
+    for name in path.split("."):
+        while name not in place._modules:
+            place = _wrapped(place)
+            if place is None:
+                return False
+        place = place._modules[name]
+    while place is not module and place is not None:
+        place = _wrapped(place)
+    return place is module
 
 
 def _language(model: nn.Module) -> nn.Module:
@@ -192,6 +211,11 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
         return root.get_submodule(path) if path else None
     except AttributeError:
         return None
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """What a wrapper gives the output of."""
+    return next((module._modules[key] for key in _TRANSPARENT if key in module._modules), None)
 
 
 def _refuse_shared(decoder: nn.Module, path: str, module: nn.Module) -> None:

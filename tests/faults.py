@@ -88,6 +88,7 @@ FAULTS = {
         70: "A tensor that an earlier hook kept is not overwritten",
         71: "Each row of a batch steered in its own way, some not at all",
         72: "Autocast",
+        73: "An adapter that is put around the steered module later",
     },
 }
 _GPU_FILES = ("test_gpu.py", "test_triton_gpu.py")

@@ -4,6 +4,7 @@ shards; and generations in which a second model drafts."""
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -122,6 +123,75 @@ def test_a_model_with_an_adapter(model, sae, adapt, adapted_truth, scope):
         assert torch.equal(generate(merged), expected)
     with sf.steering(merged, sae, EDITS, layer="base_model.model.model.layers.1", scope=scope):
         assert torch.equal(generate(merged), expected)
+
+
+@pytest.mark.fault(73)
+def test_an_adapter_around_the_steered_module(model, sae, adapt, textbook):
+    name = "layers.1.mlp.down_proj"
+    with sf.steering(model, sae, EDITS, layer=name):
+        expected = generate(model)
+        adapted = adapt(model)
+        with pytest.raises(RuntimeError, match=rf"model: what {name} gives is no longer what is"):
+            generate(adapted)
+        assert torch.equal(generate(adapted.unload()), expected)
+    adapted = adapt(build(FAMILIES[0]))
+    with textbook_hook(adapted.get_base_model().model.get_submodule(name), textbook, sae):
+        expected = generate(adapted)
+    with sf.steering(adapted, sae, EDITS, layer=name):
+        assert torch.equal(generate(adapted), expected)
+
+
+class Adapter(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.added = base, nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs) + self.added
+
+
+def wrap(model, name, wrapper):
+    above, _, name = name.rpartition(".")
+    above = model.model.get_submodule(above)
+    setattr(above, name, wrapper(getattr(above, name)))
+
+
+@pytest.mark.fault(73)
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [("layers.1", False), ("layers.1.mlp", False), ("layers.1.mlp.down_proj", True)],
+)
+def test_what_adds_to_the_steered_module(model, sae, textbook, name, compiled):
+    if compiled:
+        model.compile(backend="eager", fullgraph=True)
+    with sf.steering(model, sae, EDITS, layer=name):
+        logits(model)
+        wrap(model, name, Adapter)
+        with pytest.raises(RuntimeError, match="remove the steering and attach it again"):
+            logits(model)
+    with textbook_hook(model.model.get_submodule(name), textbook, sae):
+        expected = logits(model)
+    with sf.steering(model, sae, EDITS, layer=name):
+        torch.testing.assert_close(logits(model), expected)
+
+
+def test_what_adds_within_the_steered_module(model, sae, textbook):
+    with sf.steering(model, sae, EDITS, layer="layers.1.mlp"):
+        wrap(model, "layers.1.mlp.down_proj", Adapter)
+        steered = logits(model)
+    with textbook_hook(model.model.layers[1].mlp, textbook, sae):
+        torch.testing.assert_close(steered, logits(model))
+
+
+@pytest.mark.parametrize("name", ["layers.1", "layers.1.mlp", "layers.1.mlp.down_proj"])
+def test_wrappers_that_add_nothing(model, sae, name):
+    checkpoint = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    with sf.steering(model, sae, EDITS, layer=name):
+        expected = logits(model)
+        wrap(model, name, checkpoint.checkpoint_wrapper)
+        assert torch.equal(logits(model), expected)
+        wrap(model, "layers.1", partial(torch.compile, backend="eager"))
+        assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
