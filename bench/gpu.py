@@ -201,11 +201,12 @@ def checks(run: Run) -> None:
     deadline = run.deadline("checks")
     pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rfEs", "-m", "gpu"]
     several = ["-n", "4"] if find_spec("xdist") else []
+    cuda = ["tests/test_gpu.py", "tests/test_attach.py", "-k", "not sanitizer and not triton"]
     commands = {
         "cuda": ["tests/test_cuda_host.py"],
-        "cuda, on a GPU only": ["tests/test_gpu.py", "tests/test_attach.py", "-k", "not sanitizer"],
+        "cuda, on a GPU only": cuda,
         "triton": ["tests/test_triton_kernels.py", *several],
-        "triton, on a GPU only": ["tests/test_triton_gpu.py"],
+        "triton, on a GPU only": ["tests/test_gpu.py", "-k", "triton"],
     }
     lacking = {name: "no compute-sanitizer" for name in SANITIZERS}
     if shutil.which("compute-sanitizer"):

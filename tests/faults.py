@@ -91,7 +91,6 @@ FAULTS = {
         73: "An adapter that is put around the steered module later",
     },
 }
-_GPU_FILES = ("test_gpu.py", "test_triton_gpu.py")
 
 
 def holders(tests: Path) -> dict[int, list[tuple[str, str, bool]]]:
@@ -101,7 +100,7 @@ def holders(tests: Path) -> dict[int, list[tuple[str, str, bool]]]:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 marks = {name: numbers for name, numbers in map(_mark, node.decorator_list)}
-                on_gpu = path.name in _GPU_FILES or "gpu" in marks
+                on_gpu = path.name == "test_gpu.py" or "gpu" in marks
                 for number in marks.get("fault", ()):
                     found[number].append((path.name, node.name, on_gpu))
     return found

@@ -78,6 +78,10 @@ class Case:
     def undecided(self) -> Tensor:
         return reference.undecided(*self.encoder, self.features, self.k)
 
+    def on(self, device: torch.device | str) -> Case:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return self.but(**{k: t.to(device) for k, t in given.items() if isinstance(t, Tensor)})
+
     def to(self, dtype: torch.dtype) -> Case:
         """Every floating tensor in `dtype`, as the textbook forms take them."""
         floating = {

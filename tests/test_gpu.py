@@ -1,5 +1,6 @@
-"""What only a real GPU shows of the CUDA kernels: full sizes, graphs, streams, devices, memory,
-large addresses, torch.compile, the sanitizers. What they compute is in test_cuda_host.py too."""
+"""What only a real GPU shows of the CUDA and Triton kernels: full sizes, the CPU's decisions, CUDA
+graphs, streams, devices, memory, large addresses, torch.compile, the sanitizers. What they compute
+is in test_cuda_host.py and test_triton_kernels.py too."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -23,18 +23,21 @@ if not torch.cuda.is_available():
 
 D, N, K = 512, 4096, 32
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+TRITON_ALONE = pytest.mark.parametrize("impl", ["triton"], indirect=True)
 
 
-def on(device: str, case: Case) -> Case:
-    tensors = {f.name: getattr(case, f.name) for f in fields(case)}
-    return replace(case, **{k: t.to(device) for k, t in tensors.items() if isinstance(t, Tensor)})
+@pytest.fixture(params=["cuda", "triton"])
+def impl(request) -> str:
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    return request.param
 
 
-def some_live(T: int, dtype=torch.bfloat16, *, F: int = 4, device: str = "cuda") -> Case:
+def some_live(T: int, dtype=torch.bfloat16, weights=None, *, F: int = 4, d: int = D) -> Case:
     """Features that are live in token 0."""
-    case = random_case(T, D, N, K, 0, dtype, dtype)
+    case = random_case(T, d, N, K, 0, dtype, weights or dtype)
     features = case.rows(slice(0, 1)).encode("reference")[1][0, K - F :]
-    return on(device, case.but(features=features, values=torch.linspace(-2, 9, F)))
+    return case.but(features=features, values=torch.linspace(-2, 9, F)).on("cuda")
 
 
 def settled(case: Case) -> Tensor:
@@ -43,46 +46,106 @@ def settled(case: Case) -> Tensor:
     return pull.to(case.x.dtype).expand_as(case.x).contiguous()
 
 
+def run_all(case: Case, impl: str) -> None:
+    case.steer(impl), case.acts(impl)
+    ops.decode(*case.encode(impl), case.W_dec, case.b_dec, impl=impl)
+
+
+def compile_triton(case: Case, impl: str) -> None:
+    """Which its first call does, and may wait for the device then; the CUDA library has no such
+    call."""
+    if impl == "triton":
+        run_all(case, impl)
+
+
 def test_the_library_is_here():
     assert ops._NO_CUDA is None and frozenset(ops._NAMES) == ops._CUDA
     assert "impl='cuda'" in ops.implementations()["cuda"]
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("T", [1, 16, 17, 64, 65, 300, 3000])
-def test_decisions_are_fp64s(T, dtype):
-    case = some_live(T, dtype)
-    live, safe = case.acts("cuda") > 0, ~case.undecided()
+# ---- decisions ----
+
+
+def assert_decides_as_fp64(case: Case, impl: str) -> None:
+    live, safe = case.acts(impl) > 0, ~case.undecided()
     exact = reference.feature_acts(*case.encoder, case.features, K, dtype=torch.float64) > 0
     assert live[0].any() and torch.equal(live[safe], exact[safe])
-    print(f"T={T} {dtype}: {(~safe).double().mean():.2e} of the decisions within rounding")
-    assert_steered(case, case.steer("cuda"), live)
+    print(f"{(~safe).double().mean():.2e} of the decisions within rounding")
+    assert_steered(case, case.steer(impl), live)
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("T", [1, 40, 700])
-def test_integers_are_exact(T, dtype):
-    case = on("cuda", integer_case(T, 320, 3000, 32, 5, dtype, dtype))
+@pytest.mark.parametrize("T", [1, 2, 16, 17, 64, 65, 300, 3000])
+def test_decisions_are_fp64s_and_the_cpus(T, dtype, impl):
+    case = some_live(T, dtype)
+    assert_decides_as_fp64(case, impl)
+    live, safe = case.acts(impl) > 0, ~case.undecided()
+    assert torch.equal(live[safe].cpu(), (case.on("cpu").acts("cpu") > 0)[safe.cpu()])
+    positive = reference.preacts(case.x, case.W_enc, case.b_enc)[:, case.features] > 0
+    assert T < 16 or ((positive & ~live).any() and (~positive).any())
+
+
+@TRITON_ALONE
+@pytest.mark.parametrize("pair", [(DTYPES[0], DTYPES[1]), (DTYPES[1], DTYPES[0]), DTYPES[1:]])
+@pytest.mark.parametrize("d", [511, 3072])
+def test_mixed_types_and_widths(pair, d, impl):
+    assert_decides_as_fp64(some_live(70, *pair, d=d), impl)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("T", [1, 40, 200, 700])
+def test_integers_are_exact(T, dtype, impl):
+    case = integer_case(T, 320, 3000, 32, 0, dtype, dtype)
+    features = case.rows(slice(0, 1)).encode("reference")[1][0, 24:30]
+    case = case.but(features=features, values=torch.arange(-2.0, 4.0)).on("cuda")
     exact = reference.feature_acts(*case.encoder, case.features, 32, dtype=torch.float64)
-    assert torch.equal(case.acts("cuda").double(), exact)
-    assert same_bits(case.steer("cuda") + 0.0, case.truth().to(dtype) + 0.0)
+    assert (exact[0] > 0).all()
+    assert torch.equal(case.acts(impl).double(), exact)
+    assert same_bits(case.steer(impl) + 0.0, case.truth().to(dtype) + 0.0)
     values, indices = reference.encode(*case.encoder, 32, dtype=torch.float64)
-    ours = case.encode("cuda")
+    ours = case.encode(impl)
     assert torch.equal(ours[0].double(), values) and torch.equal(ours[1], indices)
-    recon = ops.decode(*ours, case.W_dec, case.b_dec, impl="cuda")
+    recon = ops.decode(*ours, case.W_dec, case.b_dec, impl=impl)
     assert torch.equal(recon, reference.decode(values, indices, case.W_dec, case.b_dec))
 
 
 @pytest.mark.parametrize("T", [1, 33, 600])
-def test_a_full_size_dictionary(T):
+def test_a_full_size_dictionary(T, impl):
     """Phi-3 Mini's width, with ties; the same run twice, bit for bit."""
-    case = on("cuda", integer_case(T, 3072, 24576, 32, 4, *2 * (torch.bfloat16,)))
+    case = integer_case(T, 3072, 24576, 32, 4, *2 * (torch.bfloat16,)).on("cuda")
     exact = reference.feature_acts(*case.encoder, case.features, 32)
-    assert torch.equal(case.acts("cuda"), exact)
-    assert same_bits(case.steer("cuda"), case.steer("cuda"))
-    values, indices = case.encode("cuda")
+    assert torch.equal(case.acts(impl), exact)
+    assert same_bits(case.steer(impl), case.steer(impl))
+    values, indices = case.encode(impl)
     expected = reference.encode(*case.encoder, 32)
     assert torch.equal(values, expected[0]) and torch.equal(indices, expected[1])
+
+
+@TRITON_ALONE
+def test_every_latent_counts_when_all_may_be_live(impl):
+    """k = N: every positive feature is live, and only after the whole scan."""
+    case = some_live(300).but(k=N)
+    acts = case.acts(impl)
+    p = ops.project(case.x, case.W_enc[case.features], case.b_enc[case.features], impl=impl)
+    assert torch.equal(acts, p.clamp(min=0)) and (acts > 0).any()
+
+
+@TRITON_ALONE
+@pytest.mark.parametrize("k", [32, 300])
+@pytest.mark.parametrize("T", [1, 70, 700])
+def test_encode_finds_the_largest(T, k, impl):
+    case = some_live(T).but(k=k)
+    values, indices = case.encode(impl)
+    p = reference.preacts(case.x, case.W_enc, case.b_enc)
+    best = p.sort(descending=True).values[:, :k]
+    torch.testing.assert_close(values.double(), best.clamp(min=0), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(p.gather(-1, indices), best, atol=1e-3, rtol=1e-4)
+    assert (indices.sort().values.diff() > 0).all()
+
+
+def test_the_device_without_a_choice_gives_the_same():
+    case = some_live(70)
+    assert same_bits(ops.steer(*case.edit, impl="auto"), torch.ops.saesteer.steer(*case.edit))
 
 
 # ---- what must not wait for the device ----
@@ -90,49 +153,50 @@ def test_a_full_size_dictionary(T):
 
 @pytest.mark.fault(68)
 @pytest.mark.parametrize("T", [1, 40, 200])
-def test_a_graph_replays_on_any_input(T):
+def test_a_graph_replays_on_any_input(T, impl):
     case = some_live(T)
     x = case.x.clone()
     fixed = case.but(x=x)
+    compile_triton(fixed, impl)
+    fixed.steer(impl)
     graph = torch.cuda.CUDAGraph()
-    fixed.steer("cuda")
     with torch.cuda.graph(graph):
-        y, acts = fixed.steer("cuda"), fixed.acts("cuda")
-        indices = fixed.encode("cuda")[1]
+        y, acts = fixed.steer(impl), fixed.acts(impl)
+        indices = fixed.encode(impl)[1]
     for content in (settled(case), case.x, settled(case), case.x.flip(-1), case.x):
         x.copy_(content)
         y.zero_()
         graph.replay()
         eager = case.but(x=content)
-        assert same_bits(y, eager.steer("cuda")) and same_bits(acts, eager.acts("cuda"))
-        assert torch.equal(indices, eager.encode("cuda")[1])
+        assert same_bits(y, eager.steer(impl)) and same_bits(acts, eager.acts(impl))
+        assert torch.equal(indices, eager.encode(impl)[1])
     assert (acts > 0).any()
 
 
 @pytest.mark.fault(68)
 @pytest.mark.parametrize("T", [1, 200])
-def test_nothing_waits_for_the_device(T):
+def test_nothing_waits_for_the_device(T, impl):
     case = some_live(T)
+    compile_triton(case, impl)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        case.steer("cuda"), case.acts("cuda")
-        ops.decode(*case.encode("cuda"), case.W_dec, case.b_dec, impl="cuda")
+        run_all(case, impl)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.fault(31, 68)
-def test_streams_do_not_meet():
+def test_streams_do_not_meet(impl):
     cases = [some_live(200), some_live(150, F=7)]
     cases[1] = cases[1].but(x=cases[1].x.flip(-1))
-    expected = [case.steer("cuda") for case in cases]
+    expected = [case.steer(impl) for case in cases]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
     found = [[], []]
     for _ in range(20):
         for case, stream, results in zip(cases, streams, found, strict=True):
             with torch.cuda.stream(stream):
-                results.append(case.steer("cuda"))
+                results.append(case.steer(impl))
     torch.cuda.synchronize()
     for results, y in zip(found, expected, strict=True):
         assert all(same_bits(result, y) for result in results)
@@ -142,7 +206,7 @@ def test_streams_do_not_meet():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_another_device_than_the_current_one():
     case = some_live(200)
-    other = on("cuda:1", case)
+    other = case.on("cuda:1")
     assert same_bits(other.steer("cuda").cpu(), case.steer("cuda").cpu())
     with pytest.raises(RuntimeError, match="W_enc is not on cuda:1, where x is"):
         other.but(W_enc=case.W_enc).steer("cuda")
@@ -156,14 +220,18 @@ def test_arguments_on_the_cpu_are_named():
             case.but(**{name: getattr(case, name).cpu()}).steer("cuda")
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiles_without_a_break(mode):
+@pytest.mark.parametrize(
+    ("impl", "mode"),
+    [("cuda", "default"), ("cuda", "reduce-overhead"), ("triton", "default")],
+    indirect=["impl"],
+)
+def test_compiles_without_a_break(impl, mode):
     case = some_live(70)
     compiled = torch.compile(
-        lambda x: 2 * ops.steer(x, *case.edit[1:], impl="cuda"), fullgraph=True, mode=mode
+        lambda x: 2 * ops.steer(x, *case.edit[1:], impl=impl), fullgraph=True, mode=mode
     )
     for _ in range(3):
-        assert torch.equal(compiled(case.x), 2 * case.steer("cuda"))
+        assert torch.equal(compiled(case.x), 2 * case.steer(impl))
 
 
 @pytest.mark.parametrize("op", ["steer", "feature_acts", "encode"])
@@ -179,18 +247,22 @@ def test_opcheck(op):
 
 # ---- memory ----
 
+A_TOKEN = {"cuda": 0, "triton": 64}
+"""Bytes."""
+
 
 @pytest.mark.parametrize("T", [1, 8192, 50_000])
 @pytest.mark.parametrize("F", [1, 16])
-def test_memory_beside_the_output_is_bounded(T, F):
-    case = some_live(T, F=F)
-    case.steer("cuda")
+def test_memory_beside_the_output_is_bounded(T, F, impl):
+    edit = some_live(T, F=F).edit
+    ops.steer(*edit, impl=impl)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    y = case.steer("cuda")
+    y = ops.steer(*edit, impl=impl)
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before - y.nbytes <= (1 << 20) + 4096
+    beside = torch.cuda.max_memory_allocated() - before - y.nbytes
+    assert beside <= (1 << 20) + A_TOKEN[impl] * T + 4096
 
 
 def room(gigabytes: int) -> None:
@@ -199,19 +271,19 @@ def room(gigabytes: int) -> None:
 
 
 @pytest.mark.fault(17)
-def test_tokens_beyond_32_bit_addresses():
+def test_tokens_beyond_32_bit_addresses(impl):
     room(20)
     T = (1 << 31) // D + 100
     case = some_live(100)
     x = case.x.new_zeros(T, D)
     x[:100] = x[-100:] = case.x
-    y = case.but(x=x).steer("cuda")
-    expected = case.steer("cuda")
+    y = case.but(x=x).steer(impl)
+    expected = case.steer(impl)
     assert same_bits(y[-100:], expected) and same_bits(y[:100], expected)
 
 
 @pytest.mark.fault(17)
-def test_latents_beyond_32_bit_addresses():
+def test_latents_beyond_32_bit_addresses(impl):
     room(30)
     latents = (1 << 31) // D + 300
     random = torch.Generator("cuda").manual_seed(0)
@@ -221,7 +293,7 @@ def test_latents_beyond_32_bit_addresses():
     b_enc = torch.zeros(latents, device="cuda")
     features = latents - 300 + (x[:3].float() @ W_enc[-300:].float().T).argmax(-1).unique()
     for T, k in ((3, 1), (3, latents // 2), (90, latents // 2), (3, latents)):
-        acts = ops.feature_acts(x[:T], W_enc, b_enc, features, k, impl="cuda")
+        acts = ops.feature_acts(x[:T], W_enc, b_enc, features, k, impl=impl)
         few = [reference.feature_acts(row, W_enc, b_enc, features, k) for row in x[:T].split(1)]
         assert torch.equal(acts, torch.cat(few))
 

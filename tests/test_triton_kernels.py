@@ -3,8 +3,6 @@ where test_triton.py runs this file."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-
 import pytest
 import torch
 from ops_cases import (
@@ -51,8 +49,7 @@ SHAPES = [
 
 
 def here(case: Case) -> Case:
-    tensors = {f.name: getattr(case, f.name) for f in fields(case)}
-    return replace(case, **{k: t.to(DEVICE) for k, t in tensors.items() if isinstance(t, Tensor)})
+    return case.on(DEVICE)
 
 
 def exact_acts(case: Case) -> Tensor:
