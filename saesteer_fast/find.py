@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import sites
-from ..eval import ENOUGH, Prompt, Share, answers, chat_text, is_refusal, sweep, tally
-from ..measures import Measured, encode
-from ..sae import SAE
+from . import sites
+from .eval import ENOUGH, Prompt, Share, answers, chat_text, is_refusal, sweep, tally
+from .measures import Measured, encode
+from .sae import SAE
 
 TRIED = 2.5
 """The strength at which candidates are tried, in units of the latent's own maximum. At 1 single
