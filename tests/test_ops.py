@@ -718,7 +718,9 @@ def test_encode_takes_tokens_in_groups(k):
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("shape", [(5, 3, 1), (63, 130, 32), (7, 33, 0), (0, 33, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 3, 1), (63, 130, 32), (2, 4133, 45), (7, 33, 0), (0, 33, 4)], ids=str
+)
 def test_core_decode_is_the_truth(dtype, shape):
     T, d, k = shape
     case = random_case(T, d, 1000, 1, 0, weights=dtype)

@@ -120,7 +120,7 @@ void decode(const float* values, const int64_t* indices, int64_t tokens, int64_t
       coef.clear(), rows.clear();
       for (int64_t i = t * k; i < (t + 1) * k; ++i)
         if (values[i] != 0) coef.push_back(values[i]), rows.push_back(W_dec[indices[i]]);
-      kernels().add(b_dec, Dtype::f32, rows.data(), W_dec.dtype, coef.data(), coef.size(),
+      kernels().add(b_dec, Dtype::f32, nullptr, rows.data(), W_dec.dtype, coef.data(), coef.size(),
                     W_dec.width, y[t], y.dtype);
     }
   });

@@ -36,9 +36,10 @@ struct Kernels {
   uint64_t (*beats)(const float* p, int n, float threshold, bool ties);
 
   // y = round(base + sum_i coef[i] rows[i]), summed in fp32 in the order of i; base in y's dtype,
-  // or fp32. One row without coef is the sum.
-  void (*add)(const void* base, Dtype base_dtype, const void* const* rows, Dtype rows_dtype,
-              const float* coef, int64_t count, int64_t d, void* y, Dtype y_dtype);
+  // or fp32. Unless `sum` is null it is the sum, and count is 0.
+  void (*add)(const void* base, Dtype base_dtype, const float* sum, const void* const* rows,
+              Dtype rows_dtype, const float* coef, int64_t count, int64_t d, void* y,
+              Dtype y_dtype);
 
   void (*to_f32)(const void* src, Dtype dtype, int64_t n, float* dst);
 

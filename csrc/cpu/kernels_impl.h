@@ -1,11 +1,18 @@
 // The inner loops, written once over a vector type V; each kernels_*.cpp brings its own V and
 // instantiates `table<V>`. V has
-//   reg, lanes, tokens, wide    registers; rows of x a tile takes; up to how many it takes 8 rows
-//   of w load, load_part(p, n)       of float, bf16, f16, as fp32; past n < lanes zeros store,
-//   store_part           of fp32, rounding to nearest even set1, add, fma, sums        sums(a, b,
-//   c, d): the four registers' own sums, as a float4 beats(p, threshold, ties)   a bit a lane
-//   Bf16Product                 how two bf16 rows are multiplied (Widened, or the machine's own
-//   way)
+//
+//   reg, lanes             a register of fp32, and how many it holds
+//   tokens                 the most rows of x that a tile takes
+//   wide                   the most rows of x beside which a tile takes 8 rows of w
+//   load(p)                from float, bf16 or f16, as fp32
+//   load_part(p, n)        n < lanes of them, then zeros
+//   store, store_part      of fp32, rounded to nearest even
+//   set1, add, fma         as everywhere
+//   sums(a, b, c, d)       the sum of each of four registers, as a float4
+//   beats(p, t, ties)      a bit a lane, as Kernels::beats
+//   Bf16Product            how two bf16 rows are multiplied: Widened, or the machine's own way
+//
+// and, where Bf16Product::native, store_two(p, low, high).
 #pragma once
 
 #include <cstring>
@@ -212,32 +219,53 @@ void store_two(Y* y, typename V::reg low, typename V::reg high) {
   }
 }
 
+// y = base + (sum + sum_i coef[i] rows[i]), the rows from column `at` on. A null `sum` is 0; with
+// B = void there is no base.
 template <class V, class B, class R, class Y>
-void add_of(const B* base, const void* const* rows, const float* coef, int64_t count, int64_t d,
-            Y* y) {
+void add_few(const B* base, const float* sum, const void* const* rows, const float* coef,
+             int64_t count, int64_t at, int64_t d, Y* y) {
   constexpr int U = 4;
-  const bool summed = coef == nullptr && count == 1;
-  auto row = [rows](int64_t i) { return static_cast<const R*>(rows[i]); };
+  auto row = [rows, at](int64_t i) { return static_cast<const R*>(rows[i]) + at; };
   int64_t c = 0;
   for (; c + U * V::lanes <= d; c += U * V::lanes) {
     typename V::reg s[U];
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) s[u] = summed ? V::load(row(0) + c + u * V::lanes) : V::set1(0.f);
-    for (int64_t i = summed; i < count; ++i)
+    for (int u = 0; u < U; ++u) s[u] = sum ? V::load(sum + c + u * V::lanes) : V::set1(0.f);
+    for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u)
         s[u] = V::fma(V::set1(coef[i]), V::load(row(i) + c + u * V::lanes), s[u]);
+    if constexpr (!std::is_void_v<B>)
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) s[u] = V::add(V::load(base + c + u * V::lanes), s[u]);
+      for (int u = 0; u < U; ++u) s[u] = V::add(V::load(base + c + u * V::lanes), s[u]);
 #pragma GCC unroll 2
     for (int u = 0; u < U; u += 2) store_two<V>(y + c + u * V::lanes, s[u], s[u + 1]);
   }
   for (; c < d; c += V::lanes) {
     const int n = static_cast<int>(d - c < V::lanes ? d - c : V::lanes);
-    auto s = summed ? V::load_part(row(0) + c, n) : V::set1(0.f);
-    for (int64_t i = summed; i < count; ++i)
+    auto s = sum ? V::load_part(sum + c, n) : V::set1(0.f);
+    for (int64_t i = 0; i < count; ++i)
       s = V::fma(V::set1(coef[i]), V::load_part(row(i) + c, n), s);
-    V::store_part(y + c, V::add(V::load_part(base + c, n), s), n);
+    if constexpr (!std::is_void_v<B>) s = V::add(V::load_part(base + c, n), s);
+    V::store_part(y + c, s, n);
+  }
+}
+
+// Many rows are added a few at a time, over columns whose sums stay in L1: more of them are more
+// streams than a core reads ahead, and more lines a whole number of pages apart than L1 has ways.
+template <class V, class B, class R, class Y>
+void add_of(const B* base, const float* sum, const void* const* rows, const float* coef,
+            int64_t count, int64_t d, Y* y) {
+  constexpr int64_t kRows = 12, kMostRows = 16, kColumns = 4096;
+  if (count <= kMostRows) return add_few<V, B, R>(base, sum, rows, coef, count, 0, d, y);
+  alignas(64) float sums[kColumns];
+  for (int64_t c = 0; c < d; c += kColumns) {
+    const int64_t n = d - c < kColumns ? d - c : kColumns;
+    const float* before = nullptr;
+    int64_t i = 0;
+    for (; count - i > kMostRows; i += kRows, before = sums)
+      add_few<V, void, R>(nullptr, before, rows + i, coef + i, kRows, c, n, sums);
+    add_few<V, B, R>(base + c, before, rows + i, coef + i, count - i, c, n, y + c);
   }
 }
 
@@ -255,17 +283,17 @@ void with_type(Dtype dtype, F&& f) {
 }
 
 template <class V>
-void add(const void* base, Dtype base_dtype, const void* const* rows, Dtype rows_dtype,
-         const float* coef, int64_t count, int64_t d, void* y, Dtype y_dtype) {
+void add(const void* base, Dtype base_dtype, const float* sum, const void* const* rows,
+         Dtype rows_dtype, const float* coef, int64_t count, int64_t d, void* y, Dtype y_dtype) {
   with_type(y_dtype, [&](auto* y_tag) {
     with_type(rows_dtype, [&](auto* row_tag) {
       using Y = std::remove_pointer_t<decltype(y_tag)>;
       using R = std::remove_pointer_t<decltype(row_tag)>;
       if (base_dtype == y_dtype)
-        add_of<V, Y, R, Y>(static_cast<const Y*>(base), rows, coef, count, d, static_cast<Y*>(y));
+        add_of<V, Y, R>(static_cast<const Y*>(base), sum, rows, coef, count, d, static_cast<Y*>(y));
       else
-        add_of<V, float, R, Y>(static_cast<const float*>(base), rows, coef, count, d,
-                               static_cast<Y*>(y));
+        add_of<V, float, R>(static_cast<const float*>(base), sum, rows, coef, count, d,
+                            static_cast<Y*>(y));
     });
   });
 }

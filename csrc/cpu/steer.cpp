@@ -7,25 +7,16 @@
 namespace saesteer::cpu {
 namespace {
 
-// sum_i coef[i] rows[i], or one row that is the sum already.
+// sum_i coef[i] rows[i], or the sum itself.
 struct Terms {
-  Dtype dtype;
+  const float* sum = nullptr;
   std::vector<float> coef;
   std::vector<const void*> rows;
 
   void add(float c, const void* row) { coef.push_back(c), rows.push_back(row); }
-
-  void clear(Dtype rows_dtype) {
-    dtype = rows_dtype;
-    coef.clear(), rows.clear();
-  }
+  void clear() { sum = nullptr, coef.clear(), rows.clear(); }
+  bool empty() const { return sum == nullptr && rows.empty(); }
 };
-
-void write_sum(const void* base, const Terms& terms, int64_t d, void* y, Dtype y_dtype) {
-  const float* coef = terms.coef.empty() ? nullptr : terms.coef.data();
-  kernels().add(base, y_dtype, terms.rows.data(), terms.dtype, coef, terms.rows.size(), d, y,
-                y_dtype);
-}
 
 class Edit {
  public:
@@ -40,20 +31,24 @@ class Edit {
   // Writes token t; acts is null outside the mask.
   void write(int64_t t, const float* acts) const {
     thread_local Terms terms;
-    terms.clear(directions_.dtype);
+    terms.clear();
     if (acts != nullptr) collect(t, acts, terms);
-    if (terms.rows.empty())
+    if (terms.empty())
       kernels().copy(x_[t], x_.width * bytes(x_.dtype), y_[t]);
     else
-      write_sum(x_[t], terms, x_.width, y_[t], y_.dtype);
+      write_sum(x_[t], terms, y_[t], y_.dtype);
   }
 
  private:
+  void write_sum(const void* base, const Terms& terms, void* y, Dtype y_dtype) const {
+    kernels().add(base, y_dtype, terms.sum, terms.rows.data(), directions_.dtype, terms.coef.data(),
+                  terms.rows.size(), x_.width, y, y_dtype);
+  }
+
   void collect(int64_t t, const float* acts, Terms& terms) const {
     const auto is_zero = [](float a) { return a == 0; };
     if (!common_.empty() && std::all_of(acts, acts + features_, is_zero)) {
-      terms.clear(Dtype::f32);
-      terms.rows.push_back(common_.data());
+      terms.sum = common_.data();
       return;
     }
     for (int64_t f = 0; f < features_; ++f) {
@@ -67,11 +62,10 @@ class Edit {
   void sum_common() {
     const std::vector<float> acts(features_), base(x_.width);
     Terms terms;
-    terms.clear(directions_.dtype);
     collect(0, acts.data(), terms);
-    if (terms.rows.empty()) return;
+    if (terms.empty()) return;
     std::vector<float> sum(x_.width);
-    write_sum(base.data(), terms, x_.width, sum.data(), Dtype::f32);
+    write_sum(base.data(), terms, sum.data(), Dtype::f32);
     common_ = std::move(sum);
   }
 
