@@ -35,7 +35,8 @@ def raw_bias(w: Workload) -> Tensor:
     return (w.b_enc + torch.cat(products)).to(w.W_enc.dtype)
 
 
-def sparsify(w: Workload) -> dict[str, Peer]:
+def sparse_coder(w: Workload):
+    """sparsify's SAE, with its encode and decode."""
     if not torch.cuda.is_available():
         os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
     from sparsify import SparseCoder, SparseCoderConfig
@@ -45,6 +46,11 @@ def sparsify(w: Workload) -> dict[str, Peer]:
         coder = SparseCoder(d, SparseCoderConfig(num_latents=N, k=w.k), device="meta")
     coder.encoder.weight, coder.encoder.bias = _parameters(w.W_enc, raw_bias(w))
     coder.W_dec, coder.b_dec = _parameters(w.W_dec, w.b_dec)
+    return coder
+
+
+def sparsify(w: Workload) -> dict[str, Peer]:
+    coder = sparse_coder(w)
     features, values = w.features, w.values.to(w.W_dec.dtype)
 
     def call(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from test_bench import ROOT, SMALL, run_small
 
 from bench import heap, phi3, report, test_calls, test_encode, test_model, verify, workloads
+from bench.tables import encode as encode_tables
 from bench.tables import memory as memory_tables
 from bench.tables import model as model_tables
 from bench.timing import Contestant
@@ -71,7 +72,9 @@ def planted():
 
 
 def test_encode_agrees(planted):
-    assert min(test_encode.verify_all(planted, 32).values()) >= 0.9
+    found = test_encode.verify_all(planted, 32)
+    assert set(found) == {"eager", "bag", "dense", *test_encode.SPARSIFY}
+    assert min(found.values()) >= 0.9
 
 
 @pytest.mark.parametrize(
@@ -159,3 +162,16 @@ def test_tables():
     (target,) = memory_tables.TARGETS
     for bytes_, verdict in ((2**20 + 64 * 8, "met"), (2**20 + 64 * 9, "**missed**")):
         assert target.judge([{"T": 8, "bytes": {"ours": bytes_}}])[-1] == verdict
+
+
+def test_encode_shows_sparsify_where_it_ran():
+    result = report.newest(report.RESULTS, "encode")
+    for case in result["cases"]:
+        case["seconds"].pop("sparsify", None)
+    text = encode_tables.render(result)
+    assert "| sparsify / ours |" not in text and "sparsify itself was not installed" in text
+    for case in result["cases"]:
+        case["seconds"]["sparsify"] = [3 * each for each in case["seconds"]["ours"]]
+    text = encode_tables.render(result)
+    assert text.count("| sparsify / ours |") == 2 and "not installed" not in text
+    assert text.count("| 3.00× (3.00) |") == len([c for c in result["cases"] if c["short"]])

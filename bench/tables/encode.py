@@ -7,8 +7,13 @@ from statistics import median
 from .common import Case, circumstances, duration, percent, ratios, spread, table
 
 HEADINGS = {
-    "encode": {"eager": "linear + topk", "linear": "F.linear", "topk": "topk alone"},
-    "decode": {"bag": "embedding_bag", "dense": "dense product"},
+    "encode": {
+        "sparsify": "sparsify",
+        "eager": "linear + topk",
+        "linear": "F.linear",
+        "topk": "topk alone",
+    },
+    "decode": {"sparsify": "sparsify", "bag": "embedding_bag", "dense": "dense product"},
 }
 
 
@@ -17,12 +22,14 @@ def render(result: dict, everything: bool = False) -> str:
     ratio's spread."""
     cases = [case for case in result["cases"] if everything or case["short"]]
     agree = min(share for case in cases for share in case["agreement"].values())
+    ran = any("sparsify" in case["seconds"] for case in cases)
+    absent = "" if ran else "; sparsify itself was not installed"
     legend = (
         f"{cases[0]['dtype']}, d={cases[0]['d']}, N={cases[0]['N']}; T tokens a call, k live "
         "latents, planted activations. Medians of shuffled rounds, in parentheses the worst round. "
-        "linear + topk and embedding_bag are what sparsify runs on a CPU. Verified first: encode "
-        "gives the k largest of fp64 but for the error of fp32 sums, decode is rounded once; the "
-        f"others agree within 2 % on at least {percent(agree)} of the tokens."
+        f"linear + topk and embedding_bag are what sparsify runs on a CPU{absent}. Verified "
+        "first: encode gives the k largest of fp64 but for the error of fp32 sums, decode is "
+        f"rounded once; the others agree within 2 % on at least {percent(agree)} of the tokens."
     )
     tables = [
         _table(op, [case for case in cases if case["op"] == op], everything) for op in HEADINGS
@@ -33,13 +40,14 @@ def render(result: dict, everything: bool = False) -> str:
 def _table(op: str, cases: list[Case], everything: bool) -> str:
     if not cases:
         return ""
-    header = [f"{op}, T", "k", "ours", *(f"{heading} / ours" for heading in HEADINGS[op].values())]
+    shown = [name for name in HEADINGS[op] if any(name in case["seconds"] for case in cases)]
+    header = [f"{op}, T", "k", "ours", *(f"{HEADINGS[op][name]} / ours" for name in shown)]
     rows = [
         [
             str(case["T"]),
             str(case["k"]),
             duration(median(case["seconds"]["ours"])),
-            *(spread(ratios(case, name), everything) for name in HEADINGS[op]),
+            *(spread(ratios(case, name), everything) for name in shown),
         ]
         for case in cases
     ]
