@@ -1,18 +1,18 @@
 // The inner loops, written once over a vector type V; each kernels_*.cpp brings its own V and
 // instantiates `table<V>`. V has
 //
-//   reg, lanes             a register of fp32, and how many it holds
+//   reg, lanes             a register of fp32; how many it holds
 //   tokens                 the most rows of x that a tile takes
 //   wide                   the most rows of x beside which a tile takes 8 rows of w
-//   load(p)                from float, bf16 or f16, as fp32
-//   load_part(p, n)        n < lanes of them, then zeros
-//   store, store_part      of fp32, rounded to nearest even
-//   set1, add, fma         as everywhere
-//   sums(a, b, c, d)       the sum of each of four registers, as a float4
-//   beats(p, t, ties)      a bit a lane, as Kernels::beats
+//   load(p)                of float, bf16 or f16, as fp32
+//   load_part(p, n)        the first n <= lanes; zeros in the other lanes
+//   store(p, v)            to float, bf16 or f16, rounded to nearest even
+//   store_part(p, v, n)    the first n <= lanes
+//   set1, add, fma         a number in every lane; a + b; a * b + c
+//   sums(a, b, c, d)       the sum of each register's lanes: a float4
+//   beats(p, t, ties)      Kernels::beats, a bit a lane
 //   Bf16Product            how two bf16 rows are multiplied: Widened, or the machine's own way
-//
-// and, where Bf16Product::native, store_two(p, low, high).
+//   store_two(p, u, v)     two stores in one to bf16, where Bf16Product::native
 #pragma once
 
 #include <cstring>
