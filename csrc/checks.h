@@ -5,10 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "views.h"
@@ -111,6 +113,15 @@ inline bool has_sizes(const Tensor& t, const std::vector<int64_t>& sizes) {
   return std::vector<int64_t>(have.begin(), have.end()) == sizes;
 }
 
+// From the first byte of t to behind its last; {0, 0} if there is none.
+inline std::pair<uintptr_t, uintptr_t> extent(const Tensor& t) {
+  if (t.numel() == 0) return {0, 0};
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  int64_t elements = 1;
+  for (int64_t i = 0; i < t.dim(); ++i) elements += (t.size(i) - 1) * t.stride(i);
+  return {begin, begin + elements * t.element_size()};
+}
+
 inline Tensor packed(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
@@ -125,6 +136,19 @@ class Arguments {
   Rows x() const {
     x_.has_shape("[..., d]", x_.t.dim() >= 1);
     return rows(x_);
+  }
+
+  // For an op that overwrites x while it reads the others, which are null if not given.
+  void overwrites(std::initializer_list<std::pair<const char*, const Tensor*>> others) const {
+    check(x_.t.is_contiguous(), x_.op,
+          "x is not contiguous, and is overwritten where it lies; accepted: a contiguous x, or "
+          "saesteer::steer, which takes any");
+    const auto [begin, end] = extent(x_.t);
+    for (const auto& [name, t] : others) {
+      const auto [first, behind] = t ? extent(*t) : std::pair<uintptr_t, uintptr_t>();
+      check(behind <= begin || end <= first, x_.op, name,
+            " lies in the memory of x, which is overwritten; accepted: a copy of it");
+    }
   }
 
   Encoder encoder(const Tensor& W_enc, const Tensor& b_enc, int64_t k,

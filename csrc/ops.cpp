@@ -34,22 +34,44 @@ Features checked(const char* op, const Features& features, int64_t N) {
   return features;
 }
 
-Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
-             const Tensor& directions_in, const Tensor& features_in, const Tensor& values_in,
-             int64_t k, std::optional<Tensor> mask_in, std::optional<Tensor> order) {
-  const Tensor x = packed(x_in), features = packed(features_in), directions = packed(directions_in),
+// Writes y, which may be x.
+void steer_to(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
+              const Tensor& directions_in, const Tensor& features_in, const Tensor& values_in,
+              int64_t k, const std::optional<Tensor>& mask_in, const std::optional<Tensor>& order,
+              Tensor& y) {
+  const Tensor features = packed(features_in), directions = packed(directions_in),
                values = packed(values_in), mask = mask_in ? packed(*mask_in) : Tensor();
-  const Arguments given("steer", x);
+  const Arguments given(op, x);
   const Rows rows = given.x();
   const Encoder encoder = given.encoder(W_enc, b_enc, k, order);
-  const Features chosen = checked("steer", given.features(features), encoder.count);
+  const Features chosen = checked(op, given.features(features), encoder.count);
   const Rows added = given.directions(directions, chosen.count);
   const Values held = given.values("values", values, chosen.count);
   const bool* steered = mask_in ? given.mask(mask) : nullptr;
-
-  Tensor y = torch::stable::new_empty(x, x.sizes());
   cpu::steer(rows, tokens_of(x), encoder, added, chosen, held, steered, like(y, rows));
+}
+
+Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc, const Tensor& directions,
+             const Tensor& features, const Tensor& values, int64_t k, std::optional<Tensor> mask,
+             std::optional<Tensor> order) {
+  const Tensor x = packed(x_in);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  steer_to("steer", x, W_enc, b_enc, directions, features, values, k, mask, order, y);
   return y;
+}
+
+void steer_(Tensor x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& directions,
+            const Tensor& features, const Tensor& values, int64_t k, std::optional<Tensor> mask,
+            std::optional<Tensor> order) {
+  Arguments("steer_", x)
+      .overwrites({{"W_enc", &W_enc},
+                   {"b_enc", &b_enc},
+                   {"directions", &directions},
+                   {"features", &features},
+                   {"values", &values},
+                   {"mask", mask ? &*mask : nullptr},
+                   {"order", order ? &*order : nullptr}});
+  steer_to("steer_", x, W_enc, b_enc, directions, features, values, k, mask, order, x);
 }
 
 Tensor add_directions(const Tensor& x_in, const Tensor& directions_in, const Tensor& coef_in) {
@@ -127,6 +149,9 @@ STABLE_TORCH_LIBRARY(saesteer, m) {
       "steer(Tensor x, Tensor W_enc, Tensor b_enc, Tensor directions, Tensor features, "
       "Tensor values, int k, Tensor? mask=None, Tensor? order=None) -> Tensor");
   m.def(
+      "steer_(Tensor(a!) x, Tensor W_enc, Tensor b_enc, Tensor directions, Tensor features, "
+      "Tensor values, int k, Tensor? mask=None, Tensor? order=None) -> ()");
+  m.def(
       "feature_acts(Tensor x, Tensor W_enc, Tensor b_enc, Tensor features, int k, "
       "Tensor? order=None) -> Tensor");
   m.def("project(Tensor x, Tensor W_enc, Tensor b_enc) -> Tensor");
@@ -137,6 +162,7 @@ STABLE_TORCH_LIBRARY(saesteer, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(saesteer, CPU, m) {
   m.impl("steer", TORCH_BOX(&saesteer::steer));
+  m.impl("steer_", TORCH_BOX(&saesteer::steer_));
   m.impl("feature_acts", TORCH_BOX(&saesteer::feature_acts));
   m.impl("project", TORCH_BOX(&saesteer::project));
   m.impl("add_directions", TORCH_BOX(&saesteer::add_directions));

@@ -23,14 +23,38 @@ def steer(
     k: int,
     mask: Tensor | None = None,
     order: Tensor | None = None,
+    *,
+    op: str = "steer",
 ) -> None:
-    op = "steer"
     feature_acts(x, W_enc, b_enc, features, k, order, op=op)
     _added(op, x, directions, "values", values, features.shape[0])
     if mask is not None:
         _device(op, x=x, mask=mask)
         _dtype(op, "mask", mask, torch.bool)
         _shape(op, "mask", mask, mask.shape == x.shape[:-1], "x's leading sizes")
+
+
+def steer_(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    directions: Tensor,
+    features: Tensor,
+    values: Tensor,
+    k: int,
+    mask: Tensor | None = None,
+    order: Tensor | None = None,
+) -> None:
+    op = "steer_"
+    if not x.is_contiguous():
+        hint = "accepted: a contiguous x, or saesteer::steer, which takes any"
+        _refuse(op, f"x is not contiguous, and is overwritten where it lies; {hint}")
+    read = dict(W_enc=W_enc, b_enc=b_enc, directions=directions, features=features, values=values)
+    for name, t in (read | dict(mask=mask, order=order)).items():
+        if t is not None and _share_memory(x, t):
+            hint = "accepted: a copy of it"
+            _refuse(op, f"{name} lies in the memory of x, which is overwritten; {hint}")
+    steer(x, W_enc, b_enc, directions, features, values, k, mask, order, op=op)
 
 
 def feature_acts(
@@ -106,6 +130,24 @@ def elements(op: str, name: str, indices: Tensor, N: int) -> None:
         for index, times in Counter(indices.tolist()).items():
             if times > 1:
                 _refuse(op, f"features holds {index} twice; a latent can be edited once")
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_dynamo_compiling():  # which knows no storages; shapes alone are traced
+        return False
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+        return False
+    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
+    return a_begin < b_end and b_begin < a_end
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """In its storage, from the first byte to behind the last; (0, 0) if there is none."""
+    if t.numel() == 0:
+        return 0, 0
+    steps = zip(t.shape, t.stride(), strict=True)
+    begin, size = t.storage_offset(), 1 + sum((n - 1) * step for n, step in steps)
+    return begin * t.itemsize, (begin + size) * t.itemsize
 
 
 def _added(op: str, x: Tensor, directions: Tensor, name: str, coef: Tensor, F: int) -> None:

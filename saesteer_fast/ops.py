@@ -3,6 +3,7 @@ and chooses who computes them. The only file that names torch.ops.
 
     torch.ops.saesteer.steer(x, W_enc, b_enc, directions, features, values, k, mask=None,
                              order=None) -> Tensor
+    torch.ops.saesteer.steer_(x, ... as above) -> ()                   x is overwritten by x'
     torch.ops.saesteer.feature_acts(x, W_enc, b_enc, features, k, order=None) -> Tensor
     torch.ops.saesteer.project(x, W_enc, b_enc) -> Tensor
     torch.ops.saesteer.add_directions(x, directions, coef) -> Tensor
@@ -43,7 +44,7 @@ from . import _build  # noqa: E402  (speaks of the library, so it comes after it
 _OPS = torch.ops.saesteer
 _TRITON = torch.ops.saesteer_triton
 _BY_CUDA = torch.ops.saesteer_cuda
-_NAMES = ("steer", "feature_acts", "project", "add_directions", "encode", "decode")
+_NAMES = ("steer", "steer_", "feature_acts", "project", "add_directions", "encode", "decode")
 _SPACES = ("saesteer", "saesteer_triton", "saesteer_cuda")
 for _name in _NAMES:
     _schema = str(getattr(_OPS, _name).default._schema).removeprefix(f"saesteer::{_name}")
@@ -69,6 +70,7 @@ _NO_CUDA = _load_cuda()
 
 _LATENTS = {
     "steer": ("features", 4, 1),
+    "steer_": ("features", 4, 1),
     "feature_acts": ("features", 3, 1),
     "decode": ("indices", 1, 2),
 }
@@ -80,6 +82,8 @@ def _by_reference(name: str) -> Callable:
     check, compute = getattr(checks, name), getattr(reference, name)
 
     def run(*args):
+        if name == "steer_" and not torch.compiler.is_compiling():
+            transforms.require_untracked(_OPS.steer_.default, *args)
         check(*args)
         if name in _LATENTS:
             argument, *places = _LATENTS[name]
@@ -151,6 +155,29 @@ def steer(
     ValueError for an unknown `impl`.
     """
     return _chosen("steer", impl, x)(x, W_enc, b_enc, directions, features, values, k, mask, order)
+
+
+def steer_(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    directions: Tensor,
+    features: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    mask: Tensor | None = None,
+    order: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """`steer` that writes x' over x, bit for bit the same, for whoever owns x and has no use for it
+    any more.
+
+    Nothing of x's size is allocated; tokens that `steer` would copy are not touched. x must be
+    contiguous, and no other argument lie in its memory. Not differentiable: NotImplementedError
+    where `steer` would give a gradient, and under the transforms of torch.func.
+    """
+    _chosen("steer_", impl, x)(x, W_enc, b_enc, directions, features, values, k, mask, order)
 
 
 def feature_acts(
@@ -334,6 +361,11 @@ def _(x, W_enc, b_enc, directions, features, values, k, mask=None, order=None):
     return x.new_empty(x.shape)
 
 
+@_fake("steer_")
+def _(x, W_enc, b_enc, directions, features, values, k, mask=None, order=None):
+    checks.steer_(x, W_enc, b_enc, directions, features, values, k, mask, order)
+
+
 @_fake("project")
 def _(x, W_enc, b_enc):
     checks.project(x, W_enc, b_enc)
@@ -465,6 +497,10 @@ def _decode_backward(ctx, grad):
     return (W_dec[indices].float() @ grad.float()[..., None]).squeeze(-1), None, None, None
 
 
+for _name in _NAMES:
+    torch.library.impl(f"saesteer_triton::{_name}", ("cpu", "cuda"), _by_triton(_name))
+    torch.library.impl(f"saesteer::{_name}", "cuda", _best_on_gpu(_name))
+
 for _name, _backward, _save in (
     ("steer", _steer_backward, _save_steer),
     ("feature_acts", _feature_acts_backward, _save_feature_acts),
@@ -475,5 +511,5 @@ for _name, _backward, _save in (
 ):
     for _space in (_OPS, _TRITON, _BY_CUDA):
         transforms.register(getattr(_space, _name).default, _save, _backward)
-    torch.library.impl(f"saesteer_triton::{_name}", ("cpu", "cuda"), _by_triton(_name))
-    torch.library.impl(f"saesteer::{_name}", "cuda", _best_on_gpu(_name))
+for _space in (_OPS, _TRITON, _BY_CUDA):
+    transforms.register_in_place(_space.steer_.default)

@@ -90,6 +90,11 @@ def steer(
     return y.to(x.dtype)
 
 
+def steer_(x: Tensor, *others: Tensor | int | None) -> None:
+    """`steer`, written over x."""
+    x.copy_(steer(x, *others))
+
+
 def truth(
     x: Tensor,
     W_enc: Tensor,

@@ -1,5 +1,5 @@
 """How an op takes part in autograd and torch.func: its gradient, its rule for vmap, and that it has
-no forward mode.
+no forward mode; or that it overwrites its argument, and has none of them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def register(op: torch._ops.OpOverload, setup_context: Callable, backward: Calla
 
 def called(op: torch._ops.OpOverload) -> Callable:
     """The op, past `autograd` above under torch.no_grad: a step into Python costs as much as a
-    short call itself."""
+    short call itself. Not past that of an op in place: overwriting counts there too."""
+    if op._schema.is_mutable:
+        return op
 
     def call(*args):
         # Tracing and inference_mode need no way past it.
@@ -83,6 +85,49 @@ def called(op: torch._ops.OpOverload) -> Callable:
             return op(*args)
 
     return call
+
+
+def register_in_place(op: torch._ops.OpOverload) -> None:
+    """Make known that an op overwrites its first argument: what was saved of that for a gradient is
+    then no longer taken. The op itself refuses to be differentiated or transformed.
+    """
+
+    def autograd(keyset, *args):
+        if forward_ad._current_level >= 0 or torch._C._any_requires_grad(*args):
+            require_untracked(op, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        torch.autograd.graph.increment_version(args[0])
+
+    def transformed(*args):
+        require_untracked(op, *args)
+
+    space, short = op._schema.name.split("::")
+    library = _LIBRARIES.setdefault(space, torch.library.Library(space, "FRAGMENT"))
+    library.impl(short, autograd, "Autograd", with_keyset=True)
+    library.impl(short, transformed, "FuncTorchDynamicLayerFrontMode")
+
+
+def require_untracked(op: torch._ops.OpOverload, *args: Tensor | int | None) -> None:
+    """NotImplementedError if a gradient or a transform of torch.func would go through this call."""
+    name = op._schema.name
+    instead = f"accepted: {name.removesuffix('_')}, which gives a new tensor"
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise NotImplementedError(
+            f"{name}: has no rule for torch.func, as it overwrites x; {instead}"
+        )
+    for argument, given in zip(op._schema.arguments, args, strict=False):
+        if isinstance(given, Tensor) and _is_tracked(given):
+            raise NotImplementedError(
+                f"{name}: no gradient for {argument.name}, as x is overwritten; {instead}, or "
+                "torch.no_grad()"
+            )
+
+
+def _is_tracked(t: Tensor) -> bool:
+    if t.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _more_tokens(names: list[str], size: int, in_dims: tuple, args: tuple) -> list:

@@ -12,7 +12,7 @@ def add(
     directions,  # [F, d]
     values,  # [F] or [T, F] fp32
     value_stride,  # 0 or F
-    y,  # [T, d]
+    y,  # [T, d]; None: x is overwritten
     acts,  # [T, F] fp32; None: a_f = 0
     beaten,  # [T, F] int32
     waiting,  # [T] int32: the tokens; None: those that `beaten` says were counted for
@@ -25,8 +25,8 @@ def add(
 ):
     """y = x + sum_f (value_f - a_f) directions_f,    a_f = acts_f if beaten_f < k, else 0
 
-    NaN stays NaN. A token that nothing changes is copied; one that was settled already is left
-    alone.
+    NaN stays NaN. A token that nothing changes is copied, or left alone in place; one that was
+    settled already is left alone.
     """
     tokens = T
     if waiting is not None:
@@ -52,5 +52,10 @@ def add(
             direction = tl.load(directions + e * d + c, mask=c < d, other=0).to(tl.float32)
             out += delta * direction
             moved |= (delta != 0).to(tl.int32)
-        written = tl.where(moved > 0, out.to(y.dtype.element_ty), raw)
-        tl.store(y + t * d + c, written, mask=c < tl.where(fewest < SETTLED, d, 0))
+        written = tl.where(moved > 0, out.to(x.dtype.element_ty), raw)
+        finished = fewest < SETTLED
+        target = y
+        if y is None:
+            finished &= moved > 0
+            target = x
+        tl.store(target + t * d + c, written, mask=c < tl.where(finished, d, 0))

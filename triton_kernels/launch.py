@@ -28,7 +28,7 @@ DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl
 
 
 class _Edit(NamedTuple):
-    """What is written, beside what is measured."""
+    """What is written, beside what is measured; without y, x is overwritten."""
 
     directions: Tensor | None = None
     values: Tensor | None = None
@@ -64,24 +64,56 @@ def steer(
     named twice both edits are added.
     """
     checks.steer(x, W_enc, b_enc, directions, features, values, k, mask, order)
-    (F, d), shared = directions.shape, values.shape == features.shape
-    rows = x.reshape(-1, d).contiguous()
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = torch.empty_like(rows)
+    _steer(rows, W_enc, b_enc, directions, features, values, k, mask, order, y)
+    return y.reshape(x.shape)
+
+
+def steer_(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    directions: Tensor,
+    features: Tensor,
+    values: Tensor,
+    k: int,
+    mask: Tensor | None = None,
+    order: Tensor | None = None,
+) -> None:
+    """`steer`, written over x; see `ops.steer_`."""
+    checks.steer_(x, W_enc, b_enc, directions, features, values, k, mask, order)
+    rows = x.view(-1, x.shape[-1])
+    _steer(rows, W_enc, b_enc, directions, features, values, k, mask, order, None)
+
+
+def _steer(
+    rows: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    directions: Tensor,
+    features: Tensor,
+    values: Tensor,
+    k: int,
+    mask: Tensor | None,
+    order: Tensor | None,
+    y: Tensor | None,
+) -> None:
+    F, shared = features.shape[0], values.shape == features.shape
     directions, features = directions.contiguous(), features.contiguous()
     values = values.contiguous() if shared else values.reshape(rows.shape[0], F).contiguous()
     mask = mask if mask is None else mask.reshape(-1).contiguous()
-    y = torch.empty_like(rows)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(rows):
         for part in _parts(rows.shape[0], F):
             edit = _Edit(
                 directions,
                 values if shared else values[part],
                 0 if shared else F,
                 mask if mask is None else mask[part],
-                y[part],
+                y if y is None else y[part],
             )
             measured = _measure(rows[part], W_enc, b_enc, features, k, order, edit)
             _add(rows[part], F, k, edit, measured)
-    return y.reshape(x.shape)
 
 
 def feature_acts(

@@ -17,7 +17,7 @@ def project(
     values,  # [F] or [T, F] fp32
     value_stride,  # 0 or F
     mask,  # [T] bool, or None: every token
-    y,  # [T, d]
+    y,  # [T, d]; None: x is overwritten
     acts,  # [T, F] fp32
     beaten,  # [T, F] int32; None: p_f is all that is wanted, in `acts`
     decided,  # [T / ROWS] int32: set to 0
@@ -74,8 +74,14 @@ def project(
             moved |= delta != 0
 
     if directions is not None:
-        written = tl.where((moved & taken)[:, None], out.to(y.dtype.element_ty), raw)
-        tl.store(y + t[:, None] * d + c[None, :], written, mask=inside & ~opened[:, None])
+        changed = moved & taken
+        written = tl.where(changed[:, None], out.to(x.dtype.element_ty), raw)
+        finished = ~opened
+        target = y
+        if y is None:
+            finished &= changed
+            target = x
+        tl.store(target + t[:, None] * d + c[None, :], written, mask=inside & finished[:, None])
     if decided is not None:
         tl.store(decided + tl.program_id(0), 0)
     if waiting is not None:

@@ -26,20 +26,23 @@ class Edit {
     if (values.stride == 0 && tokens > 1) sum_common();
   }
 
-  Dead dead() const { return {common_.empty() ? nullptr : common_.data(), y_}; }
+  // In place nothing is written before its token is settled: the scan still reads x.
+  Dead dead() const { return {common_.empty() || in_place() ? nullptr : common_.data(), y_}; }
 
-  // Writes token t; acts is null outside the mask.
+  // Writes token t, in place only if it changes; acts is null outside the mask.
   void write(int64_t t, const float* acts) const {
     thread_local Terms terms;
     terms.clear();
     if (acts != nullptr) collect(t, acts, terms);
-    if (terms.empty())
-      kernels().copy(x_[t], x_.width * bytes(x_.dtype), y_[t]);
-    else
+    if (!terms.empty())
       write_sum(x_[t], terms, y_[t], y_.dtype);
+    else if (!in_place())
+      kernels().copy(x_[t], x_.width * bytes(x_.dtype), y_[t]);
   }
 
  private:
+  bool in_place() const { return y_.data == x_.data; }
+
   void write_sum(const void* base, const Terms& terms, void* y, Dtype y_dtype) const {
     kernels().add(base, y_dtype, terms.sum, terms.rows.data(), directions_.dtype, terms.coef.data(),
                   terms.rows.size(), x_.width, y, y_dtype);

@@ -6,7 +6,7 @@
 namespace saesteer::cpu {
 
 // Writes y, of x's dtype and shape. Tokens outside the mask, and those whose values equal their
-// activations, are copied bit for bit.
+// activations, are copied bit for bit. y may be x: then they are left alone.
 void steer(const Rows& x, int64_t tokens, const Encoder& encoder, const Rows& directions,
            const Features& features, const Values& values, const bool* mask, const OutRows& y);
 

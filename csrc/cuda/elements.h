@@ -100,9 +100,10 @@ __device__ __forceinline__ void store8(void* row, Dtype dtype, int64_t width, in
   }
 }
 
-// A row bit for bit, by `threads` threads.
+// A row bit for bit, by `threads` threads; nothing if it is its own copy.
 __device__ inline void copy_row(const void* from, void* to, int64_t bytes, int thread,
                                 int threads) {
+  if (from == to) return;
   int64_t done = 0;
   if (aligned(from) && aligned(to)) {
     const int64_t words = bytes / static_cast<int64_t>(sizeof(uint4));

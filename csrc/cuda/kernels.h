@@ -18,7 +18,8 @@ int64_t most_features();
 int64_t ladder_workspace(int64_t tokens, int64_t features);
 
 // y = x + sum_f (value_f - a_f) directions_f. Tokens outside the mask, which may be null, and those
-// whose values equal their activations are copied bit for bit. y may be x.
+// whose values equal their activations are copied bit for bit. y may be x: then they are left
+// alone.
 void steer(const Rows& x, int64_t tokens, const Encoder& encoder, const Rows& directions,
            const Features& features, const Values& values, const bool* mask, const OutRows& y,
            void* workspace, void* stream);

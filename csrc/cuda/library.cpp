@@ -51,26 +51,50 @@ Features checked(const char* op, const Features& features) {
   return features;
 }
 
-Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
-             const Tensor& directions_in, const Tensor& features_in, const Tensor& values_in,
-             int64_t k, std::optional<Tensor> mask_in, std::optional<Tensor> order) {
-  const Device device("steer", "x", x_in);
-  const Tensor x = packed(x_in), features = packed(features_in), directions = packed(directions_in),
+// Writes y, which may be x.
+void steer_to(const char* op, const Device& device, const Tensor& x, const Tensor& W_enc,
+              const Tensor& b_enc, const Tensor& directions_in, const Tensor& features_in,
+              const Tensor& values_in, int64_t k, const std::optional<Tensor>& mask_in,
+              const std::optional<Tensor>& order, Tensor& y) {
+  const Tensor features = packed(features_in), directions = packed(directions_in),
                values = packed(values_in), mask = mask_in ? packed(*mask_in) : Tensor();
-  const Arguments given("steer", x);
+  const Arguments given(op, x);
   const Rows rows = given.x();
-  const Encoder encoder = checked("steer", given.encoder(W_enc, b_enc, k, order));
-  const Features chosen = checked("steer", given.features(features));
+  const Encoder encoder = checked(op, given.encoder(W_enc, b_enc, k, order));
+  const Features chosen = checked(op, given.features(features));
   const Rows added = given.directions(directions, chosen.count);
   const Values held = given.values("values", values, chosen.count);
   const bool* steered = mask_in ? given.mask(mask) : nullptr;
 
   const int64_t tokens = tokens_of(x);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
   Tensor work = workspace(x, cuda::ladder_workspace(tokens, chosen.count));
   cuda::steer(rows, tokens, encoder, added, chosen, held, steered, like(y, rows),
               work.mutable_data_ptr(), device.stream());
+}
+
+Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc, const Tensor& directions,
+             const Tensor& features, const Tensor& values, int64_t k, std::optional<Tensor> mask,
+             std::optional<Tensor> order) {
+  const Device device("steer", "x", x_in);
+  const Tensor x = packed(x_in);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  steer_to("steer", device, x, W_enc, b_enc, directions, features, values, k, mask, order, y);
   return y;
+}
+
+void steer_(Tensor x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& directions,
+            const Tensor& features, const Tensor& values, int64_t k, std::optional<Tensor> mask,
+            std::optional<Tensor> order) {
+  const Device device("steer_", "x", x);
+  Arguments("steer_", x)
+      .overwrites({{"W_enc", &W_enc},
+                   {"b_enc", &b_enc},
+                   {"directions", &directions},
+                   {"features", &features},
+                   {"values", &values},
+                   {"mask", mask ? &*mask : nullptr},
+                   {"order", order ? &*order : nullptr}});
+  steer_to("steer_", device, x, W_enc, b_enc, directions, features, values, k, mask, order, x);
 }
 
 Tensor feature_acts(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc,
@@ -154,6 +178,7 @@ Tensor decode(const Tensor& values_in, const Tensor& indices_in, const Tensor& W
 
 STABLE_TORCH_LIBRARY_IMPL(saesteer_cuda, CUDA, m) {
   m.impl("steer", TORCH_BOX(&saesteer::steer));
+  m.impl("steer_", TORCH_BOX(&saesteer::steer_));
   m.impl("feature_acts", TORCH_BOX(&saesteer::feature_acts));
   m.impl("project", TORCH_BOX(&saesteer::project));
   m.impl("add_directions", TORCH_BOX(&saesteer::add_directions));
