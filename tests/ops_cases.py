@@ -66,6 +66,9 @@ class Case:
     def steer(self, impl: str = "auto") -> Tensor:
         return ops.steer(*self.edit, mask=self.mask, order=self.order, impl=impl)
 
+    def steer_(self, impl: str = "auto") -> None:
+        ops.steer_(*self.edit, mask=self.mask, order=self.order, impl=impl)
+
     def acts(self, impl: str = "auto") -> Tensor:
         return ops.feature_acts(*self.encoder, self.features, self.k, order=self.order, impl=impl)
 

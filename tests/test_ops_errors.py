@@ -31,6 +31,7 @@ GOOD = {
 ENCODER = ("x", "W_enc", "b_enc")
 TAKES = {
     "steer": (*ENCODER, "directions", "features", "values", "k", "mask", "order"),
+    "steer_": (*ENCODER, "directions", "features", "values", "k", "mask", "order"),
     "feature_acts": (*ENCODER, "features", "k", "order"),
     "encode": (*ENCODER, "k"),
     "project": ENCODER,
@@ -132,6 +133,8 @@ BAD = {
 
 def call(op: str, by=torch.ops.saesteer, **changed):
     arguments = GOOD | changed
+    if op == "steer_":
+        arguments["x"] = arguments["x"].clone(memory_format=torch.contiguous_format)
     return getattr(by, op)(*(arguments[name] for name in TAKES[op]))
 
 

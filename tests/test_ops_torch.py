@@ -42,7 +42,8 @@ def op_names() -> set[str]:
 
 
 def test_every_op_is_tested_here():
-    assert op_names() == set(OP_NAMES)
+    """But for the one that gives nothing, which test_inplace.py tests."""
+    assert op_names() == {*OP_NAMES, "steer_"}
 
 
 @pytest.mark.fault(19, 22)
