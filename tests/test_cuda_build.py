@@ -115,6 +115,12 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(arch, dtype):
     assert count(of(arch, f"project_rowsILi{dtype}E"), r"LDG\.E\.\S*128")
 
 
+def test_nothing_is_read_past_coherence(arch):
+    """x may be overwritten; LDG.CONSTANT may give what lay there before."""
+    for name, code in kernels(dump("-sass", arch)).items():
+        assert not count(code, r"LDG\S*CONSTANT"), name
+
+
 @pytest.mark.parametrize("plan", SCANS)
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp16"])
 def test_16_bit_scans_use_tensor_cores_and_asynchronous_copies(arch, plan, bf16):

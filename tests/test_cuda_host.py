@@ -36,14 +36,22 @@ class Gpu:
         op = getattr(torch.ops.saesteer_cuda, name)
 
         def run(*arguments):
-            found = op(*(there(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+            found = op(*map(there, arguments))
             return tuple(t.cpu() for t in found) if isinstance(found, tuple) else found.cpu()
 
         return run
 
+    def steer_(self, x: torch.Tensor, *others) -> torch.Tensor:
+        """A copy of x, overwritten."""
+        copy = there(x)
+        torch.ops.saesteer_cuda.steer_(copy, *map(there, others))
+        return copy.cpu()
 
-def there(t: torch.Tensor) -> torch.Tensor:
-    """t on the GPU, as far from 16-byte alignment as here."""
+
+def there(t):
+    """A tensor on the GPU, as far from 16-byte alignment as here."""
+    if not isinstance(t, torch.Tensor):
+        return t
     off = t.data_ptr() % 16 // t.element_size()
     return torch.cat([t.new_zeros(off), t.flatten()]).cuda()[off:].view(t.shape)
 
@@ -312,12 +320,27 @@ def test_unaligned_rows(machine, dtype):
         assert same_bits(machine.steer(*case.edit), y)
 
 
-def test_in_place(emulated_gpu):
-    for T, dtype, hopper in product((50, 150), (F32, BF16), (False, True)):
-        machine = emulated_gpu.settle(hopper=hopper)
-        case = random_case(T, 40, 129, 8, 3, dtype, dtype, masked=True)
-        y = machine.steer(*case.edit, case.mask)
-        assert same_bits(machine.steer(*case.edit, case.mask, in_place=True), y)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("offset", [0, -1e3, 1e3], ids=["", "all dead", "all live"])
+def test_in_place_is_bit_for_bit_the_same(machine, path, offset):
+    T, d, N, k, F, dtype, weights = PATHS[path]
+    case = random_case(T, d, N, k, F, dtype, weights, per_token=True)
+    case.b_enc[case.features] += offset
+    case.x[T // 2] = NAN
+    for each in (case, case.stored(permutation(N)).but(mask=torch.arange(T) % 3 > 0)):
+        arguments = *each.edit, each.mask, each.order
+        assert same_bits(machine.steer_(*arguments), machine.steer(*arguments))
+
+
+@pytest.mark.parametrize("scan", ["", "mma", "simt"])
+@pytest.mark.parametrize("F", [0, 1, 4, 17])
+def test_in_place_by_every_scan(machine, scan, F, monkeypatch):
+    monkeypatch.setenv("SAESTEER_SCAN", scan)
+    for T in (9, 50, 150):
+        case = random_case(T, 72, 300, 24, F, BF16, BF16)
+        assert same_bits(machine.steer_(*case.edit), machine.steer(*case.edit))
+        held = case.but(values=acts(machine, case))
+        assert same_bits(machine.steer_(*held.edit), case.x)
 
 
 @pytest.mark.fault(31)
@@ -425,6 +448,11 @@ MISTAKES = {
     "ordinary writes without a fence": ("scan_wgmma.cu", "publish_writes();", ""),
     "a stage freed before its products are taken": ("scan_wgmma.cu", "products_wait<1>();", ""),
     "fewer arrivals than there are warps": ("scan_wgmma.cu", "2 * kGroup / 32", "2"),
+    "a token written before its scan": (
+        "ladder.cu",
+        "if (open || c.acts) return;",
+        "if (c.acts) return;",
+    ),
     "a barrier in a branch": (
         "ladder.cu",
         "open = sync_threads_or(open);",
@@ -444,7 +472,8 @@ def test_mistakes_show(emulated_kernels, tmp_path, mistake):
     with pytest.raises((AssertionError, RuntimeError)):
         for hopper in (False, True):
             machine.settle(hopper=hopper)
-            assert same_bits(machine.steer(*case.edit) + 0.0, case.truth().to(BF16) + 0.0)
+            for steer in (machine.steer, machine.steer_):
+                assert same_bits(steer(*case.edit) + 0.0, case.truth().to(BF16) + 0.0)
             for rows in (slice(0, 9), slice(0, 60)):
                 few = case.rows(rows)
                 assert same_bits(machine.steer(*few.edit) + 0.0, few.truth().to(BF16) + 0.0)

@@ -86,6 +86,15 @@ def test_core_steer_and_feature_acts_are_the_truth(shape, dtype, weights, record
     record_property("undecided", share)
 
 
+@EVERY_PAIR
+@pytest.mark.parametrize("F", [1, 4, 17])
+def test_core_in_place_is_bit_for_bit_the_same(dtype, weights, F):
+    case = random_case(63, 67, 129, 16, F, dtype, weights, masked=True)
+    x = case.x.clone()
+    case.but(x=x).steer_()
+    assert same_bits(x, case.steer())
+
+
 @pytest.mark.fault(18, 24)
 @EVERY_DTYPE
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)

@@ -181,6 +181,38 @@ def test_parts_are_the_whole(monkeypatch):
     assert same_bits(case.steer("triton"), y)
 
 
+@EVERY_PAIR
+@pytest.mark.parametrize("F", [0, 1, 4, 17])
+def test_in_place_is_bit_for_bit_the_same(dtype, weights, F, monkeypatch):
+    """Few tokens, many, and cut into parts."""
+    for T, step in ((3, 3), (16, 16), (40, 40), (40, 17)):
+        parts = [slice(s, min(T, s + step)) for s in range(0, T, step)]
+        monkeypatch.setattr(launch, "_parts", lambda T, F, parts=parts: parts)
+        case = here(random_case(T, 48, 129, 24, F, dtype, weights, per_token=True, masked=T > 3))
+        case.x[1] = float("nan")
+        stored = case.stored(permutation(129).to(DEVICE))
+        held = case.but(values=case.acts("triton"))
+        for each in (case, stored, held, case.but(mask=None, values=case.values[0])):
+            around = each.x.new_full((T + 2, 48), -7.0)
+            around[1:-1] = each.x
+            expected = torch.cat([around[:1], each.steer("triton"), around[-1:]])
+            each.but(x=around[1:-1]).steer_("triton")
+            assert same_bits(around, expected)
+
+
+def test_in_place_refuses_what_it_would_get_wrong():
+    case = here(random_case(5, 6, 9, 3, 2))
+    for changed, message in (
+        ({"x": case.x.T.contiguous().T}, "x is not contiguous"),
+        ({"values": case.x[:, :2]}, "values lies in the memory of x"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^saesteer::steer_: {message}"):
+            case.but(**changed).steer_("triton")
+    with pytest.raises(NotImplementedError, match="steer_: no gradient for x, "):
+        case.but(x=case.x.clone().requires_grad_()).steer_("triton")
+    torch.library.opcheck(torch.ops.saesteer_triton.steer_, case.edit)
+
+
 @pytest.mark.parametrize("shape", [(), (2, 3), (0,), (2, 0, 3)])
 def test_any_leading_sizes(shape):
     case = here(random_case(shape or 1, 33, 65, 8, 2))

@@ -119,25 +119,19 @@ class Machine:
         size = getattr(self._library, name)(*(ctypes.c_int64(s) for s in sizes))
         return _poisoned((size,), torch.uint8)
 
-    def steer(
-        self,
-        x,
-        W_enc,
-        b_enc,
-        directions,
-        features,
-        values,
-        k,
-        mask=None,
-        order=None,
-        *,
-        in_place=False,
-    ):
+    def steer(self, x, *others):
+        x = fenced(x.contiguous())
+        return self._steer_to(_poisoned(x.shape, x.dtype), x, *others)
+
+    def steer_(self, x, *others):
+        """A copy of x, overwritten."""
+        x = fenced(x.contiguous())
+        return self._steer_to(x, x, *others)
+
+    def _steer_to(self, y, x, W_enc, b_enc, directions, features, values, k, mask=None, order=None):
         F, lead = features.numel(), x.shape[:-1]
         given = [fenced(t.contiguous()) for t in (W_enc, b_enc, directions, features, values)]
         W, b, D, f, v = given
-        x = fenced(x.contiguous())
-        y = x if in_place else _poisoned(x.shape, x.dtype)
         m, o = (t if t is None else fenced(t.contiguous()) for t in (mask, order))
         tokens = lead.numel()
         self._run(
