@@ -216,7 +216,7 @@ def test_torch_func_is_refused(impl):
         return torch.func.vmap(run)(x[None])
 
     for transformed in (by_vmap, torch.func.grad(run), torch.func.jacfwd(run)):
-        with pytest.raises(NotImplementedError, match="^saesteer::steer_: has no rule for"):
+        with pytest.raises(NotImplementedError, match=r"^saesteer::steer_: has no rule for"):
             transformed(case.x.clone())
 
 
