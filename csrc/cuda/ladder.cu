@@ -135,7 +135,7 @@ struct Add {
 };
 
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads) add_rows(Add c) {
+__global__ void __launch_bounds__(kTokenThreads, 8) add_rows(Add c) {
   fix_dtypes<kDtype>(c.x, c.rows, c.y);
   const int64_t token = blockIdx.x;
   add_to_token(c.x[token], c.rows, c.count, c.coef.data + token * c.coef.stride, c.y[token],
