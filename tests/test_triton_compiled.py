@@ -191,15 +191,26 @@ def test_fp32_is_multiplied_as_fp32(architecture, place, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["sm90", "gfx942"])
-@pytest.mark.parametrize("kernel", [project, add, merge, decode], ids=lambda k: k.__name__)
-def test_the_others(architecture, kernel, tmp_path):
+@pytest.mark.parametrize(
+    ("kernel", "absent"),
+    [
+        pytest.param(project, ("mask",), id="project"),
+        pytest.param(project, ("mask", "y"), id="project in place"),
+        pytest.param(add, (), id="add"),
+        pytest.param(add, ("y",), id="add in place"),
+        pytest.param(merge, (), id="merge"),
+        pytest.param(decode, (), id="decode"),
+    ],
+)
+def test_the_others(architecture, kernel, absent, tmp_path):
     block = 8192 if kernel is merge else 1024 if kernel is decode else 4096
     warps = launch._warps(block)
-    absent = ("mask",) if kernel is project else ()
     sizes = {"ROWS": configs.ROWS, "BLOCK_D": block, "BLOCK": block}
     options = {name: size for name, size in sizes.items() if name in kernel.arg_names}
     binary = compiled(kernel, architecture, "bf16", absent, num_warps=warps, **options)
     assert_fits(binary, architecture, tmp_path, warps=warps)
+    # What is overwritten may not be read by the path that stores do not reach.
+    assert "ld.global.nc" not in binary.asm.get("ptx", "")
 
 
 def test_tables_are_in_order():
