@@ -193,12 +193,14 @@ def test_without_gradients(impl, mode):
 
 @pytest.mark.fault(14)
 @IMPLS
-def test_a_gradient_that_needs_the_old_x_is_refused(impl):
+@pytest.mark.parametrize("tracking", [True, False])
+def test_a_gradient_that_needs_the_old_x_is_refused(impl, tracking):
     case = random_case()
     for alias in (lambda x: x, lambda x: x[3:], lambda x: x.detach()):
         x = case.x.clone()
         loss = (x * torch.ones(33, requires_grad=True)).sum()
-        random_case(len(alias(x))).but(x=alias(x)).steer_(impl)
+        with torch.set_grad_enabled(tracking):
+            random_case(len(alias(x))).but(x=alias(x)).steer_(impl)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
