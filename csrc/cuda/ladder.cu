@@ -31,7 +31,7 @@ struct Ladder {
   Rows directions;
   Values values;
   const bool* mask;
-  OutRows y;
+  OutRows y;  // may be x: a row is written by the block that reads it last, after the scan of it
 };
 
 // Shared memory of the kernels below: F floats, then scratch.
