@@ -286,7 +286,7 @@ def test_disagreement_prints_no_speed(tmp_path):
 
 def case(workload, T, **seconds):
     """Nine times the same seconds a call, in units of ours."""
-    rounds = dict(naive=100, lean=20, smart=20, linear=20, copy=0.1, L0=0.5, read=0.5) | seconds
+    rounds = dict(naive=100, lean=20, smart=20, linear=20, copy=0.3, L0=0.5, read=0.5) | seconds
     return {
         **{"workload": workload, "dtype": "bf16", "T": T, "F": 1, "d": 3072, "N": 24576, "k": 32},
         **{"undecided": 0.022, "live": 0.0049, "work": 0.012, "read": 0.5, "close": 0},
@@ -320,6 +320,12 @@ def test_targets(result):
     assert got["any T, worst: fastest peer / ours"] == "met"
     assert got["T=1, ends at L0: ours − an op that does nothing"] == "**missed**"
     assert got["T=512 planted: ours / (L0 + one read of W_enc)"] == "met"
+    assert got["T=512, ends at L0: ours / copy of x"] == "met"
+    assert got["T=1 worst: one read of W_enc / ours"] == "**missed**"
+    result["cases"][1:] = case("planted", 512, L0=0.7), case("worst", 1, read=0.9)
+    got = verdicts(result)
+    assert got["T=512, ends at L0: ours / copy of x"] == "**missed**"
+    assert got["T=1 worst: one read of W_enc / ours"] == "met"
     result["cases"].append(case("worst", 16, smart=0.9, linear=0.9))
     got = verdicts(result)
     assert got["any T, worst: fastest peer / ours"] == "**missed**"

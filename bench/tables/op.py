@@ -60,6 +60,13 @@ TARGETS = (
         at_least=False,
         unit=" µs",
     ),
+    Target(
+        "T=512, ends at L0: ours / copy of x",
+        _is("planted", 512),
+        lambda c: ratios(c, "L0", "copy"),
+        2,
+        at_least=False,
+    ),
     Target("T=512 planted: naive / ours", _is("planted", 512), lambda c: least(c, "naive"), 40, 20),
     Target(
         "T=512 planted: faster of lean and sparsify / ours",
@@ -73,6 +80,9 @@ TARGETS = (
         _over_bound,
         1.3,
         at_least=False,
+    ),
+    Target(
+        "T=1 worst: one read of W_enc / ours", _is("worst", 1), lambda c: ratios(c, "read"), 0.85
     ),
     Target("any T, worst: naive / ours", _is("worst"), lambda c: least(c, "naive"), 3, 2),
     Target("any T, worst: fastest peer / ours", _is("worst"), lambda c: least(c, *PEERS), 1),
