@@ -281,7 +281,7 @@ def test_three_reasons_to_be_dead_or_live(dtype):
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("alike", [False, True], ids=["fp32 weights", "weights alike"])
 def test_core_rounds_to_nearest_even(dtype, tokens, alike):
     """Any fp32 sum at all, and those half way between two numbers, in one row and its remainder."""
@@ -302,6 +302,27 @@ def test_core_rounds_to_nearest_even(dtype, tokens, alike):
     assert torch.equal(y.isnan(), ~number)
     assert same_bits(y[number], expected[number])
     assert torch.equal(bits(ops.add_directions(x, terms[None], one)), bits(y))
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("least", [2.0**-126, 2.0**-101, 2.0**-20])
+def test_core_adds_to_any_number(dtype, least):
+    """Terms from `least` on, to x of any finite bits, to their own opposite and next to it."""
+    random = torch.Generator().manual_seed(0)
+    d, tokens = 2000, 12
+    size = least * 2 ** (60 * torch.rand(d, generator=random))
+    terms = size * (torch.randint(2, (d,), generator=random) * 2 - 1)
+    terms[::3] = terms[::3].to(dtype).float()
+    integers = torch.int32 if dtype == torch.float32 else torch.int16
+    info = torch.iinfo(integers)
+    x = torch.randint(info.min, info.max + 1, (tokens, d), generator=random).to(integers)
+    x[:2] = x[:2] & ~bits(torch.tensor(-torch.inf, dtype=dtype))  # subnormal
+    x[2] = bits(-terms.to(dtype))
+    x[3:5] = x[2] + torch.tensor([[-1], [1]], dtype=integers)
+    x = x.view(dtype).where(x.view(dtype).isfinite(), 1)
+    dead = torch.zeros(1, d, dtype=dtype), torch.full((1,), -1.0)
+    y = ops.steer(x, *dead, terms[None], torch.zeros(1).long(), torch.ones(1), 1)
+    assert same_bits(y, (x + terms).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

@@ -12,7 +12,7 @@ constexpr int kBlock = 64;
 // Rows beyond the last that `dots` may prefetch.
 constexpr int kAhead = 8;
 // Tokens that `dots_and_add` takes, and the most rows of w.
-constexpr int kTogether = 4, kFew = 4;
+constexpr int kTogether = 6, kFew = 4;
 
 struct Kernels {
   // Most tokens that `dots` takes at once.
@@ -27,7 +27,7 @@ struct Kernels {
                int n, int64_t d, const float* bias, float* out, bool cold);
 
   // As `dots` for kTogether tokens and n <= kFew rows, x as it is stored; and, in the same pass
-  // over x, y[i] = round(x[i] + sum) as `add` makes it.
+  // over x, y[i] = round(x[i] + sum) as `add` makes it where x[i] is finite.
   void (*dots_and_add)(const void* const* x, Dtype x_dtype, const void* const* w, Dtype w_dtype,
                        int n, int64_t d, const float* bias, float* out, const float* sum,
                        void* const* y);

@@ -21,20 +21,30 @@ struct PairProduct {
   // Even and odd elements apart: a bf16 in either half of a word is widened by one operation.
   struct Sum {
     __m512 even, odd;
+    bool large;  // so large that no bf16 added to it leaves a subnormal
   };
   static Sum load_sum(const float* p) {
     const __m512i even =
         _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    constexpr int kLesserMagnitude = 0xA;
     const __m512 low = _mm512_loadu_ps(p), high = _mm512_loadu_ps(p + 16);
+    const __m512 least = _mm512_range_ps(low, high, kLesserMagnitude);
     return {_mm512_permutex2var_ps(low, even, high),
-            _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high)};
+            _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high),
+            !_mm512_cmp_ps_mask(least, _mm512_set1_ps(0x1p-100f), _CMP_NGE_UQ)};
   }
-  static void store_added(bf16* y, reg x, Sum sum) {
+  static void store_added(bf16* y, reg x, const Sum& sum) {
     const __m512i u = (__m512i)x, top = _mm512_set1_epi32(0xFFFF0000);
-    const __m512 even = _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(u, 16)), sum.even);
+    // vdpbf16ps adds 1 times the even elements and 0 times the odd ones: exact but for subnormals,
+    // which it takes for 0, and infinities.
+    const __m512bh evens = (__m512bh)_mm512_set1_epi32(0x3F80);
+    const __m512 even =
+        __builtin_expect(sum.large, 1)
+            ? _mm512_dpbf16_ps(sum.even, x, evens)
+            : _mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(u, 16)), sum.even);
     const __m512 odd = _mm512_add_ps(_mm512_castsi512_ps(_mm512_and_si512(u, top)), sum.odd);
     const __m512i apart = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    if (__builtin_expect(flushed(apart, even, odd), 0)) {
+    if (__builtin_expect(!sum.large && flushed(apart, even, odd), 0)) {
       const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
       const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
       Avx512::store(y, _mm512_permutex2var_ps(even, low, odd));

@@ -164,34 +164,44 @@ void few_dots_and_add(const void* const* x, const void* const* w, int n, int64_t
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) acc[i][j] = V::set1(0.f);
 
-  // The elements from c on; s is sum there, `to` takes what is written.
-  auto pass = [&](auto&& load, int64_t c, const float* s, X** to) __attribute__((always_inline)) {
-    const auto added = P::load_sum(s);
-    typename P::reg b[N];
+  const X* from[M];
+  X* to[M];
+  const W* row[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) b[j] = load(static_cast<const W*>(w[j]) + c);
+  for (int i = 0; i < M; ++i) from[i] = static_cast<const X*>(x[i]), to[i] = static_cast<X*>(y[i]);
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j) row[j] = static_cast<const W*>(w[j]);
+
+  // The elements from c on; s is sum there. All of x is loaded before any of y is stored: a store
+  // holds up loads whose addresses end in the same 12 bits, as those of x and y often do.
+  auto pass = [&](auto load, auto store, int64_t c, const float* s) __attribute__((always_inline)) {
+    const auto added = P::load_sum(s);
+    typename P::reg a[M], b[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) b[j] = load(row[j] + c);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) a[i] = load(from[i] + c);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      const typename P::reg a = load(static_cast<const X*>(x[i]) + c);
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) acc[i][j] = P::mul_add(a, b[j], acc[i][j]);
-      P::store_added(to[i], a, added);
+      for (int j = 0; j < N; ++j) acc[i][j] = P::mul_add(a[i], b[j], acc[i][j]);
+      store(to[i] + c, a[i], added);
     }
   };
   int64_t c = 0;
-  for (; c + P::step <= d; c += P::step) {
-    X* to[M];
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) to[i] = static_cast<X*>(y[i]) + c;
-    pass([](const auto* p) { return P::load(p); }, c, sum + c, to);
-  }
+  for (; c + P::step <= d; c += P::step)
+    pass([](const auto* p) { return P::load(p); },
+         [](X* p, auto a, auto added) { P::store_added(p, a, added); }, c, sum + c);
   if (const int rest = static_cast<int>(d - c)) {
     float part[P::step] = {};
-    X rows[M][P::step], *to[M];
     std::memcpy(part, sum + c, rest * sizeof(float));
-    for (int i = 0; i < M; ++i) to[i] = rows[i];
-    pass([rest](const auto* p) { return P::load_part(p, rest); }, c, part, to);
-    for (int i = 0; i < M; ++i) std::memcpy(static_cast<X*>(y[i]) + c, rows[i], rest * sizeof(X));
+    pass([rest](const auto* p) { return P::load_part(p, rest); },
+         [rest](X* p, auto a, auto added) {
+           X whole[P::step];
+           P::store_added(whole, a, added);
+           std::memcpy(p, whole, rest * sizeof(X));
+         },
+         c, part);
   }
   store_dots<V>(acc, bias, out);
 }
