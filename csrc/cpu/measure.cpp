@@ -85,7 +85,10 @@ class Ranks {
   void count(const Block& block, const size_t* open, int m, Tokens& tile, bool cold) {
     int64_t tokens[Tokens::kMost];
     for (int i = 0; i < m; ++i) tokens[i] = tokens_[open[i]];
-    tile.load(tokens, m);
+    // Where W_enc comes from memory, four or five tokens take longer than a full tile.
+    const int filled = cold && m > 3 ? kernels().tokens : m;
+    std::fill(tokens + m, tokens + filled, tokens[0]);
+    tile.load(tokens, filled);
     float p[Tokens::kMost * kBlock];
     tile.dots(block.rows, encoder_.W.dtype, block.count, encoder_.bias + block.first, p, cold);
     for (int i = 0; i < m; ++i)
