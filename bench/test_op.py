@@ -2,6 +2,7 @@
 
 ours      saesteer_fast.ops.steer, impl="cpu"
 hot-first ours, with the rows of W_enc in the order that SAE.calibrate finds on other tokens
+reference the same op, impl="reference": what runs where there are no kernels
 naive, lean, smart      saesteer_fast.reference
 naive, compiled; ...    the same under torch.compile, compiled before they are timed
 sparsify, sae_lens      the libraries themselves, where installed
@@ -106,6 +107,7 @@ def names(case: Case) -> tuple[str, ...]:
     return (
         ("ours",)
         + ("hot-first",) * (case.workload != "worst")
+        + ("reference",) * (case in cases(full=False))
         + BASELINES
         + tuple(f"{name}, compiled" for name in BASELINES) * compiled
         + peers.NAMES * (case.T <= MOST_TOKENS)
@@ -119,9 +121,9 @@ def inputs(w: Workload, T: int) -> list[Tensor]:
     return w.batches(T)[: WORST_CALLS if w.name == "worst" else None]
 
 
-def steer(w: Workload, x):
+def steer(w: Workload, x, impl: str = "cpu"):
     fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
-    return ops.steer(x, *fixed, order=w.order, impl="cpu")
+    return ops.steer(x, *fixed, order=w.order, impl=impl)
 
 
 def baselines(w: Workload, wrap=lambda run: run) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -194,6 +196,7 @@ def verify_all(
         for T in tokens:
             verify.check_ours(each, inputs(each, T), ours, acts)
     x = w.x[:BASELINE_TOKENS]
+    verify.check_baseline(w, "reference", steer(w, x, "reference"))
     agreed = {name: verify.check_baseline(w, name, run(x)) for name, run in baselines(w).items()}
     for name, peer in libraries.items():
         agreed[name] = verify.check_baseline(w, name, peer.whole(x, peer.call(x)))
@@ -243,6 +246,7 @@ def contestants(
     runs |= {
         "ours": (lambda x: steer(w, x), batches),
         "hot-first": (lambda x: steer(w.hot_first, x), batches),
+        "reference": (lambda x: steer(w, x, "reference"), batches),
         "linear": (lambda x: F.linear(x, w.W_enc, b_enc), batches),
         "copy": (torch.clone, batches),
         "L0": (lambda x: steer(w, x), settled),

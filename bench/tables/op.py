@@ -104,7 +104,7 @@ def render(result: dict, everything: bool = False) -> str:
     shown = (*PEERS, "linear", "copy")
     if everything:
         baselines = *BASELINES, *map(compiled, BASELINES)
-        shown = ("hot-first", *baselines, *LIBRARIES, "linear", "copy")
+        shown = ("hot-first", "reference", *baselines, *LIBRARIES, "linear", "copy")
     shown = [name for name in shown if any(name in case["seconds"] for case in cases)]
     shares = ("undecided", "read")
     if everything:

@@ -105,12 +105,13 @@ template <class V, class P, int M>
 void panel(const void* const* x, const void* const* w, int n, int64_t d, const float* bias,
            float* out, bool cold) {
   int j = 0;
-  if constexpr (M <= V::wide)
+  if constexpr (M <= V::wide) {
     for (; j + 8 <= n; j += 8)
       if (cold)
         tile<V, P, M, 8, true>(x, w + j, d, bias + j, out + j);
       else
         tile<V, P, M, 8, false>(x, w + j, d, bias + j, out + j);
+  }
   for (; j + 4 <= n; j += 4)
     if (cold)
       tile<V, P, M, 4, true>(x, w + j, d, bias + j, out + j);
