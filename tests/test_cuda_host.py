@@ -320,6 +320,63 @@ def test_unaligned_rows(machine, dtype):
         assert same_bits(machine.steer(*case.edit), y)
 
 
+def at_once(op, machine: Machine, case: Case, monkeypatch) -> torch.Tensor:
+    """What `op` gives in one launch; in three it gives the same."""
+    before = machine.launches()
+    found = op(machine, case)
+    assert machine.launches() == before + 1
+    monkeypatch.setenv("SAESTEER_LADDER", "steps")
+    assert same_bits(found, op(machine, case))
+    assert machine.launches() == before + 4
+    monkeypatch.delenv("SAESTEER_LADDER")
+    return found
+
+
+@pytest.mark.parametrize("F", [1, 4, 17])
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 16, 17, 64])
+def test_one_launch_gives_the_bits_of_three(emulated_gpu, monkeypatch, T, F):
+    """All settled by L0, some, none; each dtype, and what no tensor core takes."""
+    pairs = [(BF16, BF16), (F16, F16), (F32, F32), (BF16, F32)]
+    for (dtype, weights), d in product(pairs, (64, 67)):
+        case = random_case(T, d, 140, 8, F, dtype, weights, per_token=d == 67, masked=T > 3)
+        rest = torch.ones(140, dtype=torch.bool).index_fill(0, case.features, False)
+        for push in (-1e4, 0.0, 1e4):
+            pushed = case.but(b_enc=torch.where(rest, case.b_enc, case.b_enc + push))
+            for stored in (pushed, pushed.stored(permutation(140))):
+                machine = emulated_gpu.settle(multiprocessors=1 + T % 4, seed=T + d)
+                y, a = (at_once(op, machine, stored, monkeypatch) for op in (steered, acts))
+                assert y.isfinite().all() and (push == 0 or (a > 0).any() == (push > 0))
+
+
+def test_what_one_launch_does_not_take_goes_in_steps(emulated_gpu, monkeypatch):
+    """Directions of another dtype than what tensor cores multiply."""
+    case = random_case(3, 64, 140, 8, 2, BF16, BF16)
+    edit = list(case.edit)
+    edit[3] = edit[3].float()
+    before = emulated_gpu.settle().launches()
+    assert same_bits(emulated_gpu.steer(*edit), steered(emulated_gpu, case))
+    assert emulated_gpu.launches() == before + 4
+    monkeypatch.setenv("SAESTEER_LADDER", "step")
+    with pytest.raises(RuntimeError, match="SAESTEER_LADDER is 'step'; accepted: steps"):
+        steered(emulated_gpu, case)
+
+
+def growing(T: int, dtype: torch.dtype) -> Case:
+    """Every p_f is below zero, and above once a token is steered."""
+    case = random_case(T, 40, 129, 8, 2, dtype, dtype)
+    b_enc = case.b_enc.index_fill(0, case.features, -1e4)
+    return case.but(b_enc=b_enc, W_dec=case.W_enc, values=torch.full((2,), 1e4))
+
+
+def test_in_place_no_block_measures_what_another_wrote(emulated_gpu):
+    for T, dtype, seed in product((1, 2, 5, 50), (F32, BF16), range(3)):
+        machine, case = emulated_gpu.settle(multiprocessors=5, seed=seed), growing(T, dtype)
+        y = steered(machine, case)
+        again = machine.project(y, case.W_enc[case.features], case.b_enc[case.features])
+        assert (acts(machine, case) == 0).all() and (again > 0).all()
+        assert same_bits(machine.steer_(*case.edit), y)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("offset", [0, -1e3, 1e3], ids=["", "all dead", "all live"])
 def test_in_place_is_bit_for_bit_the_same(machine, path, offset):
@@ -436,7 +493,7 @@ def test_decode_is_the_truth(machine, dtype, shape):
 
 MISTAKES = {
     "a stage read before its copies land": (
-        "scan_mma.cu",
+        "scan_mma.h",
         "wait_copies<P::kStages - 2>();",
         "wait_copies<P::kStages - 1>();",
     ),
@@ -449,15 +506,32 @@ MISTAKES = {
     "a stage freed before its products are taken": ("scan_wgmma.cu", "products_wait<1>();", ""),
     "fewer arrivals than there are warps": ("scan_wgmma.cu", "2 * kGroup / 32", "2"),
     "a token written before its scan": (
-        "ladder.cu",
+        "ladder.h",
         "if (open || c.acts) return;",
         "if (c.acts) return;",
     ),
     "a barrier in a branch": (
-        "ladder.cu",
-        "open = sync_threads_or(open);",
-        "if (open) open = sync_threads_or(open);",
+        "ladder.h",
+        "    add_to_token(c.x[token]",
+        "    if (threadIdx.x) add_to_token(c.x[token]",
     ),
+    "a barrier of the grid in a branch": (
+        "ladder_once.cu",
+        "if (sharing.each_all && !open) return;",
+        "if (!open) return;",
+    ),
+    "counting before all is measured": (
+        "ladder_once.cu",
+        "return;\n  sync_grid();",
+        "return;",
+    ),
+    "settling before all is counted": (
+        "ladder_once.cu",
+        "S::scan(s);\n  sync_grid();",
+        "S::scan(s);",
+    ),
+    "directions read before they land": ("ladder_once.cu", "wait_copies<0>();", ""),
+    "a token measured after it was written": ("ladder_once.cu", "c.y.data == c.x.data", "false"),
 }
 
 
@@ -469,11 +543,16 @@ def test_mistakes_show(emulated_kernels, tmp_path, mistake):
     changed = compile_kernels(tmp_path, COMPILER, {name: text.replace(right, wrong)})
     machine = Machine(link(emulated_kernels | changed, tmp_path, COMPILER))
     case = integer_case(150, 392, 300, 20, 3, BF16, BF16)
+    small = growing(1, BF16)
     with pytest.raises((AssertionError, RuntimeError)):
+        for seed in range(4):
+            machine.settle(multiprocessors=5, seed=seed)
+            y = steered(machine, small)
+            assert same_bits(machine.steer_(*small.edit), y)
         for hopper in (False, True):
             machine.settle(hopper=hopper)
             for steer in (machine.steer, machine.steer_):
                 assert same_bits(steer(*case.edit) + 0.0, case.truth().to(BF16) + 0.0)
-            for rows in (slice(0, 9), slice(0, 60)):
+            for rows in (slice(0, 3), slice(0, 9), slice(0, 60)):
                 few = case.rows(rows)
                 assert same_bits(machine.steer(*few.edit) + 0.0, few.truth().to(BF16) + 0.0)

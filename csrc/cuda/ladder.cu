@@ -1,115 +1,28 @@
 // The decision ladder for a call's tokens: L0 and the write of what it settles in one kernel, the
-// scan of the others (scan.h), and the write of these. And L0's halves alone: project,
-// add_directions.
+// scan of the others (scan.h), and the write of these; for few tokens all of it in one kernel
+// (ladder_once.cu). And L0's halves alone: project, add_directions.
 #include <algorithm>
 #include <utility>
 
 #include "kernels.h"
-#include "scan.h"
-#include "token.h"
+#include "ladder.h"
 
 namespace saesteer::cuda {
 namespace {
 
-// The tokens that L0 leaves open, in device memory.
-struct Open {
-  int32_t* count;   // null: every token has its own slot
-  int32_t* token;   // by slot
-  float* p;         // [token, F]
-  int32_t* beaten;  // [token, F]
-};
-
-struct Ladder {
-  Rows x;
-  int64_t tokens;
-  Encoder encoder;
-  Features features;
-  Open open;
-  // feature_acts
-  float* acts;
-  // steer
-  Rows directions;
-  Values values;
-  const bool* mask;
-  OutRows y;  // may be x: a row is written by the block that reads it last, after the scan of it
-};
-
-// Shared memory of the kernels below: F floats, then scratch.
-inline int64_t shared_bytes_for(int64_t features) { return (features + kTokenScratch) * 4; }
-
-__device__ inline bool is_masked(const Ladder& c, int64_t token) {
-  return c.mask && !c.mask[token];
-}
-
-__device__ inline void enlist(const Open& open, int64_t token, bool is_open) {
-  if (threadIdx.x) return;
-  if (!open.count)
-    open.token[token] = is_open ? static_cast<int32_t>(token) : -1;
-  else if (is_open)
-    open.token[atomic_add(open.count, 1)] = static_cast<int32_t>(token);
-}
-
+// One block a token.
 template <int kDtype>
 __global__ void __launch_bounds__(kTokenThreads, kDtype < 0 ? 4 : 8) level0(Ladder c) {
   fix_dtypes<kDtype>(c.x, c.encoder.W, c.directions, c.y);
-  const int64_t token = blockIdx.x, F = c.features.count;
-  const void* x = c.x[token];
-  float* p = shared<float>();
-  if (is_masked(c, token)) {
-    enlist(c.open, token, false);
-    return copy_row(x, c.y[token], c.x.width * bytes(c.x.dtype), threadIdx.x, kTokenThreads);
-  }
-
-  // Measure
-  project_token(x, c.x.dtype, c.encoder.W, c.encoder.bias, c.encoder.count, c.features.index, F, p,
-                p + F);
-  // With k = N no rank is too low.
-  const bool ranked = c.encoder.k < c.encoder.count;
-  bool open = false;
-  for (int64_t f = threadIdx.x; f < F; f += kTokenThreads) open |= ranked && undecided(p[f]);
-  open = sync_threads_or(open);
-  enlist(c.open, token, open);
-
-  // Keep what the scan needs, and feature_acts gives
-  for (int64_t f = threadIdx.x; f < F; f += kTokenThreads) {
-    const int64_t at = token * F + f;
-    if (open) {
-      c.open.p[at] = p[f];
-      c.open.beaten[at] = undecided(p[f]) ? 0 : static_cast<int32_t>(c.encoder.k);
-    }
-    if (c.acts) c.acts[at] = unbeaten(p[f]);
-  }
-  if (open || c.acts) return;
-
-  // Write
-  for (int64_t f = threadIdx.x; f < F; f += kTokenThreads)
-    p[f] = c.values.data[token * c.values.stride + f] - unbeaten(p[f]);
-  sync_threads();
-  add_to_token(x, c.directions, F, p, c.y[token], c.x.dtype);
+  const int64_t token = blockIdx.x;
+  const float value = first_value(c, token);
+  keep_and_write(c, token, measure(c, token), c.directions, value);
 }
 
-// For every open token: what the scan found.
 template <int kDtype>
 __global__ void __launch_bounds__(kTokenThreads, kDtype < 0 ? 4 : 8) settle(Ladder c) {
   fix_dtypes<kDtype>(c.x, c.encoder.W, c.directions, c.y);
-  const int64_t F = c.features.count, slots = c.open.count ? *c.open.count : c.tokens;
-  float* delta = shared<float>();
-  for (int64_t slot = blockIdx.x; slot < slots; slot += gridDim.x) {
-    const int64_t token = c.open.token[slot];
-    if (token < 0) continue;
-    for (int64_t f = threadIdx.x; f < F; f += kTokenThreads) {
-      const int64_t at = token * F + f;
-      const float a = settled(c.open.p[at], c.open.beaten[at], c.encoder.k);
-      if (c.acts)
-        c.acts[at] = a;
-      else
-        delta[f] = c.values.data[token * c.values.stride + f] - a;
-    }
-    if (c.acts) continue;
-    sync_threads();
-    add_to_token(c.x[token], c.directions, F, delta, c.y[token], c.x.dtype);
-    sync_threads();
-  }
+  settle_tokens(c);
 }
 
 struct Project {
@@ -142,8 +55,6 @@ __global__ void __launch_bounds__(kTokenThreads, 8) add_rows(Add c) {
                c.x.dtype);
 }
 
-// Tokens with a slot each, so that no counter has to be set to zero first.
-constexpr int64_t kFew = 64;
 constexpr int64_t kWorkspace = int64_t{1} << 20, kHead = 16;
 
 int64_t bytes_a_token(int64_t features) { return 4 + 8 * features; }
@@ -163,43 +74,47 @@ Open carve(void* workspace, int64_t tokens, int64_t features) {
   return {tokens > kFew ? count : nullptr, token, p, beaten};
 }
 
-template <int kDtype>
-void climb(const Ladder& c, Stream stream) {
-  const int64_t shared = shared_bytes_for(c.features.count);
-  if (c.open.count) zero(c.open.count, sizeof *c.open.count, stream);
-  launch(level0<kDtype>, {c.tokens, kTokenThreads, shared}, stream, c);
-  if (c.features.count == 0 || c.encoder.k >= c.encoder.count) return;
-
+Scan scan_of(const Ladder& c) {
   Scan s{};
   s.x = c.x, s.encoder = c.encoder, s.features = c.features;
   s.slots = c.tokens, s.open_count = c.open.count, s.token = c.open.token;
   s.p = c.open.p, s.beaten = c.open.beaten;
-  scan(s, stream);
-  const int64_t blocks = std::min<int64_t>(c.tokens, 16 * multiprocessors());
-  launch(settle<kDtype>, {blocks, kTokenThreads, shared}, stream, c);
+  return s;
+}
+
+void climb(const Ladder& c, Dtype directions, Stream stream) {
+  const bool scans = c.features.count > 0 && c.encoder.k < c.encoder.count;
+  if (scans && climb_once(c, scan_of(c), directions, stream)) return;
+  for_dtypes(c.x.dtype, c.encoder.W.dtype, directions, [&](auto dtype) {
+    const int64_t shared = level0_bytes(c.features.count);
+    if (c.open.count) zero(c.open.count, sizeof *c.open.count, stream);
+    launch(level0<dtype()>, {c.tokens, kTokenThreads, shared}, stream, c);
+    if (!scans) return;
+    scan(scan_of(c), stream);
+    const int64_t blocks = std::min<int64_t>(c.tokens, 16 * multiprocessors());
+    launch(settle<dtype()>, {blocks, kTokenThreads, shared}, stream, c);
+  });
 }
 
 // One piece of the tokens after the other, in the same workspace.
 void climb_all(Ladder c, Dtype directions, void* workspace, Stream stream) {
   const int64_t F = c.features.count, all = c.tokens;
   const Ladder whole = c;
-  for_dtypes(c.x.dtype, c.encoder.W.dtype, directions, [&](auto dtype) {
-    in_pieces(all, tokens_at_once(F), [&](int64_t first, int64_t count) {
-      c.x = from(whole.x, first);
-      c.tokens = count;
-      c.open = carve(workspace, count, F);
-      if (whole.acts) c.acts = whole.acts + first * F;
-      if (whole.mask) c.mask = whole.mask + first;
-      if (whole.y.data) c.y = from(whole.y, first);
-      c.values.data = whole.values.data + first * whole.values.stride;
-      climb<dtype()>(c, stream);
-    });
+  in_pieces(all, tokens_at_once(F), [&](int64_t first, int64_t count) {
+    c.x = from(whole.x, first);
+    c.tokens = count;
+    c.open = carve(workspace, count, F);
+    if (whole.acts) c.acts = whole.acts + first * F;
+    if (whole.mask) c.mask = whole.mask + first;
+    if (whole.y.data) c.y = from(whole.y, first);
+    c.values.data = whole.values.data + first * whole.values.stride;
+    climb(c, directions, stream);
   });
 }
 
 }  // namespace
 
-int64_t most_features() { return (shared_limit() - shared_bytes_for(0)) / 4; }
+int64_t most_features() { return (shared_limit() - level0_bytes(0)) / 4; }
 
 int64_t ladder_workspace(int64_t tokens, int64_t features) {
   return kHead + std::min(tokens, tokens_at_once(features)) * bytes_a_token(features);

@@ -40,20 +40,42 @@ struct Shape {
   int64_t blocks;
   int threads;
   int64_t shared = 0;
+  bool together = false;  // all blocks run at once, so that they may wait for each other: sync_grid
 };
+
+template <class Kernel>
+void allow_shared(Kernel* kernel, int64_t bytes) {
+  if (bytes > 48 << 10)
+    checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes)),
+            "shared memory");
+}
+
+// The most blocks that a launch may have together; 0 where the device has no such launches.
+template <class Kernel>
+int64_t most_together(Kernel* kernel, int threads, int64_t shared) {
+  if (!attribute(cudaDevAttrCooperativeLaunch)) return 0;
+  allow_shared(kernel, shared);
+  int blocks;
+  checked(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return int64_t{blocks} * multiprocessors();
+}
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, Stream stream,
             const Arguments&... arguments) {
-  if (shape.shared > 48 << 10)
-    checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared)),
-            "shared memory");
+  allow_shared(kernel, shape.shared);
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(shape.blocks);
   config.blockDim = shape.threads;
   config.dynamicSmemBytes = shape.shared;
   config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = shape.together;
   checked(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 

@@ -6,6 +6,7 @@
 #include <emulator.h>
 #else
 
+#include <cooperative_groups.h>
 #include <cuda.h>
 
 #include <cstdint>
@@ -69,6 +70,9 @@ __device__ inline bool sync_some_or(int barrier, int threads, bool v) {
       : "memory");
   return any;
 }
+
+// Among all blocks of a launch whose shape says `together`; what they wrote before is then seen.
+__device__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
 
 template <class T>
 __device__ inline T shuffle_xor(T v, int lanes) {

@@ -1,9 +1,6 @@
 // Which kernel scans how many tokens.
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
-
 #include "scan.h"
+#include "setting.h"
 
 namespace saesteer::cuda {
 
@@ -15,19 +12,18 @@ constexpr int64_t kFew = 64;
 // SAESTEER_SCAN=mma leaves out scan_wgmma, =simt both that use tensor cores: for finding out which
 // kernel is wrong, and for going on without it.
 bool allowed(const char* kernel) {
-  const char* named = std::getenv("SAESTEER_SCAN");
-  const std::string only = named ? named : "";
-  if (only != "" && only != "mma" && only != "simt")
-    throw std::runtime_error("saesteer: SAESTEER_SCAN is '" + only + "'; accepted: mma, simt");
+  const std::string only = setting("SAESTEER_SCAN", {"mma", "simt"});
   return only == "" || only == kernel;
 }
 
 }  // namespace
 
+bool uses_mma(const Scan& s) { return takes_mma(s) && allowed("mma"); }
+
 void scan(const Scan& all, Stream stream) {
   Scan s = all;
   s.least = 1, s.most = s.slots;
-  if (!takes_mma(s) || !allowed("mma")) return scan_simt(s, stream);
+  if (!uses_mma(s)) return scan_simt(s, stream);
   // Where only the device knows how many are in use, the kernel that is not meant leaves at once.
   s.most = s.slots < kFew ? s.slots : kFew;
   if (s.open_count || s.slots <= kFew) scan_mma(s, stream);

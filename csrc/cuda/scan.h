@@ -2,8 +2,8 @@
 // tile of tokens times latents at a time. They are never stored: a tile is compared with each p_f,
 // and only how many latents beat f is kept. (encode stores them, a few tokens at a time.)
 //
-// Three kernels share this file's schedule and its end of a tile: scan_simt.cu for any dtypes,
-// scan_mma.cu and scan_wgmma.cu for 16-bit ones.
+// Three scans share this file's schedule and its end of a tile: scan_simt.h for any dtypes,
+// scan_mma.h and scan_wgmma.cu for 16-bit ones.
 #pragma once
 
 #include "elements.h"
@@ -143,6 +143,7 @@ inline int64_t balanced(int64_t tiles, int64_t at_once) {
 // Enqueue a scan of at most s.slots slots. `scan` chooses; the others can be asked whether they
 // take such a scan.
 void scan(const Scan& s, Stream stream);
+bool uses_mma(const Scan& s);  // for few tokens; if not, scan_simt
 
 void scan_simt(const Scan& s, Stream stream);
 bool takes_mma(const Scan& s);

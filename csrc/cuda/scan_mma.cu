@@ -1,145 +1,30 @@
-// The scan on tensor cores by warps, for bf16 or fp16 x and W of one dtype, from compute capability
-// 8.0 on. Panels of x and W pass through shared memory in several stages.
-#include "scan.h"
+// The scan on tensor cores by warps (scan_mma.h), and which plan for how many tokens.
+#include "scan_mma.h"
 
 namespace saesteer::cuda {
 namespace {
 
-constexpr int kDepth = 64, kRowBytes = 128;  // of a panel
-constexpr int kBlocksAtOnce = 2;             // on a multiprocessor
-
-// Where 16-byte chunk number `chunk` of a panel's row lies: neighbouring rows in other banks.
-__device__ inline int place(int row, int chunk) {
-  return row * kRowBytes + ((chunk ^ (row % 8)) << 4);
-}
-
-// A block of kDown x kAcross warps takes kTokens x kLatents.
-template <int kTokens_, int kLatents_, int kDown_, int kAcross_, int kStages_>
-struct Plan {
-  static constexpr int kTokens = kTokens_, kLatents = kLatents_;
-  static constexpr int kDown = kDown_, kAcross = kAcross_, kStages = kStages_;
-  static constexpr int kThreads = 32 * kDown * kAcross;
-  static constexpr int kStageBytes = (kTokens + kLatents) * kRowBytes;
-  // What one warp takes, in the tensor cores' units
-  static constexpr int kM = kTokens / kDown / 16, kN = kLatents / kAcross / 8;
-  static constexpr int64_t kShared = kStages * kStageBytes + kTokens * 4;
-  static_assert(kM >= 1 && kN % 2 == 0, "two units of latents are loaded at once");
-};
-
-using Fewest = Plan<16, 32, 1, 2, 8>;
-using Few = Plan<64, 64, 2, 2, 4>;
-using Many = Plan<128, 128, 2, 2, 3>;
-
-template <class P>
-struct Panels {
-  const Scan& s;
-  int64_t first_latent;
-  const int32_t* token;  // the tile's, in shared memory
-  unsigned char* stages;
-
-  // Starts the copy of columns kDepth * k ... into a stage; zeros where there is nothing.
-  __device__ __forceinline__ void load(int64_t k, int stage) const {
-    const int64_t row_bytes = s.x.width * 2, N = s.encoder.count;
-    unsigned char* const to = stages + stage * P::kStageBytes;
-    for (int q = threadIdx.x; q < (P::kTokens + P::kLatents) * 8; q += P::kThreads) {
-      const int row = q / 8;
-      const int64_t column = k * kRowBytes + q % 8 * 16;
-      const bool of_x = row < P::kTokens;
-      const int64_t at = of_x ? token[row] : first_latent + row - P::kTokens;
-      const bool there = column < row_bytes && at >= 0 && (of_x || at < N);
-      const void* matrix = of_x ? s.x.data : s.encoder.W.data;
-      copy_async(to + place(row, q % 8),
-                 static_cast<const char*>(matrix) + (there ? at * row_bytes + column : 0), there);
-    }
-  }
-};
-
 template <class P, bool kBf16>
-__device__ __forceinline__ void multiply(const unsigned char* stage,
-                                         float (&sum)[P::kM][P::kN][4]) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row = warp / P::kAcross * P::kM * 16 + lane % 16;
-  const int column = P::kTokens + warp % P::kAcross * P::kN * 8 + lane / 16 * 8 + lane % 8;
-#pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k) {
-    uint32_t a[P::kM][4], b[P::kN / 2][4];
-#pragma unroll
-    for (int m = 0; m < P::kM; ++m)
-      load_matrices(a[m], stage + place(row + m * 16, 2 * k + lane / 16));
-#pragma unroll
-    for (int n = 0; n < P::kN / 2; ++n)
-      load_matrices(b[n], stage + place(column + n * 16, 2 * k + lane / 8 % 2));
-#pragma unroll
-    for (int m = 0; m < P::kM; ++m)
-#pragma unroll
-      for (int n = 0; n < P::kN; ++n)
-        multiply_add<kBf16>(sum[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
-  }
-}
-
-template <class P, bool kBf16>
-__global__ void __launch_bounds__(P::kThreads, kBlocksAtOnce) scan_16bit(Scan s) {
-  const int64_t slots = slots_here(s), N = s.encoder.count;
-  const int64_t depth = (s.x.width + kDepth - 1) / kDepth;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  unsigned char* const stages = shared<unsigned char>();
-  int32_t* const token = shared<int32_t>(P::kStages * P::kStageBytes);
-
-  const Tiles<P::kTokens, P::kLatents> tiles(slots, N);
-  for (int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
-    int64_t first_slot, first_latent;
-    tiles.locate(tile, first_slot, first_latent);
-    // Its barrier also ends every use of the last tile's stages and tokens.
-    if (!sync_threads_or(any_open(s, first_slot, P::kTokens, slots, threadIdx.x, P::kThreads)))
-      continue;
-    for (int i = threadIdx.x; i < P::kTokens; i += P::kThreads)
-      token[i] = static_cast<int32_t>(token_of(s, first_slot + i, slots));
-    sync_threads();
-
-    const Panels<P> panels{s, first_latent, token, stages};
-    float sum[P::kM][P::kN][4] = {};
-#pragma unroll
-    for (int k = 0; k < P::kStages - 1; ++k) {
-      if (k < depth) panels.load(k, k);
-      commit_copies();
-    }
-    int stage = 0, free = P::kStages - 1;
-    for (int64_t k = 0; k < depth; ++k) {
-      wait_copies<P::kStages - 2>();
-      sync_threads();
-      if (k + P::kStages - 1 < depth) panels.load(k + P::kStages - 1, free);
-      commit_copies();
-      multiply<P, kBf16>(stages + stage * P::kStageBytes, sum);
-      free = stage;
-      if (++stage == P::kStages) stage = 0;
-    }
-
-    const auto slot = [&](int r) {
-      return first_slot + warp / P::kAcross * P::kM * 16 + r / 2 * 16 + r % 2 * 8 + lane / 4;
-    };
-    deliver<P::kM * 2, P::kN * 2, 4>(
-        s, slots, [&](int r, int c) -> float& { return sum[r / 2][c / 2][r % 2 * 2 + c % 2]; },
-        slot, first_latent, first_latent + P::kLatents,
-        warp % P::kAcross * P::kN * 8 + lane % 4 * 2, [](int c) { return c / 2 * 8 + c % 2; });
-  }
+__global__ void __launch_bounds__(P::kThreads, P::kBlocks) scan_16bit(Scan s) {
+  mma::take_tiles<P, kBf16>(s);
 }
 
 template <class P, bool kBf16>
 void run(const Scan& s, Stream stream) {
   const int64_t slots = s.most < s.slots ? s.most : s.slots;
   const int64_t tiles = Tiles<P::kTokens, P::kLatents>(slots, s.encoder.count).count();
-  const int64_t blocks = balanced(tiles, kBlocksAtOnce * multiprocessors());
+  const int64_t blocks = balanced(tiles, P::kBlocks * multiprocessors());
   launch(scan_16bit<P, kBf16>, {blocks, P::kThreads, P::kShared}, stream, s);
 }
 
 template <bool kBf16>
 void run(const Scan& s, Stream stream) {
-  if (s.slots <= Fewest::kTokens)
-    run<Fewest, kBf16>(s, stream);
-  else if (s.most <= Few::kTokens || s.slots <= Few::kTokens)
-    run<Few, kBf16>(s, stream);
+  if (s.slots <= mma::Fewest::kTokens)
+    run<mma::Fewest, kBf16>(s, stream);
+  else if (s.most <= mma::Few::kTokens || s.slots <= mma::Few::kTokens)
+    run<mma::Few, kBf16>(s, stream);
   else
-    run<Many, kBf16>(s, stream);
+    run<mma::Many, kBf16>(s, stream);
 }
 
 }  // namespace

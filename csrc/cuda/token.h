@@ -9,8 +9,8 @@ namespace saesteer::cuda {
 
 constexpr int kTokenThreads = 128;
 
-// Sums `count` numbers a thread over the block. Every thread gets every sum; the order of additions
-// is fixed. `scratch` holds kTokenThreads / 32 * count floats.
+// Sums kCount numbers a thread over the block. Every thread gets every sum; the order of additions
+// is fixed. `scratch` holds kTokenThreads / 32 * kCount floats and is read until the next barrier.
 template <int kCount>
 __device__ void sum_over_block(float (&v)[kCount], float* scratch) {
   constexpr int kWarps = kTokenThreads / 32;
@@ -25,28 +25,28 @@ __device__ void sum_over_block(float (&v)[kCount], float* scratch) {
     v[i] = scratch[i];
     for (int warp = 1; warp < kWarps; ++warp) v[i] += scratch[warp * kCount + i];
   }
-  sync_threads();
 }
 
 constexpr int kRowsAtOnce = 4;
 constexpr int kTokenScratch = kTokenThreads / 32 * kRowsAtOnce;
 
 // p[i] = rows[index[i]] . x + bias[index[i]] for kCount rows; NaN where the index is not below
-// `limit`. `index` may be null: 0, 1, ...
+// `limit`. `index` may be null: 0, 1, ... Whether one of them is undecided.
 template <int kCount>
-__device__ __forceinline__ void project_some(const void* x, Dtype dtype, const Rows& rows,
+__device__ __forceinline__ bool project_some(const void* x, Dtype dtype, const Rows& rows,
                                              const float* bias, int64_t limit, const int64_t* index,
                                              int64_t first, float* p, float* scratch) {
   int64_t at[kCount];
   const void* row[kCount];
   bool wide[kCount];
-  float sum[kCount] = {};
+  float sum[kCount] = {}, offset[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     at[i] = index ? index[first + i] : first + i;
     if (at[i] < 0 || at[i] >= limit) at[i] = -1;
     row[i] = rows[at[i] < 0 ? 0 : at[i]];
     wide[i] = aligned(row[i]);
+    offset[i] = at[i] < 0 ? not_a_number() : bias[at[i]];
   }
   const bool x_wide = aligned(x);
 #pragma unroll 3
@@ -61,27 +61,34 @@ __device__ __forceinline__ void project_some(const void* x, Dtype dtype, const R
     }
   }
   sum_over_block(sum, scratch);
+  bool open = false;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    if (static_cast<int>(threadIdx.x) == i)
-      p[first + i] = at[i] < 0 ? not_a_number() : sum[i] + bias[at[i]];
+  for (int i = 0; i < kCount; ++i) {
+    const float v = sum[i] + offset[i];
+    if (static_cast<int>(threadIdx.x) == i) p[first + i] = v;
+    open |= undecided(v);
+  }
+  sync_threads();
+  return open;
 }
 
-// p[i] for i < count, in shared memory; kTokenScratch floats of scratch. The sum of a row depends
-// neither on its place nor on the other rows.
-__device__ __forceinline__ void project_token(const void* x, Dtype dtype, const Rows& rows,
+// p[i] for i < count, and whether one of them is undecided; kTokenScratch floats of scratch. The
+// sum of a row depends neither on its place nor on the other rows.
+__device__ __forceinline__ bool project_token(const void* x, Dtype dtype, const Rows& rows,
                                               const float* bias, int64_t limit,
                                               const int64_t* index, int64_t count, float* p,
                                               float* scratch) {
+  bool open = false;
   int64_t i = 0;
   for (; i + kRowsAtOnce <= count; i += kRowsAtOnce)
-    project_some<kRowsAtOnce>(x, dtype, rows, bias, limit, index, i, p, scratch);
-  for (; i < count; ++i) project_some<1>(x, dtype, rows, bias, limit, index, i, p, scratch);
-  sync_threads();
+    open |= project_some<kRowsAtOnce>(x, dtype, rows, bias, limit, index, i, p, scratch);
+  for (; i < count; ++i) open |= project_some<1>(x, dtype, rows, bias, limit, index, i, p, scratch);
+  return open;
 }
 
 // y = x + sum_i coef[i] rows[i] over the coefficients that are not 0; if all are, the bits of x.
-// x's second reading finds it in the first-level cache.
+// coef[i] may be in shared memory, written by thread i % kTokenThreads just before. x's second
+// reading finds it in the first-level cache.
 __device__ __forceinline__ void add_to_token(const void* x, const Rows& rows, int64_t count,
                                              const float* coef, void* y, Dtype dtype) {
   bool any = false;

@@ -33,7 +33,7 @@ class _Matrix(ctypes.Structure):
 def compile_kernels(
     folder: Path, compiler: str, changed: dict[str, str] | None = None
 ) -> dict[str, Path]:
-    """Object files by source; with `changed`, only of these kernels, from the texts given."""
+    """Object files by source; with `changed`, texts by file, only of what these are part of."""
     sources = folder / "cuda"
     shutil.copytree(CSRC / "cuda", sources)
     for header in ("keys.h", "views.h"):
@@ -48,8 +48,12 @@ def compile_kernels(
         subprocess.run([compiler, "-x", "c++", *flags, "-c", source, "-o", target], check=True)
         return target
 
-    kernels = [p for p in sorted(sources.glob("*.cu")) if p.stem != "probe"]
-    wanted = [sources / name for name in changed] if changed else [*kernels, HERE / "library.cpp"]
+    wanted = [p for p in sorted(sources.glob("*.cu")) if p.stem != "probe"]
+    if changed:
+        parts = [*changed, *(f'#include "{name}"' for name in changed)]
+        wanted = [p for p in wanted if any(part in p.name + p.read_text() for part in parts)]
+    else:
+        wanted.append(HERE / "library.cpp")
     with ThreadPoolExecutor(2) as pool:
         return dict(zip((p.name for p in wanted), pool.map(compiled, wanted), strict=True))
 
@@ -98,6 +102,10 @@ class Machine:
     def settle(self, *, multiprocessors: int = 3, hopper: bool = False, seed: int = 0) -> Machine:
         self._library.settle_machine(multiprocessors, ctypes.c_bool(hopper), seed)
         return self
+
+    def launches(self) -> int:
+        """How many kernels have been started so far."""
+        return self.pure("launches", ctypes.c_int)
 
     def _run(self, name: str, *arguments) -> None:
         function = getattr(self._library, name)

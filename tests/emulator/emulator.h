@@ -1,16 +1,18 @@
-// A GPU's block of threads on the CPU, so that csrc/cuda runs and is tested without a GPU: the
+// A GPU's blocks of threads on the CPU, so that csrc/cuda runs and is tested without a GPU: the
 // names of csrc/cuda/ptx.h and launch.h, with the meaning that the PTX manual gives them.
 //
 // Threads are fibers that take turns in a random order. What the hardware does at some later time
 // is done as late, or as early, as it may be: a copy lands when somebody waits for it, a product is
 // taken when it is waited for, and shared memory has a second face that tensor copies and wgmma
 // see, in which ordinary writes show only after a fence. A barrier that not everybody reaches is an
-// error, and so is a misaligned access. Blocks run one after the other.
+// error, and so is a misaligned access. Blocks run one after the other, those of a launch together
+// in turns too.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -97,26 +99,39 @@ struct Warp {
   const unsigned char* rows[kWarp];
 };
 
-struct Machine {
+// A block, and what its threads share.
+struct Block {
+  uint32_t index = 0;
+  size_t done = 0;  // threads
   std::vector<std::unique_ptr<Fiber>> fibers;
-  size_t threads = 0;
+  std::vector<std::function<void()>> events;
+  std::map<int, Barrier> barriers;
+  std::map<uint64_t*, SharedBarrier> shared_barriers;
+  std::vector<Warp> warps;
+  // What threads see, and what tensor copies and wgmma see
+  unsigned char* const shared = allocated();
+  unsigned char* const async = allocated();
+
+  static unsigned char* allocated() {
+    return static_cast<unsigned char*>(aligned_alloc(1024, kSharedBytes));
+  }
+
+  SharedBarrier& shared_barrier(uint64_t* at);
+};
+
+struct Machine {
+  std::vector<std::unique_ptr<Block>> blocks;  // as many as were ever alive at once
+  size_t threads = 0;                          // of a block
+  Block* block = nullptr;
   Fiber* now = nullptr;
   jmp_buf scheduler;
   std::function<void()> kernel;
   std::string error;
   bool progress = false;
   std::mt19937 random;
-  std::vector<std::function<void()>> events;
-  std::map<int, Barrier> barriers;
-  std::map<uint64_t*, SharedBarrier> shared_barriers;
-  std::vector<Warp> warps;
-  // What threads see, and what tensor copies and wgmma see
-  unsigned char *shared = nullptr, *async = nullptr;
-
-  Machine() {
-    shared = static_cast<unsigned char*>(aligned_alloc(1024, kSharedBytes));
-    async = static_cast<unsigned char*>(aligned_alloc(1024, kSharedBytes));
-  }
+  Barrier grid;
+  size_t grid_threads = 0;  // 0: the launch was not together
+  int launches = 0;
 
   bool coin() { return random() & 1; }
 
@@ -124,7 +139,6 @@ struct Machine {
 
   void yield() {
     if (!_setjmp(now->at)) _longjmp(scheduler, 1);
-    threadIdx.x = now->index;
   }
 
   template <class Condition>
@@ -135,8 +149,10 @@ struct Machine {
 
   static void enter();
 
-  void resume(Fiber& fiber) {
+  void resume(Block& b, Fiber& fiber) {
+    block = &b;
     now = &fiber;
+    blockIdx.x = b.index;
     threadIdx.x = fiber.index;
     if (_setjmp(scheduler)) return;
     if (fiber.started) _longjmp(fiber.at, 1);
@@ -144,14 +160,16 @@ struct Machine {
     setcontext(&fiber.start);
   }
 
-  void run_block() {
-    while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
-    events.clear(), barriers.clear(), shared_barriers.clear();
-    warps.assign((threads + kWarp - 1) / kWarp, Warp());
-    memset(shared, 0xFF, kSharedBytes);
-    memset(async, 0xFF, kSharedBytes);
+  void begin(Block& b, int64_t index) {
+    b.index = static_cast<uint32_t>(index);
+    b.done = 0;
+    while (b.fibers.size() < threads) b.fibers.push_back(std::make_unique<Fiber>());
+    b.events.clear(), b.barriers.clear(), b.shared_barriers.clear();
+    b.warps.assign((threads + kWarp - 1) / kWarp, Warp());
+    memset(b.shared, 0xFF, kSharedBytes);
+    memset(b.async, 0xFF, kSharedBytes);
     for (size_t i = 0; i < threads; ++i) {
-      Fiber& f = *fibers[i];
+      Fiber& f = *b.fibers[i];
       f.started = f.done = false;
       f.index = static_cast<uint32_t>(i);
       f.copies.clear(), f.groups.clear(), f.written.clear();
@@ -162,45 +180,78 @@ struct Machine {
       f.start.uc_link = nullptr;
       makecontext(&f.start, enter, 0);
     }
-    for (size_t done = 0; done < threads;) {
-      progress = false;
-      const size_t first = random() % threads;
-      for (size_t i = 0; i < threads; ++i) {
-        Fiber& f = *fibers[(first + i) % threads];
-        if (f.done) continue;
-        resume(f);
-        if (!error.empty()) fail(std::exchange(error, ""));
-        done += f.done;
-      }
-      if (!events.empty() && (!progress || coin())) {
-        const size_t which = random() % events.size();
-        const auto event = events[which];
-        events.erase(events.begin() + which);
-        event();
-        progress = true;
-      }
-      if (!progress && done < threads)
-        fail("a barrier that not all threads reach: " + std::to_string(threads - done) + " of " +
-             std::to_string(threads) + " threads wait for ever in block " +
-             std::to_string(blockIdx.x));
-    }
-    if (!events.empty()) fail("a block ended before its tensor copies");
+  }
+
+  // Every thread's turn, and perhaps an event.
+  void turn(Block& b) {
+    const size_t first = random() % threads;
     for (size_t i = 0; i < threads; ++i) {
-      for (auto& group : fibers[i]->groups)
+      Fiber& f = *b.fibers[(first + i) % threads];
+      if (f.done) continue;
+      resume(b, f);
+      if (!error.empty()) fail(std::exchange(error, ""));
+      b.done += f.done;
+    }
+    if (!b.events.empty() && (!progress || coin())) {
+      const size_t which = random() % b.events.size();
+      const auto event = b.events[which];
+      b.events.erase(b.events.begin() + which);
+      event();
+      progress = true;
+    }
+    if (b.done == threads) end(b);
+  }
+
+  void end(const Block& b) {
+    if (!b.events.empty()) fail("a block ended before its tensor copies");
+    for (size_t i = 0; i < threads; ++i) {
+      for (auto& group : b.fibers[i]->groups)
         if (!group.empty()) fail("a block ended before its copies");
-      if (!fibers[i]->product_groups.empty()) fail("a block ended before its products");
+      if (!b.fibers[i]->product_groups.empty()) fail("a block ended before its products");
     }
   }
 
-  void run(int64_t blocks, int block_threads, const std::function<void()>& body) {
+  // Blocks first, first + 1, ..., alive at once.
+  void run_blocks(int64_t first, size_t count) {
+    while (blocks.size() < count) blocks.push_back(std::make_unique<Block>());
+    for (size_t b = 0; b < count; ++b) begin(*blocks[b], first + b);
+    std::vector<Block*> alive;
+    for (size_t b = 0; b < count; ++b) alive.push_back(blocks[b].get());
+    while (!alive.empty()) {
+      bool any = false;
+      const size_t start = random() % alive.size();
+      for (size_t i = 0; i < alive.size(); ++i) {
+        Block& b = *alive[(start + i) % alive.size()];
+        // Some blocks come far before others begin.
+        do {
+          progress = false;
+          turn(b);
+          any |= progress;
+        } while (progress && b.done < threads && random() % 16);
+      }
+      if (!any) fail_waiting(alive);
+      alive.erase(std::remove_if(alive.begin(), alive.end(),
+                                 [&](const Block* b) { return b->done == threads; }),
+                  alive.end());
+    }
+  }
+
+  [[noreturn]] void fail_waiting(const std::vector<Block*>& alive) {
+    const Block& b = *alive.front();
+    fail("a barrier that not all threads reach: " + std::to_string(threads - b.done) + " of " +
+         std::to_string(threads) + " threads wait for ever in block " + std::to_string(b.index));
+  }
+
+  void run(int64_t count, int block_threads, bool together, const std::function<void()>& body) {
+    ++launches;
     kernel = body;
     threads = block_threads;
     random.seed(settings.seed);
-    gridDim.x = static_cast<uint32_t>(blocks);
-    for (int64_t b = 0; b < blocks; ++b) {
-      blockIdx.x = static_cast<uint32_t>(b);
-      run_block();
-    }
+    gridDim.x = static_cast<uint32_t>(count);
+    grid = {};
+    grid_threads = together ? count * threads : 0;
+    if (together) return run_blocks(0, count);
+    for (int64_t b = 0; b < count; ++b) run_blocks(b, 1);
   }
 
   void arrive_and_wait(Barrier& b, int expected, bool v = false) {
@@ -217,7 +268,7 @@ struct Machine {
     }
   }
 
-  Warp& warp() { return warps[threadIdx.x / kWarp]; }
+  Warp& warp() { return block->warps[threadIdx.x / kWarp]; }
   int lane() { return threadIdx.x % kWarp; }
   void join_warp() { arrive_and_wait(warp().barrier, kWarp); }
 
@@ -225,17 +276,17 @@ struct Machine {
     memcpy(copy.to, copy.bytes, 16);
     now->written.push_back(copy.to);
   }
-
-  SharedBarrier& shared_barrier(uint64_t* at) {
-    const auto found = shared_barriers.find(at);
-    if (found == shared_barriers.end()) fail("a shared barrier that was not initialised");
-    return found->second;
-  }
 };
 
 inline Machine& machine() {
   static Machine m;
   return m;
+}
+
+inline SharedBarrier& Block::shared_barrier(uint64_t* at) {
+  const auto found = shared_barriers.find(at);
+  if (found == shared_barriers.end()) machine().fail("a shared barrier that was not initialised");
+  return found->second;
 }
 
 inline void Machine::enter() {
@@ -281,7 +332,7 @@ inline void check_aligned(const void* p, size_t bytes) {
 
 template <class T>
 T* shared(int64_t from = 0) {
-  return reinterpret_cast<T*>(emulated::machine().shared + from);
+  return reinterpret_cast<T*>(emulated::machine().block->shared + from);
 }
 
 // ---- numbers ----
@@ -308,7 +359,7 @@ inline int lowest_bit(uint64_t word) { return __builtin_ctzll(word); }
 
 inline bool sync_some_or(int barrier, int threads, bool v) {
   auto& m = emulated::machine();
-  auto& b = m.barriers[barrier];
+  auto& b = m.block->barriers[barrier];
   m.arrive_and_wait(b, threads, v);
   return b.result;
 }
@@ -316,6 +367,11 @@ inline bool sync_threads_or(bool v) {
   return sync_some_or(0, static_cast<int>(emulated::machine().threads), v);
 }
 inline void sync_threads() { sync_threads_or(false); }
+inline void sync_grid() {
+  auto& m = emulated::machine();
+  if (m.grid_threads == 0) m.fail("a barrier of blocks that were not launched together");
+  m.arrive_and_wait(m.grid, static_cast<int>(m.grid_threads));
+}
 inline void sync_warp() { emulated::machine().join_warp(); }
 
 template <class T>
@@ -404,23 +460,23 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 
 inline void barrier_init(uint64_t* barrier, int arrivals) {
   emulated::check_aligned(barrier, 8);
-  emulated::machine().shared_barriers[barrier] = {arrivals, arrivals};
+  emulated::machine().block->shared_barriers[barrier] = {arrivals, arrivals};
 }
 inline void barrier_init_done() {}
 inline void barrier_arrive(uint64_t* barrier) {
   auto& m = emulated::machine();
-  auto& b = m.shared_barrier(barrier);
+  auto& b = m.block->shared_barrier(barrier);
   if (b.pending == 0) m.fail("more arrivals than a shared barrier expects");
   --b.pending;
   b.settle();
   m.progress = true;
 }
 inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  emulated::machine().shared_barrier(barrier).bytes += bytes;
+  emulated::machine().block->shared_barrier(barrier).bytes += bytes;
 }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   auto& m = emulated::machine();
-  auto& b = m.shared_barrier(barrier);
+  auto& b = m.block->shared_barrier(barrier);
   m.wait([&] { return b.phase != parity; });
 }
 
@@ -438,20 +494,20 @@ inline TensorMap tensor_map(const void* matrix, bool, int64_t rows, int64_t widt
 }
 
 inline void copy_box(void* to, const TensorMap* map, uint64_t* barrier, int column, int row) {
-  auto& m = emulated::machine();
+  auto& block = *emulated::machine().block;
   emulated::check_aligned(to, 1024);
-  const int64_t offset = static_cast<unsigned char*>(to) - m.shared;
+  const int64_t offset = static_cast<unsigned char*>(to) - block.shared;
   // Here the map lies on the stack of a thread that may end before the copy.
-  m.events.push_back([=, &m, map = *map] {
+  block.events.push_back([=, &block, map = *map] {
     for (int r = 0; r < map.box_rows; ++r)
       for (int c = 0; c < 64; ++c) {
         const bool there = row + r < map.rows && column + c < map.width;
         const uint16_t v = there ? map.matrix[(row + r) * map.width + column + c] : 0;
         const int64_t at = offset + r * 128 + ((c / 8 ^ r % 8) * 16) + c % 8 * 2;
-        memcpy(m.shared + at, &v, 2);
-        memcpy(m.async + at, &v, 2);
+        memcpy(block.shared + at, &v, 2);
+        memcpy(block.async + at, &v, 2);
       }
-    auto& b = m.shared_barrier(barrier);
+    auto& b = block.shared_barrier(barrier);
     b.bytes -= map.box_rows * 128;
     b.settle();
   });
@@ -460,7 +516,7 @@ inline void prefetch_map(const TensorMap*) {}
 
 inline void publish_writes() {
   auto& m = emulated::machine();
-  for (unsigned char* at : m.now->written) memcpy(m.async + (at - m.shared), at, 16);
+  for (unsigned char* at : m.now->written) memcpy(m.block->async + (at - m.block->shared), at, 16);
   m.now->written.clear();
 }
 
@@ -475,7 +531,7 @@ void give_registers() {
 
 inline uint64_t describe(const void* p) {
   emulated::check_aligned(p, 1024);
-  return (static_cast<const unsigned char*>(p) - emulated::machine().shared) >> 4;
+  return (static_cast<const unsigned char*>(p) - emulated::machine().block->shared) >> 4;
 }
 inline uint64_t along(uint64_t description, int bytes) { return description + (bytes >> 4); }
 
@@ -500,7 +556,7 @@ void multiply_group(float (&c)[128], uint64_t a, uint64_t b, bool add) {
   const auto element = [&m](uint64_t description, int row, int k) {
     const uint64_t linear = (description << 4) + row * 128 + k * 2;
     uint16_t bits;
-    memcpy(&bits, m.async + (linear ^ (linear >> 3 & 0x70)), 2);
+    memcpy(&bits, m.block->async + (linear ^ (linear >> 3 & 0x70)), 2);
     return emulated::from_16<kBf16>(bits);
   };
   m.now->products.push_back([=, &c] {
@@ -530,7 +586,13 @@ struct Shape {
   int64_t blocks;
   int threads;
   int64_t shared = 0;
+  bool together = false;
 };
+
+template <class Kernel>
+int64_t most_together(Kernel*, int, int64_t shared) {
+  return multiprocessors() * (shared_limit() / std::max<int64_t>(shared, 32 << 10));
+}
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, Stream,
@@ -538,7 +600,10 @@ void launch(void (*kernel)(Parameters...), const Shape& shape, Stream,
   if (shape.blocks < 1 || shape.blocks >= int64_t{1} << 31)
     throw std::runtime_error("a launch of " + std::to_string(shape.blocks) + " blocks");
   if (shape.shared > shared_limit()) throw std::runtime_error("too much shared memory");
-  emulated::machine().run(shape.blocks, shape.threads, [&] { kernel(arguments...); });
+  if (shape.together && shape.blocks > most_together(kernel, shape.threads, shape.shared))
+    throw std::runtime_error("more blocks together than the device holds");
+  emulated::machine().run(shape.blocks, shape.threads, shape.together,
+                          [&] { kernel(arguments...); });
 }
 
 inline void zero(void* at, int64_t bytes, Stream) { memset(at, 0, bytes); }

@@ -38,6 +38,8 @@ void settle_machine(int multiprocessors, bool hopper, uint32_t seed) {
   cuda::emulated::settings = {multiprocessors, hopper, seed};
 }
 
+int launches() { return cuda::emulated::machine().launches; }
+
 int64_t ladder_workspace(int64_t tokens, int64_t F) { return cuda::ladder_workspace(tokens, F); }
 
 int64_t encode_workspace(int64_t tokens, int64_t N, int64_t k) {

@@ -1,0 +1,134 @@
+// The whole ladder in one launch, for few tokens: what it costs to start the scan and the last
+// writes as kernels of their own is more than L0 costs, and most calls end there.
+#include <algorithm>
+
+#include "ladder.h"
+#include "scan_mma.h"
+#include "scan_simt.h"
+#include "setting.h"
+
+namespace saesteer::cuda {
+namespace {
+
+// The scan between L0 and the last writes.
+template <class P, bool kBf16>
+struct Mma : P {
+  static constexpr int kDtype = static_cast<int>(kBf16 ? Dtype::bf16 : Dtype::f16);
+  static __device__ __forceinline__ void scan(const Scan& s) { mma::take_tiles<P, kBf16>(s); }
+};
+template <class P, int kDtype_>
+struct Simt : P {
+  static constexpr int kDtype = kDtype_;
+  static __device__ __forceinline__ void scan(const Scan& s) { simt::take_tiles<P>(s); }
+};
+
+// How the blocks share L0's tokens.
+struct Sharing {
+  bool each_all;  // every block measures every token, and none has to wait to know that all ended
+  bool fetch;     // the directions come to shared memory while a token is measured
+};
+
+SAESTEER_HD inline int64_t fetched_from(int64_t features) {
+  return (level0_bytes(features) + 15) / 16 * 16;
+}
+SAESTEER_HD inline int64_t bytes_of(const Rows& rows, int64_t count) {
+  return count * rows.width * bytes(rows.dtype);
+}
+
+template <int kThreads>
+__device__ __forceinline__ Rows fetch(const Rows& rows, int64_t count) {
+  const int64_t size = bytes_of(rows, count);
+  auto* const to = shared<unsigned char>(fetched_from(count));
+  for (int64_t at = threadIdx.x * 16; at < size; at += kThreads * 16)
+    copy_async(to + at, static_cast<const char*>(rows.data) + at, true);
+  commit_copies();
+  return {to, rows.dtype, rows.width};
+}
+
+// Whether this block found a token open among those that it measured.
+__device__ __forceinline__ bool level0(const Ladder& c, const Sharing& sharing,
+                                       const Rows& directions) {
+  const int64_t mine = blockIdx.x, blocks = gridDim.x;
+  bool any = false;
+  for (int64_t token = sharing.each_all ? 0 : mine; token < c.tokens;
+       token += sharing.each_all ? 1 : blocks) {
+    const bool is_mine = token % blocks == mine;
+    const float value = is_mine ? first_value(c, token) : 0.f;
+    const bool open = measure(c, token);
+    any |= open;
+    wait_copies<0>();
+    if (is_mine) keep_and_write(c, token, open, directions, value);
+  }
+  return any;
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+    ladder_once(Ladder c, Scan s, Sharing sharing) {
+  static_assert(S::kThreads == kTokenThreads);
+  fix_dtypes<S::kDtype>(c.x, c.encoder.W, c.directions, c.y, s.x, s.encoder.W);
+  const bool fetches = sharing.fetch && blockIdx.x < c.tokens;
+  const bool open = level0(
+      c, sharing, fetches ? fetch<S::kThreads>(c.directions, c.features.count) : c.directions);
+
+  // All blocks leave here or none does. Not by `beaten`: others may have begun to count.
+  if (sharing.each_all && !open) return;
+  sync_grid();
+  if (!sync_threads_or(threadIdx.x < c.tokens && c.open.token[threadIdx.x] >= 0)) return;
+  S::scan(s);
+  sync_grid();
+  settle_tokens(c);
+}
+
+// Rows that a block reads at L0 are read by all blocks, from the second-level cache: beyond so many
+// that takes longer than waiting for a block that reads them alone.
+constexpr int64_t kAll = 6;
+// Bytes of shared memory for directions.
+constexpr int64_t kFetched = 32 << 10;
+
+template <class S>
+bool run(const Ladder& c, Scan s, Stream stream) {
+  const int64_t F = c.features.count, rows = bytes_of(c.directions, F);
+  const bool in_place = c.y.data == c.x.data;  // then nobody may write x while others measure it
+  const Sharing sharing{!in_place && c.tokens * (1 + F) <= kAll,
+                        !c.acts && rows <= kFetched && rows % 16 == 0 &&
+                            reinterpret_cast<uintptr_t>(c.directions.data) % 16 == 0};
+  const int64_t shared =
+      std::max<int64_t>(S::kShared, fetched_from(F) + (sharing.fetch ? rows : 0));
+  if (shared > shared_limit()) return false;
+  const int64_t most = std::min(most_together(ladder_once<S>, S::kThreads, shared),
+                                S::kBlocks * int64_t{multiprocessors()});
+  if (most == 0) return false;
+  s.least = 1, s.most = s.slots;
+  const int64_t tiles = Tiles<S::kTokens, S::kLatents>(s.slots, s.encoder.count).count();
+  const int64_t blocks = std::max(balanced(tiles, most), std::min(c.tokens, most));
+  launch(ladder_once<S>, {blocks, S::kThreads, shared, true}, stream, c, s, sharing);
+  return true;
+}
+
+template <bool kBf16>
+bool by_mma(const Ladder& c, const Scan& s, Stream stream) {
+  return s.slots <= mma::Fewest::kTokens ? run<Mma<mma::Fewest, kBf16>>(c, s, stream)
+                                         : run<Mma<mma::Few, kBf16>>(c, s, stream);
+}
+template <int kDtype>
+bool by_simt(const Ladder& c, const Scan& s, Stream stream) {
+  return s.slots <= simt::Fewest::kTokens ? run<Simt<simt::Fewest, kDtype>>(c, s, stream)
+                                          : run<Simt<simt::Few, kDtype>>(c, s, stream);
+}
+
+}  // namespace
+
+// SAESTEER_LADDER=steps leaves this kernel out.
+bool climb_once(const Ladder& c, const Scan& s, Dtype directions, Stream stream) {
+  if (c.open.count || setting("SAESTEER_LADDER", {"steps"}) == "steps") return false;
+  static_assert(mma::Few::kTokens == kFew && simt::Few::kTokens == kFew);
+  const bool alike = s.x.dtype == s.encoder.W.dtype && s.x.dtype == directions;
+  if (uses_mma(s)) {
+    if (!alike) return false;
+    return s.x.dtype == Dtype::bf16 ? by_mma<true>(c, s, stream) : by_mma<false>(c, s, stream);
+  }
+  return alike && s.x.dtype == Dtype::f32 ? by_simt<0>(c, s, stream) : by_simt<-1>(c, s, stream);
+}
+
+}  // namespace saesteer::cuda
