@@ -8,6 +8,7 @@ measure      the floors (a copy, a product, a launch), the op against what a car
 Times are the device's: replays of a CUDA graph that holds several calls, each with other tokens.
 
 ours, triton            saesteer_fast.ops.steer by those kernels, after they were found right
+ours in steps           without the kernel that does all for few tokens in one launch
 naive, lean, smart      saesteer_fast.reference, bf16; "smart, compiled": under torch.compile
 linear, copy            one encoder pass and nothing else; a copy of x
 """
@@ -46,6 +47,7 @@ TOKENS = (1, 8192, 64, 512, 8, 2048)
 SEVERAL, SEVERAL_TOKENS = 4, (1, 512, 8192)
 """Latents edited at once, and for how many tokens that is measured."""
 COMPILED_TOKENS = (1, 512, 8192)
+IN_STEPS, IN_STEPS_TOKENS = "ours in steps", (1, 8, 64)
 CALLS, CALLED = 512, 4096
 """Calls in one graph, at most, and of how many tokens; at least two calls."""
 COPIED, SIDE = 1 << 30, 8192
@@ -172,6 +174,8 @@ def torch_compiled(name: str) -> Callable[..., Tensor]:
 def contestant(w: Workload, name: str) -> Callable[[Tensor], Tensor]:
     rows = w.directions, w.features, w.values, w.k
     b_enc = w.b_enc.to(w.W_enc.dtype)
+    if name == IN_STEPS:
+        return smoke.in_steps(contestant(w, "ours"))
     if name in KERNELS or name == "reference":
         impl = KERNELS.get(name, name)
         return lambda x: ops.steer(x, w.W_enc, w.b_enc, *rows, impl=impl)
@@ -204,7 +208,7 @@ def timed(name: str, tokens: int, features: int, by: str) -> list[float]:
     """Seconds a call, by round; kernels of ours must be right on these tokens first."""
     w = workload(name, features)
     call = contestant(w, by)
-    if impl := KERNELS.get(by):
+    if impl := KERNELS.get(by.split()[0]):
         verify.check_ours(
             w,
             w.batches(tokens)[: max(1, 512 // tokens)],
@@ -344,6 +348,7 @@ def measures() -> dict[str, Callable[[], object]]:
                     found[f"{key} {by}"] = partial(timed, name, T, features, by)
 
     add((*KERNELS, "linear", "copy"), TOKENS, 1)
+    add((IN_STEPS,), IN_STEPS_TOKENS, 1)
     for by in (*KERNELS, "reference", "copy"):
         found[f"host: {by}"] = partial(on_host, by)
     for by in KERNELS:

@@ -78,7 +78,8 @@ def kernels() -> str:
         digest.update(importlib.metadata.version("triton").encode())
     except importlib.metadata.PackageNotFoundError:
         pass
-    digest.update(os.environ.get("SAESTEER_SCAN", "").encode())
+    for name in ("SAESTEER_SCAN", "SAESTEER_LADDER"):
+        digest.update(f"{name}={os.environ.get(name, '')};".encode())
     return digest.hexdigest()
 
 

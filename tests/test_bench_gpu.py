@@ -48,6 +48,13 @@ def test_a_scan_that_was_not_tried_is_not_right(tmp_path, monkeypatch):
     run = gpu.Run(tmp_path, minutes=1)
     gpu.smoke(run)
     assert run.result["scan"] == run.env["SAESTEER_SCAN"] == "mma"
+    assert run.env["SAESTEER_LADDER"] == "steps"
+
+
+def test_one_launch_is_right_if_it_ran_and_nothing_failed():
+    good, bad = {"at once, a: steer": {"found": {}}}, {"at once, a: counts": {"failed": "all"}}
+    assert gpu.right(good, "at once") and not gpu.right(good | bad, "at once")
+    assert not gpu.right({}, "at once") and gpu.right(good | {"scan": bad}, "at once")
 
 
 def test_checks_that_end_at_once_are_all_kept(tmp_path, monkeypatch):

@@ -82,16 +82,19 @@ def test_nothing_spills_or_indexes_registers(arch):
 
 # Threads of a block, and blocks that must fit a multiprocessor's 65,536 registers at once
 OCCUPANCY = {
-    r"level0ILi\d": (128, 8),
+    r"level0ILi\d": (128, 7),
     r"settleILi\d": (128, 8),
     "level0ILin1": (128, 4),  # any dtypes
     "settleILin1": (128, 4),
     "add_rows": (128, 8),
     "decode_token": (128, 8),
-    "scan_any": (256, 2),
-    SCANS["fewest"]: (64, 2),
+    "scan_any.*Li16ELi2E": (256, 2),
+    "scan_any.*Li8ELi3E": (128, 3),
+    SCANS["fewest"]: (128, 2),
     SCANS["few"]: (128, 2),
     SCANS["many"]: (128, 2),
+    "ladder_once.*mma": (128, 2),
+    "ladder_once.*simt": (128, 3),
     "scan_groups": (384, 1),
 }
 
@@ -121,6 +124,16 @@ def test_nothing_is_read_past_coherence(arch):
         assert not count(code, r"LDG\S*CONSTANT"), name
 
 
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp16"])
+def test_a_token_is_loaded_at_once(arch, bf16):
+    """Three chunks of x and of a latent, no branch between them: one wait instead of six."""
+    dtype = 1 if bf16 else 2
+    for marks in ((f"level0ILi{dtype}E",), ("ladder_once", SCANS["fewest"], f"Lb{int(bf16)}E")):
+        order = re.findall(r"\b(BRA|BAR|LDG\.E\.\S*128)", of(arch, *marks))
+        runs = re.split("BRA|BAR", " ".join(order))
+        assert max(run.count("LDG") for run in runs) >= 6, marks
+
+
 @pytest.mark.parametrize("plan", SCANS)
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp16"])
 def test_16_bit_scans_use_tensor_cores_and_asynchronous_copies(arch, plan, bf16):
@@ -130,9 +143,27 @@ def test_16_bit_scans_use_tensor_cores_and_asynchronous_copies(arch, plan, bf16)
     assert count(code, r"LDGSTS\.E\.\S*128") and count(code, r"LDSM\.16\.\S*4")
 
 
-def test_fp32_is_never_rounded_for_a_tensor_core(arch):
-    code = of(arch, f"scan_anyILi{FP32}ELi8E")
-    assert not count(code, r"\w*MMA[.\s]") and count(code, r"FFMA\s") >= 32 * 8
+@pytest.mark.parametrize("plan", ["few", "fewest"])
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp16"])
+def test_one_launch_reads_as_the_separate_kernels_do(arch, plan, bf16):
+    code = of(arch, "ladder_once", SCANS[plan], f"Lb{int(bf16)}E")
+    scan = of(arch, "scan_16bit", SCANS[plan], f"Lb{int(bf16)}E")
+    for instruction in (r"HMMA\.16816", r"LDSM\.16\.\S*4"):
+        assert count(code, instruction) == count(scan, instruction)
+    assert count(code, r"LDGSTS\.E\.\S*128") > count(scan, r"LDGSTS\.E\.\S*128")
+    assert count(code, r"LDG\.E\.\S*128") and count(code, r"STG\.E\.\S*128")
+
+
+@pytest.mark.parametrize("kernel", ["scan_any", "ladder_once"])
+def test_fp32_is_never_rounded_for_a_tensor_core(arch, kernel):
+    found = [
+        code
+        for name, code in kernels(dump("-sass", arch)).items()
+        if re.search(rf"{kernel}.*simt4PlanILi8.*Li{FP32}E", name)
+    ]
+    assert len(found) == (2 if kernel == "scan_any" else 1)
+    for code in found:
+        assert not count(code, r"\w*MMA[.\s]") and count(code, r"FFMA\s") >= 32 * 8
 
 
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp16"])

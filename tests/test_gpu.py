@@ -121,6 +121,18 @@ def test_a_full_size_dictionary(T, impl):
     assert torch.equal(values, expected[0]) and torch.equal(indices, expected[1])
 
 
+@EVERY_DTYPE
+@pytest.mark.parametrize("T", [1, 2, 5, 8, 16, 17, 64])
+def test_one_launch_gives_the_bits_of_three(T, dtype, monkeypatch):
+    case = integer_case(T, 3072, 24576, 32, 4, dtype, dtype).on("cuda")
+    for each in (case, case.but(x=settled(case)), some_live(T, dtype), some_live(T, dtype, F=17)):
+        at_once = each.steer("cuda"), each.acts("cuda")
+        monkeypatch.setenv("SAESTEER_LADDER", "steps")
+        assert same_bits(at_once[0], each.steer("cuda"))
+        assert same_bits(at_once[1], each.acts("cuda"))
+        monkeypatch.delenv("SAESTEER_LADDER")
+
+
 @TRITON_ALONE
 def test_every_latent_counts_when_all_may_be_live(impl):
     """k = N: every positive feature is live, and only after the whole scan."""
@@ -186,8 +198,10 @@ def test_nothing_waits_for_the_device(T, impl):
 
 
 @pytest.mark.fault(31, 68)
-def test_streams_do_not_meet(impl):
-    cases = [some_live(200), some_live(150, F=7)]
+@pytest.mark.parametrize("tokens", [(200, 150), (8, 3), (1, 200)], ids=str)
+def test_streams_do_not_meet(tokens, impl):
+    """Nor do blocks that wait for each other wait for another launch to end."""
+    cases = [some_live(tokens[0]), some_live(tokens[1], F=7)]
     cases[1] = cases[1].but(x=cases[1].x.flip(-1))
     expected = [case.steer(impl) for case in cases]
     streams = [torch.cuda.Stream() for _ in cases]

@@ -230,10 +230,11 @@ def test_without_a_verdict_the_reference_runs_and_says_so(gpu):
 
 def test_a_verdict_is_on_these_kernels_alone(gpu, monkeypatch):
     verdicts.write(GPU, ((0, ("cuda", "reference")),))
-    monkeypatch.setenv("SAESTEER_SCAN", "simt")
-    forget()
-    assert verdicts.read(GPU) is None
-    monkeypatch.delenv("SAESTEER_SCAN")
+    for name, value in (("SAESTEER_SCAN", "simt"), ("SAESTEER_LADDER", "steps")):
+        monkeypatch.setenv(name, value)
+        forget()
+        assert verdicts.read(GPU) is None
+        monkeypatch.delenv(name)
     forget()
     assert verdicts.read(GPU) == ((0, ("cuda", "reference")),)
 

@@ -71,10 +71,18 @@ __device__ inline int left(int64_t width, int64_t chunk) {
   return n < kChunk ? static_cast<int>(n) : kChunk;
 }
 
-// Chunk number `chunk` of a row, zeros beyond its width. `wide` says that the row is aligned.
+// Whether every row is aligned and made of whole chunks.
+__device__ inline bool whole(const Rows& rows) {
+  return aligned(rows.data) && rows.width % kChunk == 0;
+}
+
+// Chunk number `chunk` of a row, zeros beyond its width. `wide` says that the row is aligned,
+// kWhole that all are whole: then no branch keeps several loads from being under way.
+template <bool kWhole = false>
 __device__ __forceinline__ void load8(const void* row, Dtype dtype, int64_t width, int64_t chunk,
                                       bool wide, float (&v)[kChunk]) {
-  const int n = left(width, chunk);
+  const int n = kWhole ? kChunk : left(width, chunk);
+  wide |= kWhole;
   const int64_t at = chunk * kChunk;
   switch (dtype) {
     case Dtype::f32:
@@ -86,9 +94,11 @@ __device__ __forceinline__ void load8(const void* row, Dtype dtype, int64_t widt
   }
 }
 
+template <bool kWhole = false>
 __device__ __forceinline__ void store8(void* row, Dtype dtype, int64_t width, int64_t chunk,
                                        bool wide, const float (&v)[kChunk]) {
-  const int n = left(width, chunk);
+  const int n = kWhole ? kChunk : left(width, chunk);
+  wide |= kWhole;
   const int64_t at = chunk * kChunk;
   switch (dtype) {
     case Dtype::f32:

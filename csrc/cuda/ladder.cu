@@ -12,7 +12,7 @@ namespace {
 
 // One block a token.
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads, kDtype < 0 ? 4 : 8) level0(Ladder c) {
+__global__ void __launch_bounds__(kTokenThreads, kDtype < 0 ? 4 : 7) level0(Ladder c) {
   fix_dtypes<kDtype>(c.x, c.encoder.W, c.directions, c.y);
   const int64_t token = blockIdx.x;
   const float value = first_value(c, token);

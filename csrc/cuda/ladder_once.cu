@@ -48,11 +48,11 @@ __device__ __forceinline__ Rows fetch(const Rows& rows, int64_t count) {
 // Whether this block found a token open among those that it measured.
 __device__ __forceinline__ bool level0(const Ladder& c, const Sharing& sharing,
                                        const Rows& directions) {
-  const int64_t mine = blockIdx.x, blocks = gridDim.x;
+  const int64_t mine = blockIdx.x;
   bool any = false;
   for (int64_t token = sharing.each_all ? 0 : mine; token < c.tokens;
-       token += sharing.each_all ? 1 : blocks) {
-    const bool is_mine = token % blocks == mine;
+       token += sharing.each_all ? 1 : gridDim.x) {
+    const bool is_mine = !sharing.each_all || token == mine;
     const float value = is_mine ? first_value(c, token) : 0.f;
     const bool open = measure(c, token);
     any |= open;
@@ -89,10 +89,9 @@ constexpr int64_t kFetched = 32 << 10;
 template <class S>
 bool run(const Ladder& c, Scan s, Stream stream) {
   const int64_t F = c.features.count, rows = bytes_of(c.directions, F);
-  const bool in_place = c.y.data == c.x.data;  // then nobody may write x while others measure it
-  const Sharing sharing{!in_place && c.tokens * (1 + F) <= kAll,
-                        !c.acts && rows <= kFetched && rows % 16 == 0 &&
-                            reinterpret_cast<uintptr_t>(c.directions.data) % 16 == 0};
+  Sharing sharing{};
+  sharing.fetch = !c.acts && rows <= kFetched && rows % 16 == 0 &&
+                  reinterpret_cast<uintptr_t>(c.directions.data) % 16 == 0;
   const int64_t shared =
       std::max<int64_t>(S::kShared, fetched_from(F) + (sharing.fetch ? rows : 0));
   if (shared > shared_limit()) return false;
@@ -102,6 +101,8 @@ bool run(const Ladder& c, Scan s, Stream stream) {
   s.least = 1, s.most = s.slots;
   const int64_t tiles = Tiles<S::kTokens, S::kLatents>(s.slots, s.encoder.count).count();
   const int64_t blocks = std::max(balanced(tiles, most), std::min(c.tokens, most));
+  // Not in place, where one block may have written the x that another still measures.
+  sharing.each_all = c.y.data != c.x.data && c.tokens <= blocks && c.tokens * (1 + F) <= kAll;
   launch(ladder_once<S>, {blocks, S::kThreads, shared, true}, stream, c, s, sharing);
   return true;
 }

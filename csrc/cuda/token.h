@@ -30,32 +30,43 @@ __device__ void sum_over_block(float (&v)[kCount], float* scratch) {
 constexpr int kRowsAtOnce = 4;
 constexpr int kTokenScratch = kTokenThreads / 32 * kRowsAtOnce;
 
+// Chunks that are loaded at once, as far as registers allow.
+template <bool kWhole, int kCount>
+constexpr int kUnderWay = kWhole && kCount == 1 ? 3 : 1;
+
 // p[i] = rows[index[i]] . x + bias[index[i]] for kCount rows; NaN where the index is not below
 // `limit`. `index` may be null: 0, 1, ... Whether one of them is undecided.
-template <int kCount>
+template <bool kWhole, int kCount>
 __device__ __forceinline__ bool project_some(const void* x, Dtype dtype, const Rows& rows,
                                              const float* bias, int64_t limit, const int64_t* index,
                                              int64_t first, float* p, float* scratch) {
+  const int mine = threadIdx.x;
+  const auto named = [&](int i) { return index ? index[first + i] : first + i; };
+  const auto there = [&](int64_t i) {
+    return static_cast<uint64_t>(i) < static_cast<uint64_t>(limit);
+  };
   int64_t at[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) at[i] = named(i);
+  const int64_t own = mine < kCount ? named(mine) : -1;
+
+  float sum[kCount] = {};
+  const float offset = there(own) ? bias[own] : not_a_number();
   const void* row[kCount];
   bool wide[kCount];
-  float sum[kCount] = {}, offset[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    at[i] = index ? index[first + i] : first + i;
-    if (at[i] < 0 || at[i] >= limit) at[i] = -1;
-    row[i] = rows[at[i] < 0 ? 0 : at[i]];
+    row[i] = rows[there(at[i]) ? at[i] : 0];
     wide[i] = aligned(row[i]);
-    offset[i] = at[i] < 0 ? not_a_number() : bias[at[i]];
   }
   const bool x_wide = aligned(x);
-#pragma unroll 3
+#pragma unroll(kUnderWay<kWhole, kCount>)
   for (int64_t c = threadIdx.x; c < chunks(rows.width); c += kTokenThreads) {
     float a[kChunk], b[kChunk];
-    load8(x, dtype, rows.width, c, x_wide, a);
+    load8<kWhole>(x, dtype, rows.width, c, x_wide, a);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      load8(row[i], rows.dtype, rows.width, c, wide[i], b);
+      load8<kWhole>(row[i], rows.dtype, rows.width, c, wide[i], b);
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) sum[i] = fmaf(a[e], b[e], sum[i]);
     }
@@ -64,11 +75,23 @@ __device__ __forceinline__ bool project_some(const void* x, Dtype dtype, const R
   bool open = false;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const float v = sum[i] + offset[i];
-    if (static_cast<int>(threadIdx.x) == i) p[first + i] = v;
-    open |= undecided(v);
+    if (mine != i) continue;
+    p[first + i] = sum[i] + offset;
+    open = undecided(sum[i] + offset);
   }
-  sync_threads();
+  return sync_threads_or(open);
+}
+
+template <bool kWhole>
+__device__ __forceinline__ bool project_all(const void* x, Dtype dtype, const Rows& rows,
+                                            const float* bias, int64_t limit, const int64_t* index,
+                                            int64_t count, float* p, float* scratch) {
+  bool open = false;
+  int64_t i = 0;
+  for (; i + kRowsAtOnce <= count; i += kRowsAtOnce)
+    open |= project_some<kWhole, kRowsAtOnce>(x, dtype, rows, bias, limit, index, i, p, scratch);
+  for (; i < count; ++i)
+    open |= project_some<kWhole, 1>(x, dtype, rows, bias, limit, index, i, p, scratch);
   return open;
 }
 
@@ -78,12 +101,28 @@ __device__ __forceinline__ bool project_token(const void* x, Dtype dtype, const 
                                               const float* bias, int64_t limit,
                                               const int64_t* index, int64_t count, float* p,
                                               float* scratch) {
-  bool open = false;
-  int64_t i = 0;
-  for (; i + kRowsAtOnce <= count; i += kRowsAtOnce)
-    open |= project_some<kRowsAtOnce>(x, dtype, rows, bias, limit, index, i, p, scratch);
-  for (; i < count; ++i) open |= project_some<1>(x, dtype, rows, bias, limit, index, i, p, scratch);
-  return open;
+  return whole(rows) && aligned(x)
+             ? project_all<true>(x, dtype, rows, bias, limit, index, count, p, scratch)
+             : project_all<false>(x, dtype, rows, bias, limit, index, count, p, scratch);
+}
+
+template <bool kWhole>
+__device__ __forceinline__ void add_all(const void* x, const Rows& rows, int64_t count,
+                                        const float* coef, void* y, Dtype dtype) {
+  const bool x_wide = aligned(x), y_wide = aligned(y);
+#pragma unroll 1
+  for (int64_t c = threadIdx.x; c < chunks(rows.width); c += kTokenThreads) {
+    float sum[kChunk], v[kChunk];
+    load8<kWhole>(x, dtype, rows.width, c, x_wide, sum);
+    for (int64_t i = 0; i < count; ++i) {
+      const float term = coef[i];
+      if (term == 0) continue;
+      load8<kWhole>(rows[i], rows.dtype, rows.width, c, aligned(rows[i]), v);
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) sum[e] = fmaf(term, v[e], sum[e]);
+    }
+    store8<kWhole>(y, dtype, rows.width, c, y_wide, sum);
+  }
 }
 
 // y = x + sum_i coef[i] rows[i] over the coefficients that are not 0; if all are, the bits of x.
@@ -95,20 +134,10 @@ __device__ __forceinline__ void add_to_token(const void* x, const Rows& rows, in
   for (int64_t i = threadIdx.x; i < count; i += kTokenThreads) any |= coef[i] != 0;
   if (!sync_threads_or(any))
     return copy_row(x, y, rows.width * bytes(dtype), threadIdx.x, kTokenThreads);
-  const bool x_wide = aligned(x), y_wide = aligned(y);
-#pragma unroll 3
-  for (int64_t c = threadIdx.x; c < chunks(rows.width); c += kTokenThreads) {
-    float sum[kChunk], v[kChunk];
-    load8(x, dtype, rows.width, c, x_wide, sum);
-    for (int64_t i = 0; i < count; ++i) {
-      const float term = coef[i];
-      if (term == 0) continue;
-      load8(rows[i], rows.dtype, rows.width, c, aligned(rows[i]), v);
-#pragma unroll
-      for (int e = 0; e < kChunk; ++e) sum[e] = fmaf(term, v[e], sum[e]);
-    }
-    store8(y, dtype, rows.width, c, y_wide, sum);
-  }
+  if (whole(rows) && aligned(x) && aligned(y))
+    add_all<true>(x, rows, count, coef, y, dtype);
+  else
+    add_all<false>(x, rows, count, coef, y, dtype);
 }
 
 // Runs `make` with the kernel's variant: kOne for x and every matrix of that dtype, -1 for others.
