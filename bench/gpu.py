@@ -52,6 +52,8 @@ PATIENCE, COMPILING = 60, 120
 while the tests run."""
 SCANS = ("", "mma", "simt")
 """SAESTEER_SCAN: all scans, without the first, and without the first two."""
+IN_STEPS = {"SAESTEER_LADDER": "steps"}
+"""Without the kernel that does all for few tokens in one launch."""
 SANITIZERS = {
     **{tool: "" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")},
     **{f"{tool} without warpgroups": "mma" for tool in ("memcheck", "racecheck")},
@@ -164,26 +166,28 @@ def architecture() -> str:
 
 
 def smoke(run: Run) -> None:
-    """The CUDA kernels, with all scans and with fewer, side by side."""
+    """The CUDA kernels in steps, with all scans and with fewer, and few tokens at once, side by
+    side."""
     deadline = run.deadline("smoke")
 
-    def alone(scan: str) -> dict[str, dict]:
-        env = {"SAESTEER_SCAN": scan} if scan else {}
-        name = f"smoke {scan or 'all'}"
+    def alone(name: str, env: Mapping[str, str]) -> dict[str, dict]:
         found = run.steps(name, deadline, "smoke", "--impl=cuda", **env)
         left_out = {"failed": "did not run"}
         return found | {step: left_out for step in run.result["missing"][name]}
 
-    with ThreadPoolExecutor(len(SCANS)) as pool:
-        found = dict(zip(SCANS, pool.map(alone, SCANS), strict=True))
-    for scan, each in found.items():
-        print(steps.tell(f"smoke: SAESTEER_SCAN={scan}", each), flush=True)
-    if chosen := choose_scan(found):
+    ways = {f"smoke {scan or 'all'}": IN_STEPS | {"SAESTEER_SCAN": scan} for scan in SCANS}
+    ways["smoke at once"] = {}
+    with ThreadPoolExecutor(len(ways)) as pool:
+        found = dict(zip(ways, pool.map(alone, ways, ways.values()), strict=True))
+    for name, each in found.items():
+        print(steps.tell(name, each), flush=True)
+    at_once = found.pop("smoke at once")
+    if chosen := choose_scan(dict(zip(SCANS, found.values(), strict=True))):
         run.env["SAESTEER_SCAN"] = chosen
         print(f"going on with SAESTEER_SCAN={chosen}", flush=True)
     run.save(scan=chosen or "all")
-    if not right(found[chosen], "at once"):
-        run.env["SAESTEER_LADDER"] = "steps"
+    if not right(at_once, "scan, few"):
+        run.env |= IN_STEPS
         print("going on with SAESTEER_LADDER=steps", flush=True)
 
 
@@ -193,8 +197,8 @@ def choose_scan(found: Mapping[str, Mapping[str, dict]]) -> str:
 
 
 def right(found: Mapping[str, dict], kind: str) -> bool:
-    steps = [each for name, each in found.items() if name.startswith(kind)]
-    return bool(steps) and not any("failed" in each for each in steps)
+    tried = [each for name, each in found.items() if name.startswith(kind)]
+    return bool(tried) and not any("failed" in each for each in tried)
 
 
 # ---- checks ----
@@ -253,7 +257,9 @@ def summary(code: int, said: str) -> dict:
 
 
 def measure(run: Run) -> None:
-    run.steps("measure", run.end, "measure")
+    for name, each in run.steps("measure", run.end, "measure").items():
+        if name.endswith("in steps") and "found" in each:
+            print(f"{name}: {1e6 * statistics.median(each['found']):.2f} us a call", flush=True)
 
 
 def propose(result: Mapping) -> str:

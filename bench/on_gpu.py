@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ def contestant(w: Workload, name: str) -> Callable[[Tensor], Tensor]:
     rows = w.directions, w.features, w.values, w.k
     b_enc = w.b_enc.to(w.W_enc.dtype)
     if name == IN_STEPS:
-        return smoke.in_steps(contestant(w, "ours"))
+        return in_steps(contestant(w, "ours"))
     if name in KERNELS or name == "reference":
         impl = KERNELS.get(name, name)
         return lambda x: ops.steer(x, w.W_enc, w.b_enc, *rows, impl=impl)
@@ -185,6 +186,14 @@ def contestant(w: Workload, name: str) -> Callable[[Tensor], Tensor]:
     run = getattr(reference, name) if baseline == name else torch_compiled(baseline)
     dense = w.W_dec, w.b_dec, w.features, w.values, w.k
     return lambda x: run(x, w.W_enc, b_enc, *(rows if baseline == "smart" else dense))
+
+
+def in_steps(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def stepwise(x: Tensor) -> Tensor:
+        with mock.patch.dict(os.environ, SAESTEER_LADDER="steps"):
+            return call(x)
+
+    return stepwise
 
 
 def batches(w: Workload, tokens: int) -> list[Tensor]:

@@ -41,7 +41,8 @@ def test_the_next_scan_serves_where_one_is_wrong():
 
 def test_a_scan_that_was_not_tried_is_not_right(tmp_path, monkeypatch):
     def tried(run, name, *_, **__):
-        run.result["missing"][name] = ["scan, many"] if name == "smoke all" else []
+        left_out = {"smoke all": ["scan, many"], "smoke at once": ["scan, few"]}
+        run.result["missing"][name] = left_out.get(name, [])
         return {"scan, few": {"found": {}}}
 
     monkeypatch.setattr(gpu.Run, "steps", tried)
@@ -52,9 +53,10 @@ def test_a_scan_that_was_not_tried_is_not_right(tmp_path, monkeypatch):
 
 
 def test_one_launch_is_right_if_it_ran_and_nothing_failed():
-    good, bad = {"at once, a: steer": {"found": {}}}, {"at once, a: counts": {"failed": "all"}}
-    assert gpu.right(good, "at once") and not gpu.right(good | bad, "at once")
-    assert not gpu.right({}, "at once") and gpu.right(good | {"scan": bad}, "at once")
+    good, bad = {"scan, few, a: steer": {"found": {}}}, {"failed": "all"}
+    assert gpu.right(good, "scan, few") and not gpu.right({}, "scan, few")
+    assert gpu.right(good | {"scan, many, a: steer": bad}, "scan, few")
+    assert not gpu.right(good | {"scan, few, a: counts": bad}, "scan, few")
 
 
 def test_checks_that_end_at_once_are_all_kept(tmp_path, monkeypatch):

@@ -108,9 +108,10 @@ def test_every_step_runs_and_is_shown(result, results):
         assert f"| {by} | " in text
     for how in on_gpu.STEPS:
         assert f'| `impl="cuda"`, {how} | {on_gpu.STEPS[how]} | ' in text
-    for name in (*result["checks"], "smoke all", "smoke mma", "smoke simt", "smoke triton"):
+    smoked = (f"smoke {each}" for each in ("all", "mma", "simt", "at once", "triton"))
+    for name in (*result["checks"], *smoked):
         assert f"| {name} | " in text
-    assert text.count("| right |") == len(result["checks"]) + 4
+    assert text.count("| right |") == len(result["checks"]) + 5
     assert "- cuda, on a GPU only: skipped: tests/test_gpu.py:1: needs two CUDA devices" in text
     assert "did not run" not in text and "not measured" not in text
     assert "an emulated GPU, 132 multiprocessors, compute capability 9.0, driver" in text

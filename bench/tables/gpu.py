@@ -28,7 +28,7 @@ from .model import COLUMNS, added
 CASE = re.compile(r"(?P<workload>\w+) T=(?P<T>\d+) F=(?P<F>\d+) (?P<by>.+)")
 KERNELS = {"ours": "cuda", "triton": "triton"}
 """The implementation that each contestant of ours runs."""
-OP = ("ours in steps", "triton", *BASELINES, "linear", "copy")
+OP = ("triton", *BASELINES, "linear", "copy")
 CALLERS = {
     "ours": '`impl="cuda"`',
     "triton": '`impl="triton"`',

@@ -24,7 +24,7 @@ struct Simt : P {
 
 // How the blocks share L0's tokens.
 struct Sharing {
-  bool each_all;  // every block measures every token, and none has to wait to know that all ended
+  bool each_all;  // every block measures all, so that it knows by itself whether all end here
   bool fetch;     // the directions come to shared memory while a token is measured
 };
 
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   settle_tokens(c);
 }
 
-// Rows that a block reads at L0 are read by all blocks, from the second-level cache: beyond so many
-// that takes longer than waiting for a block that reads them alone.
+// Up to so many rows of x and W at L0 every block reads them all, from the second-level cache: no
+// longer than a barrier of the grid takes.
 constexpr int64_t kAll = 6;
 // Bytes of shared memory for directions.
 constexpr int64_t kFetched = 32 << 10;

@@ -6,11 +6,9 @@ its place in the tile tells of what kind.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -73,31 +71,14 @@ def steps(impl: str, device: str) -> dict[str, Callable[[], dict]]:
                     _products, impl, device, dtype, tokens, d
                 )
             for what in (_counts, _steer, _best):
-                found[f"scan, {size}, {name}: {what.__name__[1:]}"] = in_steps(
-                    partial(what, impl, device, dtype, tokens)
+                found[f"scan, {size}, {name}: {what.__name__[1:]}"] = partial(
+                    what, impl, device, dtype, tokens
                 )
-        for what in (_counts, _steer):
-            found[f"at once, {name}: {what.__name__[1:]}"] = partial(
-                what, impl, device, dtype, TOKENS["few"]
-            )
-    full = {
-        size: partial(_counts, impl, device, torch.bfloat16, tokens, *FULL)
-        for size, tokens in TOKENS.items()
-    }
-    for size, counts in full.items():
-        found[f"scan, {size}, bfloat16, full size: counts"] = in_steps(counts)
-    found["at once, bfloat16, full size: counts"] = full["few"]
+    for size, tokens in TOKENS.items():
+        found[f"scan, {size}, bfloat16, full size: counts"] = partial(
+            _counts, impl, device, torch.bfloat16, tokens, *FULL
+        )
     return found
-
-
-def in_steps(call: Callable) -> Callable:
-    """The call without the CUDA kernel that does all for few tokens in one launch."""
-
-    def stepwise(*arguments):
-        with mock.patch.dict(os.environ, SAESTEER_LADDER="steps"):
-            return call(*arguments)
-
-    return stepwise
 
 
 def _case(
