@@ -430,6 +430,19 @@ def test_zero_at_a_dead_latent_keeps_minus_zero():
     assert same_bits(case.steer(), case.x)
 
 
+def test_more_open_tokens_than_pass_over_W_together():
+    """Of such wide ones 64 do; nearly all of these tokens have a latent above zero."""
+    case = integer_case(T=300, d=20_001, N=130, k=40, F=5)
+    live = case.acts() > 0
+    assert (reference.preacts(*case.encoder)[:, case.features] > 0).any(-1).sum() > 3 * 64
+    assert torch.equal(
+        case.acts().double(),
+        reference.feature_acts(*case.encoder, case.features, case.k, dtype=torch.float64),
+    )
+    assert 0.1 < live.double().mean() < 0.9
+    assert torch.equal(case.steer().double(), case.truth())
+
+
 @EVERY_DTYPE
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_core_mask(dtype, share):

@@ -120,8 +120,8 @@ def render(result: dict, everything: bool = False) -> str:
         for case in cases
     ]
     parts = [table(header, rows), _legend(cases, everything)]
-    if any(target.applies(case) for target in TARGETS for case in cases):
-        parts.append(judged(TARGETS, cases))
+    if any(target.applies(case) for target in TARGETS for case in result["cases"]):
+        parts.append(judged(TARGETS, result["cases"]))  # of those that are not shown too
     if everything and growth.series(cases):
         parts.append(growth.slopes(cases))
     return "\n\n".join([*parts, circumstances(result["machine"])])

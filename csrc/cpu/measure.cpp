@@ -15,6 +15,12 @@ int64_t chunk_tokens(const Encoder& encoder, int64_t features) {
   return std::max<int64_t>(64, (int64_t{1} << 19) / a_token);
 }
 
+// Tokens that pass over W together, so that theirs stay in the second- and third-level caches: each
+// block of W meets all of them before the next one comes.
+int64_t scanned_at_once(const Rows& x) {
+  return std::max<int64_t>(64, (int64_t{4} << 20) / (x.width * bytes(x.dtype)));
+}
+
 // The rows and biases of the features, gathered once a call.
 struct FeatureRows {
   FeatureRows(const Encoder& encoder, const Features& features)
@@ -32,14 +38,15 @@ struct FeatureRows {
 class Ranks {
  public:
   Ranks(const Rows& x, const Encoder& encoder, const Features& features,
-        const std::vector<int64_t>& tokens, const std::vector<float*>& acts)
+        const int64_t* tokens, float* const* acts, size_t count)
       : x_(x),
         encoder_(encoder),
         features_(features),
         tokens_(tokens),
         acts_(acts),
-        beaten_(new std::atomic<int32_t>[tokens.size() * features.count]) {
-    for (size_t t = 0; t < tokens.size(); ++t)
+        count_(count),
+        beaten_(new std::atomic<int32_t>[count * features.count]) {
+    for (size_t t = 0; t < count_; ++t)
       for (int64_t f = 0; f < features.count; ++f)
         beaten(t, f) = acts[t][f] > 0 ? 0 : static_cast<int32_t>(encoder.k);
   }
@@ -47,7 +54,7 @@ class Ranks {
   // Leaves in acts what is live, and 0 elsewhere.
   void settle() {
     parallel(blocks(encoder_), [this](Pieces& pieces, int64_t) { scan(pieces); });
-    for (size_t t = 0; t < tokens_.size(); ++t)
+    for (size_t t = 0; t < count_; ++t)
       for (int64_t f = 0; f < features_.count; ++f)
         if (acts_[t][f] > 0 && decided(t, f)) acts_[t][f] = 0;
   }
@@ -64,7 +71,7 @@ class Ranks {
   }
 
   void scan(Pieces& pieces) {
-    std::vector<size_t> open(tokens_.size());
+    std::vector<size_t> open(count_);
     for (size_t t = 0; t < open.size(); ++t) open[t] = t;
     Tokens tile(x_, encoder_.W);
     Block block;
@@ -128,8 +135,9 @@ class Ranks {
   const Rows x_;
   const Encoder& encoder_;
   const Features& features_;
-  const std::vector<int64_t>& tokens_;
-  const std::vector<float*>& acts_;
+  const int64_t* tokens_;
+  float* const* acts_;
+  const size_t count_;
   std::unique_ptr<std::atomic<int32_t>[]> beaten_;
 };
 
@@ -159,7 +167,7 @@ class Ladder {
       if (open_[t - begin]) tokens.push_back(t), acts.push_back(acts_of(t));
     if (tokens.empty()) return;
     // With k = N no rank is too low.
-    if (encoder_.k < encoder_.count) Ranks(x_, encoder_, features_, tokens, acts).settle();
+    if (encoder_.k < encoder_.count) rank(tokens, acts);
     over_tokens(tokens.size(), [&](Spans& spans) {
       for (int64_t from, to; spans.take(from, to);)
         for (; from < to; ++from) settled_(tokens[from], acts[from]);
@@ -167,6 +175,13 @@ class Ladder {
   }
 
  private:
+  void rank(const std::vector<int64_t>& tokens, const std::vector<float*>& acts) {
+    const size_t most = scanned_at_once(x_);
+    for (size_t t = 0; t < tokens.size(); t += most)
+      Ranks(x_, encoder_, features_, &tokens[t], &acts[t], std::min(most, tokens.size() - t))
+          .settle();
+  }
+
   float* acts_of(int64_t token) { return acts_.data() + (token - begin_) * features_.count; }
 
   // L0 for the tokens begin_ + from ... begin_ + to - 1 of each span.
