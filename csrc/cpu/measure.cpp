@@ -37,8 +37,8 @@ struct FeatureRows {
 // L1 and L2: how many latents beat each positive p_f, counted until k do.
 class Ranks {
  public:
-  Ranks(const Rows& x, const Encoder& encoder, const Features& features,
-        const int64_t* tokens, float* const* acts, size_t count)
+  Ranks(const Rows& x, const Encoder& encoder, const Features& features, const int64_t* tokens,
+        float* const* acts, size_t count)
       : x_(x),
         encoder_(encoder),
         features_(features),
