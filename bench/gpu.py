@@ -73,6 +73,8 @@ class Run:
         self.log = self.path.with_suffix(".log").open("a")
         self.folder = Path(tempfile.mkdtemp(prefix="saesteer-"))
         self.env = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "SAESTEER_IMPL": "auto"}
+        for name in ("SAESTEER_SCAN", "SAESTEER_LADDER"):
+            self.env.pop(name, None)
         self._writing = threading.Lock()
 
     def deadline(self, part: str) -> float:
@@ -186,9 +188,11 @@ def smoke(run: Run) -> None:
         run.env["SAESTEER_SCAN"] = chosen
         print(f"going on with SAESTEER_SCAN={chosen}", flush=True)
     run.save(scan=chosen or "all")
-    if not right(at_once, "scan, few"):
+    in_steps = not right(at_once, "scan, few")
+    if in_steps:
         run.env |= IN_STEPS
         print("going on with SAESTEER_LADDER=steps", flush=True)
+    run.save(ladder="steps" if in_steps else "once")
 
 
 def choose_scan(found: Mapping[str, Mapping[str, dict]]) -> str:
@@ -286,13 +290,18 @@ def propose(result: Mapping) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    folder = Path(__file__).with_name("results")
-    parser.add_argument("--out", type=Path, default=folder, help="the folder of the two files")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the folder of the two files: bench/results, or build for some parts",
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="end after so many")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    run = Run(options.out, options.minutes)
+    whole = set(options.parts) == set(PARTS)
+    out = options.out or (Path(__file__).with_name("results") if whole else ROOT / "build")
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(out, options.minutes)
     parts: dict[str, Callable[[Run], None]] = dict(
         zip(PARTS, (build, smoke, checks, measure), strict=True)
     )

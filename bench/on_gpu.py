@@ -1,6 +1,6 @@
 """What `bench.gpu` runs on the GPU, in steps (verify/steps.py): `python -m bench.on_gpu PART STORE`
 
-smoke IMPL   every kernel of IMPL alone
+smoke        every kernel of --impl alone
 measure      the floors (a copy, a product, a launch), the op against what a careful PyTorch user
              writes, what a call costs the host and the memory, decode steps of a full-size Phi-3
              Mini

@@ -58,6 +58,8 @@ def capture(model, input_ids: Tensor, layers: Sequence[int | str]) -> list[Tenso
     def keep(module, _args, output):
         caught[module] = output[0] if isinstance(output, tuple) else output
 
+    if not found:
+        return []
     with ExitStack() as undo:
         for site in found:
             undo.callback(site.module.register_forward_hook(keep).remove)

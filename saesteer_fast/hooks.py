@@ -182,8 +182,9 @@ class Hooks:
     def _require_place(self, decoder: nn.Module | None, module: nn.Module) -> None:
         if decoder is not None and not sites.is_at(decoder, self.path, module):
             raise RuntimeError(
-                f"model: what {self.path} gives is no longer what is steered: the module was "
-                "wrapped, as by an adapter, or moved; remove the steering and attach it again"
+                f"model: {self.path} is no longer the module that is steered: it, or one around "
+                "it, was wrapped, as by an adapter, or moved; remove the steering and attach it "
+                "again"
             )
 
     def _require_followable(self, site: Site) -> None:

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 def store() -> Path:
     """The file, in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     return Path(cache) / "saesteer_fast" / "gpus.json"
 
 
@@ -71,24 +71,29 @@ def kernels() -> str:
     """A digest of all that decides which instructions a GPU is given."""
     digest = hashlib.sha256()
     files = [HERE / "libsaesteer_cuda.so", *sorted((HERE / "triton_kernels").glob("*.py"))]
-    for file in files:
-        if file.exists():
+    tiles = os.environ.get("SAESTEER_TILES") or store().with_name("tiles.json")
+    for file in (*files, Path(tiles)):
+        if file.is_file():
             digest.update(file.read_bytes())
     try:
         digest.update(importlib.metadata.version("triton").encode())
     except importlib.metadata.PackageNotFoundError:
         pass
-    for name in ("SAESTEER_SCAN", "SAESTEER_LADDER"):
+    for name in ("SAESTEER_SCAN", "SAESTEER_LADDER", "TRITON_INTERPRET"):
         digest.update(f"{name}={os.environ.get(name, '')};".encode())
     return digest.hexdigest()
 
 
 def _stored() -> dict[str, dict]:
+    """All verdicts; none where there is no cache to read."""
     try:
-        return json.loads(store().read_text())
-    except FileNotFoundError:
+        found = json.loads(store().read_text())
+        for each in found.values():
+            (_, *_), _ = each["rows"], each["kernels"]
+        return found
+    except (OSError, RuntimeError):
         return {}
-    except ValueError as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{store()} holds no verdicts; delete it and run `saesteer verify`") from (
             error
         )

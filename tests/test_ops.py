@@ -430,6 +430,21 @@ def test_zero_at_a_dead_latent_keeps_minus_zero():
     assert same_bits(case.steer(), case.x)
 
 
+def test_rows_of_no_width_are_ranked_by_their_biases():
+    x, W, b = torch.zeros(3, 0), torch.zeros(8, 0), torch.arange(1.0, 9.0)
+    features = torch.tensor([1, 7])
+    acts = ops.feature_acts(x, W, b, features, 2)
+    assert torch.equal(acts, torch.tensor([0.0, 8.0]).expand(3, 2))
+    assert ops.steer(x, W, b, torch.zeros(2, 0), features, torch.ones(2), 2).shape == (3, 0)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7])
+def test_an_edit_that_underflows_keeps_minus_zero_in_any_batch(T):
+    x, W, b = torch.full((T, 4), -0.0), torch.ones(1, 4), torch.tensor([-1.0])
+    y = ops.steer(x, W, b, torch.full((1, 4), -1e-3), torch.tensor([0]), torch.tensor([1e-43]), 1)
+    assert y.signbit().all()
+
+
 def test_more_open_tokens_than_pass_over_W_together():
     """Of such wide ones 64 do; nearly all of these tokens have a latent above zero."""
     case = integer_case(T=300, d=20_001, N=130, k=40, F=5)

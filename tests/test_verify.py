@@ -46,6 +46,18 @@ steps.work(
 """
 
 
+ALL_RIGHT_BUT_THE_END = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[2])
+import steps
+
+steps.work({"right": lambda: 1}, Path(sys.argv[1]), lambda: None)
+sys.exit(3)
+"""
+
+
 def supervised(tmp_path, script: str, patience=2.0, seconds=30.0) -> dict[str, dict]:
     store = tmp_path / "store.jsonl"
     with (tmp_path / "log").open("w") as log:
@@ -152,6 +164,14 @@ def test_times_are_of_right_calls_alone(monkeypatch):
         times.steps("cpu", "cpu")["T=70"]()
 
 
+def test_a_process_that_ends_badly_is_not_started_for_ever(tmp_path):
+    start = time.monotonic()
+    found = supervised(tmp_path, ALL_RIGHT_BUT_THE_END, patience=20)
+    assert time.monotonic() - start < 20
+    assert found.pop("right") == {"found": 1, "took": 0.0}
+    assert found == {steps.BEFORE: {"failed": "the process ended with 3"}}
+
+
 # ---- verdicts ----
 
 GPU = torch.device("cuda", 0)
@@ -228,8 +248,18 @@ def test_without_a_verdict_the_reference_runs_and_says_so(gpu):
     assert "has not tried" in ops.implementations()["cuda:0"]
 
 
+def test_a_cache_that_cannot_be_read_holds_no_verdict(gpu, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert verdicts.read(GPU) is None
+
+
 def test_a_verdict_is_on_these_kernels_alone(gpu, monkeypatch):
     verdicts.write(GPU, ((0, ("cuda", "reference")),))
+    tiles = verdicts.store().with_name("tiles.json")
+    tiles.write_text("{}")
+    forget()
+    assert verdicts.read(GPU) is None
+    tiles.unlink()
     for name, value in (("SAESTEER_SCAN", "simt"), ("SAESTEER_LADDER", "steps")):
         monkeypatch.setenv(name, value)
         forget()
@@ -239,11 +269,26 @@ def test_a_verdict_is_on_these_kernels_alone(gpu, monkeypatch):
     assert verdicts.read(GPU) == ((0, ("cuda", "reference")),)
 
 
-def test_a_broken_file_is_named(gpu):
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "null", '{"A GPU": {}}', '{"A GPU": {"kernels": "", "rows": []}}']
+)
+def test_a_broken_file_is_named(gpu, text):
     verdicts.store().parent.mkdir()
-    verdicts.store().write_text("{")
+    verdicts.store().write_text(text)
     with pytest.raises(ValueError, match=r"gpus\.json holds no verdicts; delete it"):
         verdicts.read(GPU)
+
+
+def test_what_time_left_out_is_not_right(gpu, monkeypatch):
+    monkeypatch.setattr(verify, "MINUTES", 0)
+    assert not verify.verify(GPU)[1] and verdicts.read(GPU) == ((0, ("reference",)),)
+
+
+def test_without_memory_there_is_no_verdict(gpu, monkeypatch):
+    full = {"T=8192": {"failed": "OutOfMemoryError: CUDA out of memory"}}
+    monkeypatch.setattr(verify, "tried", lambda impl, device: found() | full)
+    report, right = verify.verify(GPU)
+    assert not right and "no verdict" in report and verdicts.read(GPU) is None
 
 
 def found(*failed: str) -> dict[str, dict]:

@@ -89,6 +89,8 @@ def mistakes(result: Mapping, *kernels: str) -> list[str]:
     kernels = kernels or tuple(KERNELS.values())
     parts = {"checks": result.get("checks"), "measure": cases(result)}
     wrong = [part for part, ran in parts.items() if not ran]
+    smoked = {"triton" if "triton" in each else "cuda" for each in result if each[:6] == "smoke "}
+    wrong += [f"smoke of {each}" for each in kernels if each not in smoked]
     wrong += [name for name in result if name.endswith(" broke")]
     for name, found_wrong in tried(result).items():
         if ("triton" if "triton" in name else "cuda") in kernels:
@@ -372,9 +374,12 @@ def _checked(result: Mapping) -> str:
     rows = [[name, *_said(result, name, wrong)] for name, wrong in tried(result).items()]
     if not rows:
         return "Nothing was checked."
-    scan = result.get("scan", "all")
-    left_out = "" if scan == "all" else f"\n\nThe rest ran with `SAESTEER_SCAN={scan}`."
-    return table(["check", "found", ""], rows) + left_out
+    went_on = {"SAESTEER_SCAN": result.get("scan", "all"), "SAESTEER_LADDER": result.get("ladder")}
+    left_out = [
+        f"`{name}={way}`" for name, way in went_on.items() if way not in ("all", "once", None)
+    ]
+    how = f"\n\nThe rest ran with {' and '.join(left_out)}." if left_out else ""
+    return table(["check", "found", ""], rows) + how
 
 
 def _said(result: Mapping, name: str, wrong: list[str]) -> tuple[str, str]:
@@ -391,6 +396,8 @@ def _lacking(result: Mapping) -> str:
     lines = [
         f"{part}: did not run" for part in ("build", "checks", "measure") if part not in result
     ]
+    if not any(part.startswith("smoke ") for part in result):
+        lines.insert(0, "smoke: did not run")
     lines += [f"{name}: {why}" for name, why in result.items() if name.endswith(" broke")]
     if not result.get("build", {}).get("cuda", True):
         lines.append("build: without the CUDA kernels")

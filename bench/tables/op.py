@@ -157,6 +157,9 @@ def _legend(cases: list[Case], everything: bool) -> str:
         f"every pair as fp64 does{but}; each baseline agrees within 2 % of |x'| on at least "
         f"{agree:.3g} % of the tokens."
     )
+    if absent := [name for name in LIBRARIES[:2] if not any(name in c["seconds"] for c in cases)]:
+        names = " and ".join(HEADINGS.get(name, name) for name in absent)
+        says.append(f"Not installed, and so in no target: {names}.")
     if reasons := {each for case in cases for each in case.get("not_run", {}).values()}:
         says.append(f"Not run: {'; '.join(sorted(reasons))}.")
     return " ".join(says)

@@ -18,7 +18,8 @@ int64_t chunk_tokens(const Encoder& encoder, int64_t features) {
 // Tokens that pass over W together, so that theirs stay in the second- and third-level caches: each
 // block of W meets all of them before the next one comes.
 int64_t scanned_at_once(const Rows& x) {
-  return std::max<int64_t>(64, (int64_t{4} << 20) / (x.width * bytes(x.dtype)));
+  const int64_t a_token = std::max<int64_t>(1, x.width * bytes(x.dtype));
+  return std::max<int64_t>(64, (int64_t{4} << 20) / a_token);
 }
 
 // The rows and biases of the features, gathered once a call.

@@ -63,7 +63,7 @@ class Edit {
   // Most tokens have no live feature, so one sum serves them all. In fp32 it is bit for bit the sum
   // that each would make for itself.
   void sum_common() {
-    const std::vector<float> acts(features_), base(x_.width);
+    const std::vector<float> acts(features_), base(x_.width, -0.f);  // -0 + s is s, even for s = -0
     Terms terms;
     collect(0, acts.data(), terms);
     if (terms.empty()) return;

@@ -43,11 +43,13 @@ struct Shape {
   bool together = false;  // all blocks run at once, so that they may wait for each other: sync_grid
 };
 
+// As much as the device has: with `bytes` alone one thread could take back what another has allowed
+// and is about to launch with.
 template <class Kernel>
 void allow_shared(Kernel* kernel, int64_t bytes) {
   if (bytes > 48 << 10)
     checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(bytes)),
+                                 static_cast<int>(shared_limit())),
             "shared memory");
 }
 

@@ -38,8 +38,11 @@ def verify(device: torch.device) -> tuple[str, bool]:
             lines.append(f"{impl}: {reason}")
             continue
         found = tried(impl, device)
+        failed = [each["failed"] for each in found.values() if "failed" in each]
         lines.append(steps.tell(impl, found))
-        if any("failed" in each for each in found.values()):
+        if any("OutOfMemory" in why for why in failed):
+            return "\n".join([*lines, "no verdict: too little of its memory is free"]), False
+        if failed or not found:
             wrong.append(impl)
             continue
         for tokens, seconds in times.by_tokens(found).items():
@@ -51,7 +54,7 @@ def verify(device: torch.device) -> tuple[str, bool]:
 
 
 def tried(impl: str, device: torch.device) -> dict[str, dict]:
-    """What each step found, or why it failed."""
+    """What each step found, or why it failed; one that time left out has failed too."""
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "steps.jsonl"
         with (Path(folder) / "log").open("w") as log:
@@ -62,7 +65,8 @@ def tried(impl: str, device: torch.device) -> dict[str, dict]:
                 deadline=time.monotonic() + 60 * MINUTES,
                 log=log,
             )
-        return steps.results(store)
+        left_out = {name: {"failed": "did not run"} for name in steps.missing(store)}
+        return steps.results(store) | left_out
 
 
 def _table(measured: Mapping[int, Mapping[str, list[float]]]) -> list[str]:

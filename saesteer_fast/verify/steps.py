@@ -64,7 +64,7 @@ def supervise(
     """
     store.touch()
     while time.monotonic() < deadline:
-        before = len(_lines(store))
+        before = _steps(store)
         child = start(command, env=env, cwd=cwd, stdout=log)
         try:
             end = _end(child, store, patience, deadline)
@@ -72,11 +72,11 @@ def supervise(
             stop(child)
         if end is None:
             return
-        lines = _lines(store)
-        if len(lines) == before:
+        after = _steps(store)
+        if len(after) == len(before):
             return _append(store, {"step": BEFORE, "failed": end})
-        if "began" in lines[-1]:
-            _append(store, {"step": lines[-1]["began"], "failed": end})
+        if "began" in after[-1]:
+            _append(store, {"step": after[-1]["began"], "failed": end})
 
 
 def results(store: Path) -> dict[str, dict]:
@@ -119,6 +119,11 @@ def _end(child: subprocess.Popen, store: Path, patience: float, deadline: float)
             return "no time was left" if now > deadline else f"no end after {patience:g} s"
         time.sleep(0.05)
     return None if code == 0 else f"the process ended with {code}"
+
+
+def _steps(store: Path) -> list[dict]:
+    """The lines of steps that began or ended."""
+    return [line for line in _lines(store) if "began" in line or "step" in line]
 
 
 def _lines(store: Path) -> list[dict]:
