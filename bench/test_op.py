@@ -107,7 +107,7 @@ def names(case: Case) -> tuple[str, ...]:
     return (
         ("ours",)
         + ("hot-first",) * (case.workload != "worst")
-        + ("reference",) * (case in cases(full=False))
+        + ("reference",) * (case.T == 1 and case in cases(full=False))
         + BASELINES
         + tuple(f"{name}, compiled" for name in BASELINES) * compiled
         + peers.NAMES * (case.T <= MOST_TOKENS)
