@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -108,6 +107,9 @@ inline std::vector<int64_t> like_tokens(const Tensor& x, int64_t last) {
   return shape;
 }
 
+// A new tensor's rows, of x's dtype and width.
+inline OutRows like(Tensor& y, const Rows& x) { return {y.mutable_data_ptr(), x.dtype, x.width}; }
+
 inline bool has_sizes(const Tensor& t, const std::vector<int64_t>& sizes) {
   const auto have = t.sizes();
   return std::vector<int64_t>(have.begin(), have.end()) == sizes;
@@ -138,12 +140,21 @@ class Arguments {
     return rows(x_);
   }
 
-  // For an op that overwrites x while it reads the others, which are null if not given.
-  void overwrites(std::initializer_list<std::pair<const char*, const Tensor*>> others) const {
+  // For steer_, which overwrites x while it reads the others.
+  void overwrites(const Tensor& W_enc, const Tensor& b_enc, const Tensor& directions,
+                  const Tensor& features, const Tensor& values, const std::optional<Tensor>& mask,
+                  const std::optional<Tensor>& order) const {
     check(x_.t.is_contiguous(), x_.op,
           "x is not contiguous, and is overwritten where it lies; accepted: a contiguous x, or "
           "saesteer::steer, which takes any");
     const auto [begin, end] = extent(x_.t);
+    const std::pair<const char*, const Tensor*> others[] = {{"W_enc", &W_enc},
+                                                            {"b_enc", &b_enc},
+                                                            {"directions", &directions},
+                                                            {"features", &features},
+                                                            {"values", &values},
+                                                            {"mask", mask ? &*mask : nullptr},
+                                                            {"order", order ? &*order : nullptr}};
     for (const auto& [name, t] : others) {
       const auto [first, behind] = t ? extent(*t) : std::pair<uintptr_t, uintptr_t>();
       check(behind <= begin || end <= first, x_.op, name,

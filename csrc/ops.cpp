@@ -13,8 +13,6 @@
 namespace saesteer {
 namespace {
 
-OutRows like(Tensor& y, const Rows& x) { return {y.mutable_data_ptr(), x.dtype, x.width}; }
-
 void check_indices(const char* op, const char* name, const int64_t* index, int64_t count,
                    int64_t N) {
   for (int64_t i = 0; i < count; ++i)
@@ -63,14 +61,7 @@ Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc, const
 void steer_(Tensor x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& directions,
             const Tensor& features, const Tensor& values, int64_t k, std::optional<Tensor> mask,
             std::optional<Tensor> order) {
-  Arguments("steer_", x)
-      .overwrites({{"W_enc", &W_enc},
-                   {"b_enc", &b_enc},
-                   {"directions", &directions},
-                   {"features", &features},
-                   {"values", &values},
-                   {"mask", mask ? &*mask : nullptr},
-                   {"order", order ? &*order : nullptr}});
+  Arguments("steer_", x).overwrites(W_enc, b_enc, directions, features, values, mask, order);
   steer_to("steer_", x, W_enc, b_enc, directions, features, values, k, mask, order, x);
 }
 

@@ -36,8 +36,6 @@ Tensor workspace(const Tensor& x, int64_t bytes) {
   return torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
 }
 
-OutRows like(Tensor& y, const Rows& x) { return {y.mutable_data_ptr(), x.dtype, x.width}; }
-
 Encoder checked(const char* op, const Encoder& encoder) {
   check(encoder.count < int64_t{1} << 31, op, "W_enc has ", encoder.count,
         " rows; accepted on CUDA: fewer than 2^31");
@@ -86,14 +84,7 @@ void steer_(Tensor x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& di
             const Tensor& features, const Tensor& values, int64_t k, std::optional<Tensor> mask,
             std::optional<Tensor> order) {
   const Device device("steer_", "x", x);
-  Arguments("steer_", x)
-      .overwrites({{"W_enc", &W_enc},
-                   {"b_enc", &b_enc},
-                   {"directions", &directions},
-                   {"features", &features},
-                   {"values", &values},
-                   {"mask", mask ? &*mask : nullptr},
-                   {"order", order ? &*order : nullptr}});
+  Arguments("steer_", x).overwrites(W_enc, b_enc, directions, features, values, mask, order);
   steer_to("steer_", device, x, W_enc, b_enc, directions, features, values, k, mask, order, x);
 }
 
