@@ -2,5 +2,5 @@
 
 python -m pytest bench -q               verify, time, print the tables (--full: every case;
                                         --record: store the results)
-python -m bench.report --write          put the newest stored tables into README.md
+python -m bench.report --write          put the newest stored tables into README.md and docs/
 """

@@ -1,7 +1,8 @@
-"""Stores results, and puts them into README.md: `python -m bench.report [--write | --check]`.
+"""Stores results, and puts them into the pages: `python -m bench.report [--write | --check]`.
 
 Without an option the newest result of every suite is printed as Markdown; --write puts it into
-README.md between its markers and draws the plots, --check fails unless both are there already.
+README.md and docs/benchmarks.md between their markers and draws the plots, --check fails unless all
+of it is there already.
 """
 
 from __future__ import annotations
@@ -14,25 +15,31 @@ from importlib import import_module
 from pathlib import Path
 
 from . import miniature, plots
-from .tables import growth
+from .tables import gpu, growth, summary
 from .tables.common import circumstances
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
-BLOCKS: dict[str, Callable[[Path], str]] = {
-    "bench:op": lambda results: render(newest(results, "op")),
-    "bench:growth": lambda results: grown(newest(results, "op", full=True)),
-    "bench:model": lambda results: recorded(results, "model"),
-    "bench:memory": lambda results: recorded(results, "memory"),
-    "bench:encode": lambda results: recorded(results, "encode"),
-    "bench:calls": lambda results: recorded(results, "calls"),
-    "bench:gpu": lambda results: recorded(results, "gpu"),
-    "demo": miniature.demo,
-    "mini": lambda _: miniature.mini(),
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {
+        "bench": lambda results: summary.render(
+            newest(results, "op"), *(latest(results, suite) for suite in ("model", "memory"))
+        ),
+        "bench:gpu": lambda results: recorded(results, "gpu", gpu.short),
+        "demo": miniature.demo,
+        "mini": lambda _: miniature.mini(),
+    },
+    "docs/benchmarks.md": {
+        "bench:op": lambda results: render(newest(results, "op")),
+        "bench:growth": lambda results: grown(newest(results, "op", full=True)),
+        "bench:model": lambda results: recorded(results, "model"),
+        "bench:memory": lambda results: recorded(results, "memory"),
+        "bench:encode": lambda results: recorded(results, "encode"),
+        "bench:calls": lambda results: recorded(results, "calls"),
+        "bench:gpu": lambda results: recorded(results, "gpu"),
+    },
 }
-"""What README.md holds between `<!-- name -->` and `<!-- /name -->`, from the stored results."""
-IN_README = ("T", "N")
-"""Axes along which README shows the growth."""
+"""What each page holds between `<!-- name -->` and `<!-- /name -->`, from the stored results."""
 
 
 def render(result: dict, everything: bool = False) -> str:
@@ -40,13 +47,12 @@ def render(result: dict, everything: bool = False) -> str:
     return import_module(f".tables.{result['suite']}", __package__).render(result, everything)
 
 
-def recorded(results: Path, suite: str) -> str:
-    """What README shows of a suite: its newest whole grid, or else its newest short set."""
-    try:
-        return render(newest(results, suite, full=True) or newest(results, suite))
-    except FileNotFoundError:
-        nothing = ": nothing here has run on a GPU" if suite == "gpu" else ""
-        return f"No run of `{recorder(suite)}` is recorded{nothing}."
+def recorded(results: Path, suite: str, rendered: Callable[[dict], str] = render) -> str:
+    """What a page shows of a suite."""
+    if result := latest(results, suite):
+        return rendered(result)
+    nothing = ": nothing here has run on a GPU" if suite == "gpu" else ""
+    return f"No run of `{recorder(suite)}` is recorded{nothing}."
 
 
 def recorder(suite: str) -> str:
@@ -55,16 +61,14 @@ def recorder(suite: str) -> str:
 
 
 def grown(result: dict | None) -> str:
-    """Slopes and plots of some axes, of a run of the op suite's whole grid."""
+    """Slopes and plots of a run of the op suite's whole grid."""
     if result is None:
         return "No run of `make bench-full` is recorded."
     images = [
-        f"![time along {axis}]({plots.path(RESULTS, axis).relative_to(ROOT)})"
-        for axis in IN_README
-        if axis in plots.shown(result)
+        f"![time along {axis}](../{plots.path(RESULTS, axis).relative_to(ROOT)})"
+        for axis in plots.shown(result)
     ]
-    text = [growth.slopes(result["cases"], IN_README), circumstances(result["machine"])]
-    return "\n\n".join(images + text)
+    return "\n\n".join([*images, growth.slopes(result["cases"]), circumstances(result["machine"])])
 
 
 def save(result: dict, folder: Path) -> Path:
@@ -90,44 +94,62 @@ def newest(folder: Path, suite: str, full: bool = False) -> dict | None:
     return max(chosen, key=lambda result: result["machine"]["date"], default=None)
 
 
-def placed(readme: str, name: str, block: str) -> str:
-    """readme with block between its markers; ValueError if it has not one of each, in order."""
+def latest(folder: Path, suite: str) -> dict | None:
+    """The suite's newest whole grid, or else its newest short set."""
+    try:
+        return newest(folder, suite, full=True) or newest(folder, suite)
+    except FileNotFoundError:
+        return None
+
+
+def placed(page: str, name: str, block: str) -> str:
+    """The page with block between its markers; ValueError if it has not one of each, in order."""
     opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, begin, rest = readme.partition(opening)
+    before, begin, rest = page.partition(opening)
     _, end, after = rest.partition(closing)
     if not (begin and end):
-        raise ValueError(f"README.md: the markers {opening} and {closing} are missing")
+        raise ValueError(f"the markers {opening} and {closing} are missing")
     return f"{before}{opening}\n{block}\n{closing}{after}"
 
 
-def main(
-    arguments: list[str] | None = None,
-    results: Path = RESULTS,
-    readme: Path = ROOT / "README.md",
-) -> None:
+def filled(page: Path, blocks: dict[str, str]) -> str:
+    """The page with all of them between their markers."""
+    text = page.read_text()
+    try:
+        for name, block in blocks.items():
+            text = placed(text, name, block)
+    except ValueError as error:
+        raise ValueError(f"{page.name}: {error}") from None
+    return text
+
+
+def main(arguments: list[str] | None = None, results: Path = RESULTS, root: Path = ROOT) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--write", action="store_true", help="put the tables into README.md")
-    mode.add_argument("--check", action="store_true", help="fail if README.md holds other tables")
+    mode.add_argument("--write", action="store_true", help="put the tables into the pages")
+    mode.add_argument("--check", action="store_true", help="fail if the pages hold other tables")
     options = parser.parse_args(arguments)
     try:
-        blocks = {name: rendered(results) for name, rendered in BLOCKS.items()}
+        pages = {
+            root / page: {name: rendered(results) for name, rendered in blocks.items()}
+            for page, blocks in PAGES.items()
+        }
         if not (options.write or options.check):
-            print("\n\n".join(blocks.values()))
+            print("\n\n".join(block for blocks in pages.values() for block in blocks.values()))
             return
-        text = wanted = readme.read_text()
-        for name, block in blocks.items():
-            wanted = placed(wanted, name, block)
+        wanted = {page: filled(page, blocks) for page, blocks in pages.items()}
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
     drawn = newest(results, "op", full=True)
     if options.write:
-        readme.write_text(wanted)
+        for page, text in wanted.items():
+            page.write_text(text)
         if drawn:
             plots.write(drawn, results)
         return
-    stale = plots.check(drawn, results) if drawn else []
-    if differing := stale + ["README.md"] * (text != wanted):
+    differing = plots.check(drawn, results) if drawn else []
+    differing += [page.name for page, text in wanted.items() if page.read_text() != text]
+    if differing:
         sys.exit(
             f"{' and '.join(differing)}: differs from the stored results: "
             "`python -m bench.report --write`"

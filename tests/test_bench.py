@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # bench is not installed
 
 from bench import miniature, peers, report, verify, workloads  # noqa: E402
 from bench import test_op as suite  # noqa: E402
-from bench.tables import common  # noqa: E402
+from bench.tables import common, summary  # noqa: E402
 from bench.tables import op as op_tables  # noqa: E402
 from bench.timing import Contestant, interleaved  # noqa: E402
 from saesteer_fast import ops, reference  # noqa: E402
@@ -386,36 +386,60 @@ def test_mini_table_is_the_shipped_builds():
     assert text.count("\n|") == len(built["layers"]) + 2
 
 
-def test_check_detects_drift(tmp_path, result):
-    readme = tmp_path / "README.md"
-    markers = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in report.BLOCKS)
-    readme.write_text(f"before\n{markers}after\n")
+@pytest.fixture
+def pages(tmp_path):
+    """Each page of the report, with nothing between its markers."""
+    (tmp_path / "docs").mkdir()
+    for page, blocks in report.PAGES.items():
+        markers = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in blocks)
+        (tmp_path / page).write_text(f"before\n{markers}after\n")
+    return [tmp_path / page for page in report.PAGES]
+
+
+def test_check_detects_drift(tmp_path, result, pages):
     stored = report.save(result, tmp_path)
     record_demo(tmp_path)
-    with pytest.raises(SystemExit, match="differs from the stored results"):
-        report.main(["--check"], tmp_path, readme)
-    report.main(["--write"], tmp_path, readme)
-    report.main(["--check"], tmp_path, readme)
-    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
+    differ = r"README\.md and benchmarks\.md: differs from the stored results"
+    with pytest.raises(SystemExit, match=differ):
+        report.main(["--check"], tmp_path, tmp_path)
+    report.main(["--write"], tmp_path, tmp_path)
+    report.main(["--check"], tmp_path, tmp_path)
+    for page in pages:
+        assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
     result["cases"][0]["seconds"]["naive"] = [1] * 9
     stored.unlink()
     report.save(result, tmp_path)
-    with pytest.raises(SystemExit, match="differs from the stored results"):
-        report.main(["--check"], tmp_path, readme)
+    with pytest.raises(SystemExit, match=differ):
+        report.main(["--check"], tmp_path, tmp_path)
 
 
-def test_report_says_what_is_missing(tmp_path, result):
+def test_report_says_what_is_missing(tmp_path, result, pages):
     with pytest.raises(SystemExit, match="no result of the suite op"):
         report.main([], tmp_path)
     report.save(result, tmp_path)
     record_demo(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text("no markers")
-    with pytest.raises(SystemExit, match="markers"):
-        report.main(["--write"], tmp_path, readme)
+    pages[1].write_text("no markers")
+    with pytest.raises(SystemExit, match=r"benchmarks\.md: the markers <!-- bench:op --> and"):
+        report.main(["--write"], tmp_path, tmp_path)
+    assert pages[0].read_text().startswith("before\n<!-- bench -->\n<!--"), "half was written"
 
 
-def test_readme_holds_the_newest_result():
+def test_summary_says_what_was_missed_and_measured(result):
+    short = summary.render(result, None, None)
+    assert "| planted | 512 | 1.00 ms | 100× | 20.0× | 20.0× | — | — | 20.0× | 2.2 % |" in short
+    assert "- Missed of 11 targets" in short and "T=1 planted: naive / ours ≥ 300×;" in short
+    assert "T=512 planted: naive" not in short and "commit 0123456789ab" in short
+    met = [case("planted", 512), case("worst", 1, naive=3.5, sparsify=1.2, read=0.9)]
+    seconds = {"unsteered": [1.0] * 3, "again": [1.01] * 3, "ours": [1.02] * 3, "naive": [1.5] * 3}
+    model = {"cases": [{"run": "decode", "layers": 2, "seconds": seconds}]}
+    memory = {"cases": [{"bytes": {"ours": n * 2**10, "naive": n * 2**20}} for n in (5, 7)]}
+    text = summary.render(result | {"cases": met}, model, memory)
+    assert "- Met: all 8 targets" in text and "| worst | 1 | 1.00 ms | 3.50× |" in text
+    assert "2 of 32 layers" in text and "decode 2.00 % (2.00 to 2.00); naive 50.0 %" in text
+    assert "at most 7.00 kB; naive up to 7.00 MB" in text
+
+
+def test_the_pages_hold_the_newest_results():
     if not list(report.RESULTS.glob("op-*.json")):
         pytest.skip("no result is recorded yet")
     report.main(["--check"])

@@ -101,6 +101,7 @@ def test_every_step_runs_and_is_shown(result, results):
     assert all("failed" not in each for each in result["measure"].values())
     assert tables.mistakes(result) == [] and len(result["checks"]) == 4 + len(gpu.SANITIZERS)
     text = report.recorded(results, "gpu")
+    assert text.startswith(report.recorded(results, "gpu", tables.short).rpartition("\n\n")[0])
     for case in tables.cases(result):
         assert f"| {case['workload']} | {case['F']} | {case['T']} | " in text
         assert "—" not in tables._share(case | {"rates": tables.found(result, "floors")})

@@ -264,16 +264,15 @@ def _decode_steps(result: Mapping) -> list[Case]:
 # ---- Markdown ----
 
 
+def short(result: dict) -> str:
+    """What README shows of one recorded result: the op and the targets."""
+    return "\n\n".join([*_measured(result, everything=False), _circumstances(result)])
+
+
 def render(result: dict, everything: bool = False) -> str:
     """Markdown of one recorded result; `everything` adds each ratio's spread."""
-    rates = found(result, "floors")
-    op = cases(result)
-    for case in op if rates else ():
-        case["rates"] = rates
-    parts = [_op(op, everything), _legend(op, rates)] if op else ["The op was not measured."]
-    judged = [_judged(t, [*op, *_memory(result), *_decode_steps(result)]) for t in TARGETS]
-    parts += [
-        table(TARGET_HEADER, judged),
+    parts = [
+        *_measured(result, everything),
         _models(_decode_steps(result)),
         _hosts(result),
         _checked(result),
@@ -281,6 +280,17 @@ def render(result: dict, everything: bool = False) -> str:
         _circumstances(result),
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def _measured(result: dict, everything: bool) -> list[str]:
+    """Times of the op, and the targets."""
+    rates = found(result, "floors")
+    op = cases(result)
+    for case in op if rates else ():
+        case["rates"] = rates
+    times = [_op(op, everything), _legend(op, rates)] if op else ["The op was not measured."]
+    judged = [_judged(t, [*op, *_memory(result), *_decode_steps(result)]) for t in TARGETS]
+    return [*times, table(TARGET_HEADER, judged)]
 
 
 def _op(op: list[Case], everything: bool) -> str:

@@ -141,7 +141,7 @@ def _legend(cases: list[Case], everything: bool) -> str:
     but = f", but for {close} inside the error of fp32 sums" if close else ""
     says = ["T tokens a call, F edited latents."]
     if not everything:
-        says = [_shapes(cases), *says]
+        says = [shapes(cases), *says]
     more = " and the interquartile range" if everything else ""
     says.append(
         f"Times and ratios are medians of shuffled rounds, in parentheses the worst round{more}."
@@ -165,7 +165,7 @@ def _legend(cases: list[Case], everything: bool) -> str:
     return " ".join(says)
 
 
-def _shapes(cases: list[Case]) -> str:
+def shapes(cases: list[Case]) -> str:
     """Of all workloads, and of the real one where that is another."""
     shapes = {case["workload"] == "real": [f"{n}={case[n]}" for n in SHAPE] for case in cases}
     said = [f"{'real: ' * real}{', '.join(shape)}" for real, shape in sorted(shapes.items())]

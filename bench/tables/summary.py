@@ -1,0 +1,68 @@
+"""What README says of the benchmarks: a few rows of the op suite, and a line each of the others."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from .common import Case, circumstances, duration, number, percent, ratios, table
+from .contestants import HEADINGS, PEERS, best
+from .memory import size
+from .model import added
+from .op import TARGETS, shapes
+
+SHOWN = {"dtype": "bf16", "F": 1}
+OTHERS = (*(name for name in PEERS if name != "sae_lens, no error term"), "linear")
+
+
+def render(op: dict, model: dict | None, memory: dict | None) -> str:
+    """Markdown of the suites' recorded results."""
+    cases = [c for c in op["cases"] if c.get("short", True) and SHOWN.items() <= c.items()]
+    legend = (
+        f"{shapes(cases)} bf16, one edited latent; tokens of one call; medians. undecided: the "
+        f"share of tokens that the first rung leaves open. {circumstances(op['machine'])}"
+    )
+    lines = [_targets(op), model and _model(model), memory and _memory(memory)]
+    listed = "\n".join(f"- {line}" for line in lines if line)
+    return "\n\n".join([_op(cases), legend, listed])
+
+
+def _op(cases: list[Case]) -> str:
+    headings = [f"{HEADINGS.get(name, name)} / ours" for name in OTHERS]
+    rows = [
+        [case["workload"], str(case["T"]), duration(median(case["seconds"]["ours"]))]
+        + [_times(case, name) for name in OTHERS]
+        + [percent(case["undecided"])]
+        for case in cases
+    ]
+    return table(["workload", "tokens", "ours", *headings, "undecided"], rows)
+
+
+def _times(case: Case, name: str) -> str:
+    chosen = best(case, name)
+    return f"{number(median(ratios(case, chosen)))}×" if chosen else "—"
+
+
+def _targets(result: dict) -> str:
+    judged = [cells for each in TARGETS if (cells := each.judge(result["cases"]))]
+    missed = [title for title, _, verdict in judged if verdict != "met"]
+    over = f"{len(judged)} targets, each over every case that it is set for"
+    return f"Missed of {over}: {'; '.join(missed)}." if missed else f"Met: all {over}."
+
+
+def _model(result: dict) -> str:
+    """Next to what differs when nothing is attached."""
+    said = [
+        f"{case['run']} {added(case, 'ours')}; naive {added(case, 'naive')}; nothing, measured "
+        f"again, {added(case, 'again')}"
+        for case in result["cases"]
+    ]
+    layers = result["cases"][0]["layers"]
+    return (
+        f"Time added to Phi-3 Mini, {layers} of 32 layers, random weights, least to most in "
+        f"parentheses: {'. '.join(said)}."
+    )
+
+
+def _memory(result: dict) -> str:
+    ours, naive = (max(c["bytes"][name] for c in result["cases"]) for name in ("ours", "naive"))
+    return f"Memory beyond inputs and output: at most {size(ours)}; naive up to {size(naive)}."
