@@ -1,10 +1,14 @@
-"""How the SAE libraries steer, where they are installed: `pip install .[peers]`.
+"""Whom ours is compared with, and how each steers.
+
+naive, lean, smart    saesteer_fast.reference
+
+The SAE libraries, where they are installed (`pip install .[peers]`):
 
 sparsify     encode, clamp among the live latents, its sparse decode twice
 sae_lens     its forward pass with a hook that clamps, and its error term
 sae_lens, no error term     the same without; what it then leaves out, its own forward pass gives
 
-Each is driven as its users drive it: weights in its own layout, b_dec subtracted by itself.
+Each library is driven as its users drive it: weights in its own layout, b_dec subtracted by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +23,23 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from saesteer_fast import reference
+
+from .tables.contestants import BASELINES
 from .workloads import ROWS, Workload
+
+
+def baselines(w: Workload, wrap=lambda run: run) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Each takes x; all other inputs are prepared in W_enc's dtype."""
+    b_enc = w.b_enc.to(w.W_enc.dtype)
+    dense = w.W_enc, b_enc, w.W_dec, w.b_dec, w.features, w.values, w.k
+    rows = w.W_enc, b_enc, w.directions, w.features, w.values, w.k
+    naive, lean, smart = (wrap(getattr(reference, name)) for name in BASELINES)
+    return {
+        "naive": lambda x: naive(x, *dense),
+        "lean": lambda x: lean(x, *dense),
+        "smart": lambda x: smart(x, *rows),
+    }
 
 
 @dataclass(frozen=True)
@@ -105,8 +125,8 @@ def _parameters(*tensors: Tensor) -> list[Parameter]:
 LIBRARIES = {sparsify: ("sparsify",), sae_lens: ("sae_lens", "sae_lens, no error term")}
 INSTALLED = [library for library in LIBRARIES if find_spec(library.__name__)]
 NAMES = tuple(name for library in INSTALLED for name in LIBRARIES[library])
-"""What `contestants` gives here."""
+"""What `libraries` gives here."""
 
 
-def contestants(w: Workload) -> dict[str, Peer]:
+def libraries(w: Workload) -> dict[str, Peer]:
     return {name: peer for library in INSTALLED for name, peer in library(w).items()}

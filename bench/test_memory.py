@@ -18,8 +18,8 @@ from functools import cache
 import pytest
 import torch
 
-from . import heap, machine, verify, workloads
-from .test_op import baselines, steer, verify_all
+from . import heap, machine, peers, verify, workloads
+from .test_op import steer, verify_all
 from .workloads import Shape, Workload
 
 TINY = Shape(d=64, N=128, k=4, stream=64, worst=64)
@@ -92,7 +92,7 @@ def held(call: Callable, inputs: list[torch.Tensor]) -> list[int]:
 
 
 def contestants(w: Workload) -> dict[str, Callable]:
-    return {"ours": lambda x: steer(w, x), **baselines(w)}
+    return {"ours": lambda x: steer(w, x), **peers.baselines(w)}
 
 
 @torch.inference_mode()

@@ -23,10 +23,8 @@ import torch
 from torch import Tensor
 
 import saesteer_fast as sf
-from saesteer_fast import ops
 
-from . import phi3, verify, workloads
-from .test_op import baselines
+from . import peers, phi3, verify, workloads
 from .timing import Contestant, interleaved
 
 PROMPT, STEPS = 512, 16
@@ -91,7 +89,7 @@ class Subject:
         return seen
 
     def ways(self) -> dict[str, Callable[[], AbstractContextManager]]:
-        w, naive = self.workload, baselines(self.workload)["naive"]
+        w, naive = self.workload, peers.baselines(self.workload)["naive"]
         edits = {int(w.features[0]): workloads.VALUE}
         vector = workloads.VALUE * w.directions[0]
         hooks = {
@@ -119,14 +117,8 @@ def verify_all(subject: Subject, run: str) -> float:
             found[name] = subject.streams(run)
     planted = subject.workloads[run]
     worst = replace(planted, name=f"{run}, worst", b_enc=subject.worst.b_enc)
-    for w, name in ((planted, "ours"), (worst, "worst")):
-        outputs = iter(found[name])
-        verify.check_ours(
-            w,
-            w.batches(len(found[name][0])),
-            lambda x: next(outputs),  # noqa: B023
-            lambda x: ops.feature_acts(x, w.W_enc, w.b_enc, w.features, w.k),  # noqa: B023
-        )
+    verify.check_outputs(planted, found["ours"])
+    verify.check_outputs(worst, found["worst"])
     if not (worst.truth > 0).all():
         raise verify.Disagreement(f"{run}, worst: a token does not need the whole scan")
     return verify.check_baseline(planted, "naive", torch.cat(found["naive"]))

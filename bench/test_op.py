@@ -3,7 +3,7 @@
 ours      saesteer_fast.ops.steer, impl="cpu"
 hot-first ours, with the rows of W_enc in the order that SAE.calibrate finds on other tokens
 reference the same op, impl="reference": what runs where there are no kernels
-naive, lean, smart      saesteer_fast.reference
+naive, lean, smart      saesteer_fast.reference (peers.py)
 naive, compiled; ...    the same under torch.compile, compiled before they are timed
 sparsify, sae_lens      the libraries themselves, where installed
 linear    one encoder pass and nothing else
@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saesteer_fast import ops, reference
+from saesteer_fast import ops
 
 from . import native, peers, verify, workloads
+from .tables.contestants import BASELINES, compiled
 from .timing import Contestant, interleaved
 from .workloads import Shape, Workload
 
@@ -39,7 +40,6 @@ ROUNDS = {1.0: 7, 8.0: 5, math.inf: 3}
 """How many, by what one takes at the most in seconds."""
 BASELINE_TOKENS = 128
 WORST_CALLS = 64
-BASELINES = ("naive", "lean", "smart")
 COMPILED = (1, 512)
 """Tokens a call at which the baselines are compiled too: the least and what prefill takes."""
 MOST_TOKENS = 2048
@@ -102,14 +102,14 @@ def cases(full: bool) -> list[Case]:
 
 
 def names(case: Case) -> tuple[str, ...]:
-    compiled = case.F == 1 and case.T in COMPILED and case.dtype == "bf16"
-    compiled &= case.shape == workloads.FULL or case.workload == "real"
+    compile_too = case.F == 1 and case.T in COMPILED and case.dtype == "bf16"
+    compile_too &= case.shape == workloads.FULL or case.workload == "real"
     return (
         ("ours",)
         + ("hot-first",) * (case.workload != "worst")
         + ("reference",) * (case.T == 1 and case in cases(full=False))
         + BASELINES
-        + tuple(f"{name}, compiled" for name in BASELINES) * compiled
+        + tuple(map(compiled, BASELINES)) * compile_too
         + peers.NAMES * (case.T <= MOST_TOKENS)
         + ("linear", "copy", "L0", "read")
         + ("nothing",) * (case.T == 1)
@@ -126,23 +126,10 @@ def steer(w: Workload, x, impl: str = "cpu"):
     return ops.steer(x, *fixed, order=w.order, impl=impl)
 
 
-def baselines(w: Workload, wrap=lambda run: run) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Each takes x; all other inputs are prepared in W_enc's dtype."""
-    b_enc = w.b_enc.to(w.W_enc.dtype)
-    dense = w.W_enc, b_enc, w.W_dec, w.b_dec, w.features, w.values, w.k
-    rows = w.W_enc, b_enc, w.directions, w.features, w.values, w.k
-    naive, lean, smart = (wrap(getattr(reference, name)) for name in BASELINES)
-    return {
-        "naive": lambda x: naive(x, *dense),
-        "lean": lambda x: lean(x, *dense),
-        "smart": lambda x: smart(x, *rows),
-    }
-
-
-def compiled(w: Workload) -> dict[str, Callable[[Tensor], Tensor]]:
+def compiled_baselines(w: Workload) -> dict[str, Callable[[Tensor], Tensor]]:
     torch.compiler.reset()
-    found = baselines(w, lambda run: torch.compile(run, dynamic=False, fullgraph=True))
-    return {f"{name}, compiled": run for name, run in found.items()}
+    found = peers.baselines(w, lambda run: torch.compile(run, dynamic=False, fullgraph=True))
+    return {compiled(name): run for name, run in found.items()}
 
 
 class Subject(NamedTuple):
@@ -175,7 +162,7 @@ def subject(request) -> Callable[[Case], Subject]:
         if any_T.workload == "worst":
             w = whole.worst(any_T.shape.worst)
         tokens = [each.T for each in every if replace(each, T=0) == any_T]
-        libraries = peers.contestants(w)
+        libraries = peers.libraries(w)
         return Subject(w, whole, libraries, verify_all(w, tokens, libraries))
 
     return lambda case: verified(replace(case, T=0))
@@ -197,7 +184,9 @@ def verify_all(
             verify.check_ours(each, inputs(each, T), ours, acts)
     x = w.x[:BASELINE_TOKENS]
     verify.check_baseline(w, "reference", steer(w, x, "reference"))
-    agreed = {name: verify.check_baseline(w, name, run(x)) for name, run in baselines(w).items()}
+    agreed = {
+        name: verify.check_baseline(w, name, run(x)) for name, run in peers.baselines(w).items()
+    }
     for name, peer in libraries.items():
         agreed[name] = verify.check_baseline(w, name, peer.whole(x, peer.call(x)))
     return agreed
@@ -240,8 +229,8 @@ def contestants(
     batches, machine, wanted = inputs(w, case.T), native.load(), names(case)
     b_enc = w.b_enc.to(w.W_enc.dtype)
     fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
-    late = compiled(w) if "naive, compiled" in wanted else {}
-    runs = {name: (run, batches) for name, run in (baselines(w) | late).items()}
+    late = compiled_baselines(w) if compiled("naive") in wanted else {}
+    runs = {name: (run, batches) for name, run in (peers.baselines(w) | late).items()}
     runs |= {name: (library.call, batches) for name, library in libraries.items()}
     runs |= {
         "ours": (lambda x: steer(w, x), batches),

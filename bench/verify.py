@@ -7,11 +7,13 @@ pre-activations to the weights' dtype, so some decisions differ; how many is rec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from saesteer_fast import ops
 
 from .workloads import Workload
 
@@ -57,6 +59,17 @@ def check_ours(
         raise Disagreement(
             f"{w.name}, T={tokens}: x' is {excess.max().item():.3g} times its error bound away"
         )
+
+
+def check_outputs(w: Workload, outputs: Sequence[Tensor], impl: str = "auto") -> None:
+    """The same of what a steered layer gave, [T, d] a call."""
+    given, fixed = iter(outputs), (w.W_enc, w.b_enc, w.features, w.k)
+    check_ours(
+        w,
+        w.batches(len(outputs[0])),
+        lambda x: next(given),
+        lambda x: ops.feature_acts(x, *fixed, impl=impl),
+    )
 
 
 def check_baseline(w: Workload, name: str, y: Tensor) -> float:

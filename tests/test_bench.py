@@ -177,7 +177,7 @@ def test_peers(pair):
         pytest.skip("neither sparsify nor sae_lens is installed")
     with torch.inference_mode():
         for w in (w.first(2) for w in pair):
-            found = peers.contestants(w)
+            found = peers.libraries(w)
             assert tuple(found) == peers.NAMES
             for name, peer in found.items():
                 x = w.x[:128]
@@ -217,7 +217,7 @@ def test_what_does_not_compile_is_not_run(pair, small, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", fails)
     w = pair[0].first(1)
-    chosen, not_run = suite.contestants(w, small, w.settled(1), peers.contestants(w))
+    chosen, not_run = suite.contestants(w, small, w.settled(1), peers.libraries(w))
     assert not_run == {"naive, compiled": "TorchDynamoException: naive has"}
     assert sorted([*chosen, *not_run]) == sorted(suite.names(small))
 

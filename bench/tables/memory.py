@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from .common import Case, Target, circumstances, judged, number, percent, table
-
-BASELINES = ("naive", "lean", "smart")
+from .contestants import BASELINES
 
 
 def size(bytes_: float) -> str:
