@@ -53,13 +53,13 @@ def capture(model, input_ids: Tensor, layers: Sequence[int | str]) -> list[Tenso
     """The residual stream [..., T, d] at the output of each of the layers, as `steering` takes
     them."""
     found = [sites.locate(model, layer) for layer in layers]
+    if not found:
+        return []
     caught = {}
 
     def keep(module, _args, output):
         caught[module] = output[0] if isinstance(output, tuple) else output
 
-    if not found:
-        return []
     with ExitStack() as undo:
         for site in found:
             undo.callback(site.module.register_forward_hook(keep).remove)

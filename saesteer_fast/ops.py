@@ -123,6 +123,8 @@ _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _CUDA = frozenset(name for name in _NAMES if _has_kernel(f"saesteer_cuda::{name}", "CUDA"))
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+KERNELS = ("cuda", "triton")
+"""The implementations that have kernels for GPUs."""
 _ON_GPU: verdicts.Rows = ((0, ("reference",)),)
 """What impl="auto" runs on a GPU that `saesteer verify` has not tried: from so many tokens on, the
 first of these that is there. One row for all shapes, and no kernels in it until bench/results holds
@@ -247,7 +249,7 @@ def decode(
 def implementations() -> dict[str, str]:
     """What impl="auto" runs for a tensor on each kind of device, and why."""
     isa, why = _build.instruction_set()
-    there = {impl: missing(impl) for impl in ("cuda", "triton")}
+    there = {impl: missing(impl) for impl in KERNELS}
     said = [f"impl={impl!r}: {reason or 'is there'}" for impl, reason in there.items()]
     found = {"cpu": f"cpu: {isa} kernels, {why}", "cuda": "; ".join([_rows_said(_ON_GPU), *said])}
     for i in range(torch.cuda.device_count()):
@@ -315,7 +317,7 @@ def _table(device: torch.device) -> verdicts.Rows:
 
 @cache
 def _tell_of_idle_kernels(device: torch.device) -> None:
-    idle = [impl for impl in ("cuda", "triton") if missing(impl) is None]
+    idle = [impl for impl in KERNELS if missing(impl) is None]
     if idle and device.type == "cuda" and all(impls == ("reference",) for _, impls in _ON_GPU):
         warnings.warn(
             f"plain PyTorch steers on {torch.cuda.get_device_name(device)}, although there are "

@@ -35,7 +35,7 @@ def read(device: torch.device) -> Rows | None:
     if device.type != "cuda":
         return None
     found = _stored().get(torch.cuda.get_device_name(device))
-    if found is None or found["kernels"] != kernels():
+    if found is None or found.get("kernels") != kernels():
         return None
     return tuple((least, tuple(impls)) for least, impls in found["rows"])
 
@@ -88,8 +88,8 @@ def _stored() -> dict[str, dict]:
     """All verdicts; none where there is no cache to read."""
     try:
         found = json.loads(store().read_text())
-        for each in found.values():
-            (_, *_), _ = each["rows"], each["kernels"]
+        if not all(each["rows"] for each in found.values()):
+            raise ValueError("a verdict without rows")
         return found
     except (OSError, RuntimeError):
         return {}

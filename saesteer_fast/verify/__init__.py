@@ -20,7 +20,6 @@ import torch
 from .. import ops, verdicts
 from . import steps, times
 
-IMPLS = ("cuda", "triton")
 PATIENCE = 120
 """Seconds that a step may take, the start of its process and Triton's compiler included."""
 MINUTES = 10
@@ -33,7 +32,7 @@ def verify(device: torch.device) -> tuple[str, bool]:
     Returns a report, and whether all kernels that are there were found right.
     """
     lines, measured, wrong = [torch.cuda.get_device_name(device)], {}, []
-    for impl in IMPLS:
+    for impl in ops.KERNELS:
         if reason := ops.missing(impl):
             lines.append(f"{impl}: {reason}")
             continue
