@@ -89,11 +89,11 @@ def mistakes(result: Mapping, *kernels: str) -> list[str]:
     kernels = kernels or tuple(KERNELS.values())
     parts = {"checks": result.get("checks"), "measure": cases(result)}
     wrong = [part for part, ran in parts.items() if not ran]
-    smoked = {"triton" if "triton" in each else "cuda" for each in result if each[:6] == "smoke "}
+    smoked = {_kernel(each) for each in smoke_tests(result)}
     wrong += [f"smoke of {each}" for each in kernels if each not in smoked]
     wrong += [name for name in result if name.endswith(" broke")]
     for name, found_wrong in tried(result).items():
-        if ("triton" if "triton" in name else "cuda") in kernels:
+        if _kernel(name) in kernels:
             wrong += found_wrong
     for name, each in result.get("measure", {}).items():
         by = re.search(rf"\b({'|'.join(KERNELS)})\b", name)
@@ -106,12 +106,21 @@ def tried(result: Mapping) -> dict[str, list[str]]:
     """Of every check and every smoke test, what it found wrong or left out."""
     checks = result.get("checks", {}).items()
     found_wrong = {name: [name] if each["exit"] else [] for name, each in checks}
-    for name, each in result.items():
-        if name.startswith("smoke "):
-            wrong = [step for step, of in each.items() if "failed" in of]
-            left_out = result["missing"].get(name, ())
-            found_wrong[name] = [f"{name}: {step}" for step in (*wrong, *left_out)]
+    for name, each in smoke_tests(result).items():
+        wrong = [step for step, of in each.items() if "failed" in of]
+        left_out = result["missing"].get(name, ())
+        found_wrong[name] = [f"{name}: {step}" for step in (*wrong, *left_out)]
     return found_wrong
+
+
+def smoke_tests(result: Mapping) -> dict[str, dict]:
+    """What each found, by step."""
+    return {name: each for name, each in result.items() if name.startswith("smoke ")}
+
+
+def _kernel(check: str) -> str:
+    """Whose check it is, by its name."""
+    return "triton" if "triton" in check else "cuda"
 
 
 def standing(result: Mapping | None) -> str:
@@ -406,15 +415,15 @@ def _lacking(result: Mapping) -> str:
     lines = [
         f"{part}: did not run" for part in ("build", "checks", "measure") if part not in result
     ]
-    if not any(part.startswith("smoke ") for part in result):
+    if not smoke_tests(result):
         lines.insert(0, "smoke: did not run")
     lines += [f"{name}: {why}" for name, why in result.items() if name.endswith(" broke")]
     if not result.get("build", {}).get("cuda", True):
         lines.append("build: without the CUDA kernels")
-    for part, of in result.items():
-        for name, each in of.items() if part == "measure" or part.startswith("smoke ") else ():
+    for part, of in (smoke_tests(result) | {"": result.get("measure", {})}).items():
+        for name, each in of.items():
             if "failed" in each:
-                step = name if part == "measure" else f"{part}: {name}"
+                step = f"{part}: {name}" if part else name
                 lines.append(f"{step}: {each['failed'].splitlines()[0]}")
     for part, names in result["missing"].items():
         if names:
