@@ -16,8 +16,9 @@ RUN     := .venv/bin/python -m
 demo: $(BUILT)
 	.venv/bin/saesteer demo
 
+# As many processes as there are cores, a thread each: tests of threads ask for more.
 test: $(BUILT)
-	$(RUN) pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist loadfile
 
 bench bench-full: $(BUILT)
 	$(RUN) pytest bench -q --benchmark-columns=min,median,iqr $(if $(filter bench-full,$@),--full)
