@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,18 @@ def test_streams_do_not_meet(tokens, impl):
     torch.cuda.synchronize()
     for results, y in zip(found, expected, strict=True):
         assert all(same_bits(result, y) for result in results)
+
+
+@pytest.mark.parametrize("op", ["steer", "encode"])
+@pytest.mark.parametrize("T", [1, 200])
+def test_a_new_thread_needs_no_other_call_first(T, op):
+    """It has no CUDA context yet, and memory comes from PyTorch's pool without one."""
+    case = some_live(T)
+    run = {"steer": case.steer, "encode": case.encode}[op]
+    run("cuda")
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run, "cuda").result()
 
 
 @pytest.mark.fault(68)

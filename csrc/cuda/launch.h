@@ -21,10 +21,15 @@ inline void checked(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("saesteer: ") + what + ": " + cudaGetErrorString(error));
 }
 
-inline int attribute(cudaDeviceAttr which) {
-  int device, value;
+inline int current_device() {
+  int device;
   checked(cudaGetDevice(&device), "cudaGetDevice");
-  checked(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return device;
+}
+
+inline int attribute(cudaDeviceAttr which) {
+  int value;
+  checked(cudaDeviceGetAttribute(&value, which, current_device()), "cudaDeviceGetAttribute");
   return value;
 }
 
@@ -102,6 +107,9 @@ inline TensorMap tensor_map(const void* matrix, bool is_bf16, int64_t rows, int6
       throw std::runtime_error("saesteer: the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<Encode>(found);
   }();
+  // Unlike the runtime's functions, the driver's gives a new thread no context, and nor does
+  // PyTorch's guard where the device is the current one already.
+  checked(cudaSetDevice(current_device()), "cudaSetDevice");
   TensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(width) * 2};
