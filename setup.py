@@ -21,7 +21,8 @@ from setuptools.errors import SetupError
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "saesteer_fast"
-DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0")
+DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0+PTX")
+"""The last one's PTX serves the GPUs that are newer or have no code of their own."""
 
 
 def torch_options() -> list[str]:
@@ -75,7 +76,9 @@ def cuda_options() -> list[str]:
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
         known = set(listed.split())
         architectures = [
-            a for a in DEFAULT_ARCHITECTURES if f"sm_{a.replace('.', '').rstrip('a')}" in known
+            a
+            for a in DEFAULT_ARCHITECTURES
+            if f"sm_{a.removesuffix('+PTX').replace('.', '').rstrip('a')}" in known
         ]
     if not architectures:
         return without(f"{nvcc} knows none of {', '.join(DEFAULT_ARCHITECTURES)}")

@@ -20,6 +20,7 @@ from saesteer_fast import _build
 
 LIBRARY = Path(saesteer_fast.__file__).with_name("libsaesteer_cuda.so")
 ARCHITECTURES = {a: f"sm_{a.replace('.', '')}" for a in ("8.0", "9.0a", "10.0")}
+BUILT = [a.removesuffix("+PTX") for a in _build.facts()["cuda_architectures"]]
 BF16, FP32 = 1, 0
 SCANS = {"few": "Li64ELi64E", "fewest": "Li16ELi32E", "many": "Li128ELi128E"}
 
@@ -38,7 +39,7 @@ pytestmark = [
 
 @pytest.fixture(params=ARCHITECTURES)
 def arch(request) -> str:
-    if request.param not in _build.facts()["cuda_architectures"]:
+    if request.param not in BUILT:
         pytest.skip(f"not built for {request.param}")
     return ARCHITECTURES[request.param]
 
@@ -212,8 +213,19 @@ def test_the_library_registers_every_op(tmp_path):
 
 
 def test_every_architecture_has_every_kernel():
-    built = [ARCHITECTURES[a] for a in _build.facts()["cuda_architectures"] if a in ARCHITECTURES]
+    built = [ARCHITECTURES[a] for a in BUILT if a in ARCHITECTURES]
     names = [
         {re.sub(r"_GLOBAL__N__\w{8}", "", n) for n in kernels(dump("-sass", a))} for a in built
     ]
     assert names and all(n == names[0] for n in names)
+
+
+def test_gpus_newer_than_the_build_find_ptx():
+    asked = {a for a in _build.facts()["cuda_architectures"] if a.endswith("+PTX")}
+    if not asked:
+        pytest.skip("built without PTX")
+    listed = subprocess.run(
+        [cuobjdump(), "--list-ptx", LIBRARY], capture_output=True, text=True, check=True
+    )
+    for arch in asked:
+        assert f"sm_{arch.removesuffix('+PTX').replace('.', '')}.ptx" in listed.stdout
