@@ -55,8 +55,8 @@ class Scoped:
     """A scope, checked, on one device: call it with `Tokens` for what is steered."""
 
     def __init__(self, scope: Scope, device: torch.device):
-        parts = [_part(part, device) for part in _flat(scope)]
-        self.parts = [part for part in parts if part is not None]
+        inside = [_part(part, device) for part in parts(scope)]
+        self.parts = [part for part in inside if part is not None]
 
     @property
     def everything(self) -> bool:
@@ -156,10 +156,21 @@ def spread(rows: Tensor, tokens: Tokens, name: str) -> Tensor:
     raise ValueError(f"{name}: {given} rows are given for a batch of {tokens.batch}")
 
 
-def _flat(scope: Scope) -> list:
+def parts(scope: Scope) -> list:
+    """The scopes in it that are no lists."""
     if isinstance(scope, Sequence) and not isinstance(scope, str):
-        return [part for inner in scope for part in _flat(inner)]
+        return [part for inner in scope for part in parts(inner)]
     return [scope]
+
+
+def follows_prompts(scope: Scope) -> bool:
+    """Whether it depends on where a prompt ends."""
+    return any(
+        min(part.places, default=0) < 0
+        if isinstance(part, Positions)
+        else isinstance(part, str) and part != "all"
+        for part in parts(scope)
+    )
 
 
 def _part(part, device: torch.device):
