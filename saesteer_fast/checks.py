@@ -135,19 +135,23 @@ def elements(op: str, name: str, indices: Tensor, N: int) -> None:
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     if torch.compiler.is_dynamo_compiling():  # which knows no storages; shapes alone are traced
         return False
-    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+    one, other = a.untyped_storage(), b.untyped_storage()
+    if one.device.type == "meta" and one._cdata != other._cdata:
         return False
     (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
     return a_begin < b_end and b_begin < a_end
 
 
 def _extent(t: Tensor) -> tuple[int, int]:
-    """In its storage, from the first byte to behind the last; (0, 0) if there is none."""
+    """From the first byte to behind the last, counted from its storage's if that has no address;
+    (0, 0) if there is none."""
     if t.numel() == 0:
         return 0, 0
+    storage = t.untyped_storage()
+    address = 0 if storage.device.type == "meta" else storage.data_ptr()
     steps = zip(t.shape, t.stride(), strict=True)
     begin, size = t.storage_offset(), 1 + sum((n - 1) * step for n, step in steps)
-    return begin * t.itemsize, (begin + size) * t.itemsize
+    return address + begin * t.itemsize, address + (begin + size) * t.itemsize
 
 
 def _added(op: str, x: Tensor, directions: Tensor, name: str, coef: Tensor, F: int) -> None:

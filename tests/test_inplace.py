@@ -133,8 +133,10 @@ def test_what_is_read_must_not_be_overwritten(impl, argument):
     names = ("x", "W_enc", "b_enc", "directions", "features", "values", "k")
     arguments = dict(zip(names, case.edit, strict=True)) | sharing(case)[argument]
     message = f"^saesteer::steer_: {argument} lies in the memory of x.*; accepted: a copy of it"
-    with pytest.raises(RuntimeError, match=message):
-        ops.steer_(**arguments, impl=impl)
+    again = torch.from_dlpack(arguments[argument])  # the same memory, of another storage
+    for lies_there in (arguments[argument], again):
+        with pytest.raises(RuntimeError, match=message):
+            ops.steer_(**arguments | {argument: lies_there}, impl=impl)
     arguments[argument] = arguments[argument].clone()
     if argument != "order":  # whose zeros would be no permutation, but nobody looks
         arguments["features"] = case.features
