@@ -27,6 +27,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import checks, reference, transforms, verdicts
 
@@ -276,8 +277,9 @@ def _chosen(name: str, impl: str, x: Tensor) -> Callable:
         impl = _DEFAULT
     if impl == "auto":
         # torch.compile keeps the op, whose kernel chooses: a file may have to be read for that
-        direct = x.is_cuda and not torch.compiler.is_compiling()
-        return _on_gpu(name, x) if direct else getattr(_AUTO, name)
+        if x.is_cuda and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
+            return _on_gpu(name, x)
+        return getattr(_AUTO, name)
     if impl not in _BY:
         raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(_BY)}")
     if not _runs(name, impl, x):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from ops_cases import DTYPES, Case, integer_case, permutation, random_case, same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
@@ -378,3 +379,14 @@ def test_python_threads_do_not_disturb_each_other():
         together = list(pool.map(Case.steer, cases * 5))
     for i, y in enumerate(together):
         assert same_bits(y, alone[i % 8])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fake_tensors_of_a_gpu_that_is_not_here():
+    with FakeTensorMode():
+        x, W, directions = (torch.empty(n, 16, device="cuda") for n in (3, 8, 2))
+        b, values = torch.empty(8, device="cuda"), torch.empty(2, device="cuda")
+        features = torch.empty(2, dtype=torch.int64, device="cuda")
+        y = ops.steer(x, W, b, directions, features, values, 2)
+        acts = ops.feature_acts(x, W, b, features, 2)
+    assert (y.device.type, y.shape, acts.shape) == ("cuda", (3, 16), (3, 2))
