@@ -71,7 +71,6 @@ class Run:
         self.path = out / f"gpu-{date[:19].replace(':', '-')}.json"
         self.result: dict = {"suite": "gpu", "machine": {"date": date}, "missing": {}}
         self.log = self.path.with_suffix(".log").open("a")
-        self.folder = Path(tempfile.mkdtemp(prefix="saesteer-"))
         self.env = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "SAESTEER_IMPL": "auto"}
         for name in ("SAESTEER_SCAN", "SAESTEER_LADDER"):
             self.env.pop(name, None)
@@ -114,23 +113,24 @@ class Run:
         self, name: str, deadline: float, *arguments: str, patience: float = PATIENCE, **env: str
     ) -> dict[str, dict]:
         """What the steps of a part of bench.on_gpu found."""
-        store = self.folder / f"{name}.jsonl"
-        part, *options = arguments
-        command = [sys.executable, "-m", "bench.on_gpu", part, str(store), *options]
-        supervised = threading.Thread(
-            target=steps.supervise,
-            args=(command, store),
-            kwargs=dict(
-                patience=patience, deadline=deadline, log=self.log, env=self.env | env, cwd=ROOT
-            ),
-        )
-        supervised.start()
-        going = True
-        while going:
-            supervised.join(5)
-            going = supervised.is_alive()
-            self.add("missing", name, steps.missing(store))
-            self.save(**{name: steps.results(store)})
+        with tempfile.TemporaryDirectory(prefix="saesteer-") as folder:
+            store = Path(folder) / "steps.jsonl"
+            part, *options = arguments
+            command = [sys.executable, "-m", "bench.on_gpu", part, str(store), *options]
+            supervised = threading.Thread(
+                target=steps.supervise,
+                args=(command, store),
+                kwargs=dict(
+                    patience=patience, deadline=deadline, log=self.log, env=self.env | env, cwd=ROOT
+                ),
+            )
+            supervised.start()
+            going = True
+            while going:
+                supervised.join(5)
+                going = supervised.is_alive()
+                self.add("missing", name, steps.missing(store))
+                self.save(**{name: steps.results(store)})
         return self.result[name]
 
 

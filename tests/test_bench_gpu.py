@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -229,9 +230,13 @@ def test_pytests_end_is_understood():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
 def test_what_breaks_is_recorded(tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     command = [sys.executable, "-m", "bench.gpu", "--parts", "measure", "--out", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"TMPDIR": str(scratch)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
+    assert not [*scratch.iterdir()]
     (recorded,) = tmp_path.glob("gpu-*.json")
     assert "failed" in json.loads(recorded.read_text())["measure"][steps.BEFORE]
     assert "cuda" in recorded.with_suffix(".log").read_text().lower()
