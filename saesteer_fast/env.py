@@ -44,11 +44,12 @@ def report() -> dict[str, dict[str, str]]:
     """Facts by section and name, all as text: versions, build, processor, implementations."""
     facts = _build.facts()
     isa, why = _build.instruction_set()
-    packages = ("torch", "transformers", "safetensors", "numpy", "triton")
+    packages = ("transformers", "safetensors", "numpy", "triton")
     return {
         "versions": {
             "saesteer_fast": __version__,
             "python": platform.python_version(),
+            "torch": torch.__version__,
             **{package: _version(package) for package in packages},
         },
         "build": {
