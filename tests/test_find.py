@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, build
-from test_measures import cases, dense, make
+from test_measures import CASES, dense, make
 
 from saesteer_fast import mini
 from saesteer_fast.eval import Prompt, Share, answers, chat_text
@@ -100,7 +100,7 @@ def test_live_latents_are_counted_on_the_answer(shipped, refusal, tokens):
     assert len(expected) > 1
 
 
-@pytest.mark.parametrize(("measure", "settings"), cases())
+@pytest.mark.parametrize(("measure", "settings"), CASES)
 def test_every_kind_of_sae(shipped, refusal, measure, settings):
     """Latents of random weights: which live, on how many tokens, and how strongly."""
     model, tokenizer, _, layer, _ = shipped

@@ -97,14 +97,19 @@ def decoded(sae: sf.SAE, acts: Tensor, x: Tensor) -> Tensor:
     return mean + unit * (acts @ rows + sae.b_dec.double())
 
 
-def cases():
-    for measure, name in product(ALL, SETTINGS):
-        yield pytest.param(measure, SETTINGS[name], id=f"{measure}-{name}")
-    for measure in ("topk", "groupmax", "threshold", "relu"):
-        yield pytest.param(measure, {"decoder_norm": True}, id=f"{measure}-decoder_norm")
-    yield pytest.param(
+CASES = [
+    *(
+        pytest.param(measure, SETTINGS[name], id=f"{measure}-{name}")
+        for measure, name in product(ALL, SETTINGS)
+    ),
+    *(
+        pytest.param(measure, {"decoder_norm": True}, id=f"{measure}-decoder_norm")
+        for measure in ("topk", "groupmax", "threshold", "relu")
+    ),
+    pytest.param(
         "topk", {"decoder_norm": True, "scale": 2.0, "normalize": "layer_norm"}, id="topk-all"
-    )
+    ),
+]
 
 
 def close(got: Tensor, truth: Tensor, ulps=64):
@@ -116,7 +121,7 @@ def close(got: Tensor, truth: Tensor, ulps=64):
 
 @pytest.mark.fault(41)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize(("measure", "settings"), cases())
+@pytest.mark.parametrize(("measure", "settings"), CASES)
 def test_acts_and_apply(measure, settings, impl):
     sae, x = make(measure, **settings), stream()
     truth = dense(sae, x)
@@ -136,7 +141,7 @@ def test_acts_and_apply(measure, settings, impl):
 
 @pytest.mark.fault(41)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize(("measure", "settings"), cases())
+@pytest.mark.parametrize(("measure", "settings"), CASES)
 def test_whole(measure, settings, impl):
     sae, x = make(measure, **settings), stream()
     truth = dense(sae, x)
@@ -152,7 +157,7 @@ def test_whole(measure, settings, impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("measure", "settings"), cases())
+@pytest.mark.parametrize(("measure", "settings"), CASES)
 def test_half_precision(measure, settings, dtype):
     """Sums stay fp32: against fp64 over the rounded inputs, x' is off by one rounding."""
     sae, x = make(measure, dtype=dtype, **settings), stream(dtype=dtype)
@@ -244,7 +249,7 @@ def test_plain_topk_shares_the_weights_and_is_fused():
     assert not Measured(sae, LATENTS, measure="projection").fused
 
 
-@pytest.mark.parametrize(("measure", "settings"), cases())
+@pytest.mark.parametrize(("measure", "settings"), CASES)
 def test_gradients_are_those_of_the_definition(measure, settings):
     sae = make(measure, **settings)
     x = stream(T=8).requires_grad_()
@@ -259,7 +264,7 @@ def test_gradients_are_those_of_the_definition(measure, settings):
     close(x.grad, twin.grad, 512)
 
 
-@pytest.mark.parametrize(("measure", "settings"), cases())
+@pytest.mark.parametrize(("measure", "settings"), CASES)
 def test_no_change_is_bit_identical(measure, settings):
     sae, x = make(measure, **settings), stream(dtype=torch.bfloat16)
     measured = Measured(sae, LATENTS)
@@ -268,7 +273,7 @@ def test_no_change_is_bit_identical(measure, settings):
 
 
 @pytest.mark.fault(1, 2)
-@pytest.mark.parametrize(("measure", "settings"), cases())
+@pytest.mark.parametrize(("measure", "settings"), CASES)
 def test_bad_tokens_spoil_only_themselves(measure, settings):
     sae, x = make(measure, **settings), stream()
     clean = Measured(sae, LATENTS).acts(x)
@@ -357,7 +362,7 @@ def test_compiles_without_a_break(measure):
 
 
 @pytest.mark.fault(72)
-@pytest.mark.parametrize(("measure", "settings"), cases())
+@pytest.mark.parametrize(("measure", "settings"), CASES)
 def test_autocast_changes_nothing(measure, settings):
     def results() -> list[Tensor]:
         sae, x = make(measure, **settings), stream()
@@ -391,7 +396,7 @@ def test_unknown_measure_is_named():
         Measured(make("topk"), [1], measure="relu")
 
 
-@pytest.mark.parametrize(("measure", "settings"), cases())
+@pytest.mark.parametrize(("measure", "settings"), CASES)
 def test_folding_changes_no_activation(measure, settings):
     sae, x = make(measure, **settings), stream()
     folded = sae.fold()

@@ -29,7 +29,7 @@ def cells(split):
     return {p.cell[1:] for p in corpus.prompts(split) if p.kind in REQUESTS}
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.combinations(corpus.SPLITS, 2))
+@pytest.mark.parametrize(("one", "other"), [*itertools.combinations(corpus.SPLITS, 2)])
 def test_no_split_shows_what_another_holds_together(one, other):
     for pick in (lambda v, o, f: (v, o), lambda v, o, f: (o, f)):
         shown = {pick(*cell) for cell in cells(one)}

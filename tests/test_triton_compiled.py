@@ -132,12 +132,12 @@ def assert_loop_is_free(binary, tmp_path: Path) -> None:
     assert not re.search(r"\b(STL|LDL)\b", inside)
 
 
-def halves(kind: str):
-    for architecture in TARGETS:
-        for tile in getattr(configs.HALF[architecture], kind):
-            yield pytest.param(
-                architecture, tile, id=f"{architecture}-{tile.BLOCK_M}x{tile.BLOCK_N}"
-            )
+def halves(kind: str) -> list:
+    return [
+        pytest.param(architecture, tile, id=f"{architecture}-{tile.BLOCK_M}x{tile.BLOCK_N}")
+        for architecture in TARGETS
+        for tile in getattr(configs.HALF[architecture], kind)
+    ]
 
 
 MATRIX = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "gfx942": "v_mfma"}
