@@ -84,10 +84,7 @@ class Hooks:
         if tokens is not None and (tokens.batch, tokens.count) != lead:
             tokens = None
         if tokens is None and self.follows:
-            raise ValueError(
-                f"scope: {self.path} gives {tuple(hidden.shape)}, which are not the tokens that "
-                "its decoder was called with; only scope 'all' of one configuration can do that"
-            )
+            raise ValueError(self._lost(hidden, outside=decoder is call.tokens is None))
         mask = self._mask(call, tokens, hidden)
         if mask is False:
             return None
@@ -178,6 +175,15 @@ class Hooks:
             )
         if self.is_layer and hidden.ndim > 3:
             raise ValueError(f"{self.path} gives {tuple(hidden.shape)}, not one vector a token")
+
+    def _lost(self, hidden: Tensor, outside: bool) -> str:
+        """Why nothing says which tokens these are."""
+        if outside:
+            why = "runs outside of its decoder, as where a checkpoint computes it again"
+        else:
+            given = tuple(hidden.shape)
+            why = f"gives {given}, which are not the tokens that its decoder was called with"
+        return f"scope: {self.path} {why}; only scope 'all' of one configuration can do that"
 
     def _require_place(self, decoder: nn.Module | None, module: nn.Module) -> None:
         if decoder is not None and not sites.is_at(decoder, self.path, module):

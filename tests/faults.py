@@ -78,7 +78,7 @@ FAULTS = {
         60: "output_hidden_states shows the steered stream",
         61: "half() or to() after attaching",
         62: "deepcopy, pickle, save_pretrained",
-        63: "Gradient checkpointing: what is computed again is steered again",
+        63: "Gradient checkpointing: what is computed again is steered again, or refused",
         64: "Two threads, one of them steered",
         65: "Two models in one process",
         66: "A process forked after its parent used threads",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -148,25 +149,53 @@ def test_strengths_of_a_steered_model(make_phi3, make_sae):
         assert strengths.requires_grad and handle.strengths[0] == 1.0
 
 
+def checkpointed_by_transformers(model, **options) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def checkpointed_with_its_hooks(model) -> None:
+    checkpoint = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    model.model.layers[1] = checkpoint.checkpoint_wrapper(model.model.layers[1])
+
+
 @pytest.mark.fault(63)
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        partial(checkpointed_by_transformers, use_reentrant=True),
+        partial(checkpointed_by_transformers, use_reentrant=False),
+        checkpointed_with_its_hooks,
+    ],
+    ids=["reentrant", "not reentrant", "with hooks"],
+)
 @pytest.mark.parametrize("edits", [{3: 4.0}, {3: sf.scale(2.0), 40: sf.at_least(1.0)}])
-def test_gradient_checkpointing(make_phi3, make_sae, edits):
+def test_gradient_checkpointing(make_phi3, make_sae, edits, checkpoint):
     """What is computed again is steered again."""
     model, ids = make_phi3().train(), torch.tensor([[5, 17, 60, 2]])
+    weight = model.model.layers[0].mlp.down_proj.weight
 
     def gradient():
         model.zero_grad()
         model(ids).logits.square().mean().backward()
-        return model.model.layers[0].mlp.down_proj.weight.grad.clone()
+        return weight.grad.clone()
 
     plain = gradient()
-    with sf.steering(model, make_sae(), edits, scope="prompt"):
+    with sf.steering(model, make_sae(), edits):
         expected = gradient()
-        for reentrant in (True, False):
-            options = {"use_reentrant": reentrant}
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-            torch.testing.assert_close(gradient(), expected)
+        checkpoint(model)
+        torch.testing.assert_close(gradient(), expected)
     assert (expected - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+@pytest.mark.fault(63)
+def test_what_is_computed_again_has_no_scope(make_phi3, make_sae):
+    """The decoder does not run then, so nothing tells of its tokens."""
+    model, ids = make_phi3().train(), torch.tensor([[5, 17, 60, 2]])
+    with sf.steering(model, make_sae(), {3: 4.0}, scope="prompt"):
+        checkpointed_with_its_hooks(model)
+        loss = model(ids).logits.square().mean()
+        with pytest.raises(ValueError, match=r"layers\.1 runs outside of its decoder"):
+            loss.backward()
 
 
 def test_strengths_that_are_not_leaves_of_the_steering(make_phi3, make_sae):
