@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -32,8 +33,17 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True)
 
 
+@pytest.fixture
+def interpreter() -> None:
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    versions = (triton.__version__, numpy.__version__)
+    of_triton, of_numpy = (tuple(map(int, version.split(".")[:2])) for version in versions)
+    if of_triton < (3, 7) and of_numpy >= (2, 4):
+        pytest.skip("the interpreter of Triton < 3.7 needs NumPy < 2.4")
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_kernels_in_the_interpreter(tmp_path):
-    pytest.importorskip("triton", reason="Triton is not installed")
     here = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     here["SAESTEER_TILES"] = str(tmp_path / "none.json")
     done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNELS, **here)
@@ -48,8 +58,8 @@ def test_the_package_does_not_import_triton():
     assert python("-c", ON_CPU).stdout.split() == ["False", "16.0", "False", "None"]
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_the_environment_chooses():
-    pytest.importorskip("triton", reason="Triton is not installed")
     done = python("-c", ON_CPU, SAESTEER_IMPL="triton", TRITON_INTERPRET="1")
     assert done.stdout.splitlines() == ["False", "16.0", "True", "triton, everywhere"], done.stderr
     refused = python("-c", ON_CPU, SAESTEER_IMPL="triton")
