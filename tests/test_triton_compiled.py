@@ -38,7 +38,8 @@ SHARED_MEMORY = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "gfx9
 REGISTERS = 1 << 16
 """Of one multiprocessor, NVIDIA's."""
 SPILLED = 96
-"""Bytes a thread may spill, outside of the product's loop: of 255 registers, sums take 128."""
+"""Bytes a thread may spill, outside of the product's loop: sums take half of the registers there
+are, and what is left over changes with Triton's release."""
 
 INTEGERS = ("T", "N", "d", "F", "k", "low", "high", "shares", "stride", "count", "value_stride")
 POINTERS = {
@@ -174,7 +175,9 @@ def test_topk(architecture, tile, tmp_path):
     best = 32 if tile.most == ANY else launch.MOST_K
     binary = compiled_product(topk, architecture, "bf16", tile, BLOCK_BEST=best)
     assert_uses_matrix_instructions(binary, architecture, tile)
-    assert_fits(binary, architecture, tmp_path, tile.per_sm, tile.num_warps)
+    assert_fits(binary, architecture, tmp_path, tile.per_sm, tile.num_warps, SPILLED)
+    if architecture.startswith("sm"):
+        assert_loop_is_free(binary, tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ["sm80", "gfx942"])
