@@ -174,8 +174,7 @@ def smoke(run: Run) -> None:
 
     def alone(name: str, env: Mapping[str, str]) -> dict[str, dict]:
         found = run.steps(name, deadline, "smoke", "--impl=cuda", **env)
-        left_out = {"failed": "did not run"}
-        return found | {step: left_out for step in run.result["missing"][name]}
+        return found | steps.left_out(run.result["missing"][name])
 
     ways = {f"smoke {scan or 'all'}": IN_STEPS | {"SAESTEER_SCAN": scan} for scan in SCANS}
     ways["smoke at once"] = {}

@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import saesteer_fast as sf
-from saesteer_fast import env, ops, reference
+from saesteer_fast import env, ops
 from saesteer_fast.verify import smoke, steps
 
-from . import machine, verify, workloads
+from . import machine, peers, verify, workloads
 from .tables.contestants import BASELINES, compiled
 from .tables.gpu import KERNELS
 from .timing import Contestant, interleaved
@@ -168,24 +168,25 @@ def workload(name: str, features: int) -> Workload:
 
 
 @cache
-def torch_compiled(name: str) -> Callable[..., Tensor]:
-    return torch.compile(getattr(reference, name), dynamic=False)
+def torch_compiled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(run, dynamic=False)
 
 
 def contestant(w: Workload, name: str) -> Callable[[Tensor], Tensor]:
-    rows = w.directions, w.features, w.values, w.k
-    b_enc = w.b_enc.to(w.W_enc.dtype)
+    fixed = w.directions, w.features, w.values, w.k
     if name == IN_STEPS:
         return in_steps(contestant(w, "ours"))
     if name in KERNELS or name == "reference":
         impl = KERNELS.get(name, name)
-        return lambda x: ops.steer(x, w.W_enc, w.b_enc, *rows, impl=impl)
-    if name in ("linear", "copy"):
-        return {"linear": lambda x: F.linear(x, w.W_enc, b_enc), "copy": torch.clone}[name]
-    baseline = name.removesuffix(compiled(""))
-    run = getattr(reference, name) if baseline == name else torch_compiled(baseline)
-    dense = w.W_dec, w.b_dec, w.features, w.values, w.k
-    return lambda x: run(x, w.W_enc, b_enc, *(rows if baseline == "smart" else dense))
+        return lambda x: ops.steer(x, w.W_enc, w.b_enc, *fixed, impl=impl)
+    if name == "copy":
+        return torch.clone
+    if name == "linear":
+        b_enc = w.b_enc.to(w.W_enc.dtype)
+        return lambda x: F.linear(x, w.W_enc, b_enc)
+    if name in BASELINES:
+        return peers.baselines(w)[name]
+    return peers.baselines(w, torch_compiled)[name.removesuffix(compiled(""))]
 
 
 def in_steps(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -317,13 +318,8 @@ def decode_steps(by: str, how: str) -> dict:
     for name, b_enc in (("ours", w.b_enc), ("worst", worst.b_enc)):
         case = replace(w, name=f"decode step, {name}", x=unsteered, b_enc=b_enc)
         with ways[name]():
-            rows = iter(read(how, ids))
-        verify.check_ours(
-            case,
-            case.batches(1),
-            lambda x: next(rows)[None],  # noqa: B023
-            lambda x: ops.feature_acts(x, w.W_enc, b_enc, w.features, w.k, impl=impl),  # noqa: B023
-        )
+            outputs = read(how, ids).split(1)
+        verify.check_outputs(case, outputs, impl)
     contestants = {}
     for name, way in ways.items():
         with way():

@@ -84,7 +84,8 @@ class Hooks:
         if tokens is not None and (tokens.batch, tokens.count) != lead:
             tokens = None
         if tokens is None and self.follows:
-            raise ValueError(self._lost(hidden, outside=decoder is call.tokens is None))
+            outside = decoder is None and call.tokens is None
+            raise ValueError(self._lost(hidden, outside))
         mask = self._mask(call, tokens, hidden)
         if mask is False:
             return None
@@ -178,11 +179,10 @@ class Hooks:
 
     def _lost(self, hidden: Tensor, outside: bool) -> str:
         """Why nothing says which tokens these are."""
+        given = tuple(hidden.shape)
+        why = f"gives {given}, which are not the tokens that its decoder was called with"
         if outside:
             why = "runs outside of its decoder, as where a checkpoint computes it again"
-        else:
-            given = tuple(hidden.shape)
-            why = f"gives {given}, which are not the tokens that its decoder was called with"
         return f"scope: {self.path} {why}; only scope 'all' of one configuration can do that"
 
     def _require_place(self, decoder: nn.Module | None, module: nn.Module) -> None:

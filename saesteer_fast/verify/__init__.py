@@ -64,8 +64,7 @@ def tried(impl: str, device: torch.device) -> dict[str, dict]:
                 deadline=time.monotonic() + 60 * MINUTES,
                 log=log,
             )
-        left_out = {name: {"failed": "did not run"} for name in steps.missing(store)}
-        return steps.results(store) | left_out
+        return steps.results(store) | steps.left_out(steps.missing(store))
 
 
 def _table(measured: Mapping[int, Mapping[str, list[float]]]) -> list[str]:

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     impl, device, store = sys.argv[1:]
     if device != "cpu":
         torch.cuda.set_device(device)
-    healthy = partial(torch.cuda.synchronize, device) if device != "cpu" else lambda: None
     with torch.inference_mode():
         every = smoke.steps(impl, device) | times.steps(impl, device)
-        steps.work(every, Path(store), healthy)
+        steps.work(every, Path(store), partial(times.wait, device))

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -95,6 +95,11 @@ def missing(store: Path) -> list[str]:
     planned = [name for line in _lines(store) for name in line.get("planned", ())]
     found = results(store)
     return [name for name in dict.fromkeys(planned) if name not in found]
+
+
+def left_out(names: Iterable[str]) -> dict[str, dict]:
+    """The results of steps that did not run."""
+    return {name: {"failed": "did not run"} for name in names}
 
 
 def start(command: Sequence[str], **options) -> subprocess.Popen:

@@ -45,6 +45,12 @@ def by_tokens(found: Mapping[str, Mapping]) -> dict[int, list[float]]:
     return {T: found[name]["found"] for T in TOKENS if (name := NAME.format(T)) in found}
 
 
+def wait(device: str) -> None:
+    """Until the device has done all that it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
 @cache
 def _encoder(device: str) -> Tensor:
     return integers(FULL.N, FULL.d, seed=1).bfloat16().to(device)
@@ -54,15 +60,10 @@ def _timed(call: Callable[[], Tensor], device: str) -> float:
     """Seconds a call in the best of three rounds; the first warms up."""
     rounds = []
     for _ in range(4):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         for _ in range(CALLS):
             call()
-        _wait(device)
+        wait(device)
         rounds.append((time.perf_counter() - start) / CALLS)
     return min(rounds[1:])
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize(device)
