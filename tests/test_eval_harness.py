@@ -103,10 +103,11 @@ def test_given_answers_are_scored_steered(shipped, asked, tasks, textbook):
     assert (got - torch.tensor(unsteered)).abs().max() > 1
 
 
-@pytest.mark.parametrize("scope", ["all", "generated"])
-def test_generated_answers_are_steered(shipped, asked, tasks, scope):
+@pytest.mark.parametrize("scope, batch_size", [("all", 4), ("generated", 4), ("generated", "auto")])
+def test_generated_answers_are_steered(shipped, asked, tasks, scope, batch_size):
     steering = recipe(shipped.sae, scope=scope)
-    lm = SteeredHF(shipped.model, steering, tokenizer=shipped.tokenizer, batch_size=4)
+    options = {"tokenizer": shipped.tokenizer, "batch_size": batch_size, "max_batch_size": 4}
+    lm = SteeredHF(shipped.model, steering, **options)
     found = [row[0] for row in answers(lm, tasks["generated"])]
     lm.handles.remove()
     with steering.attach(shipped.model):

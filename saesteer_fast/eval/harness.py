@@ -49,14 +49,14 @@ class SteeredHF(HFLM):
             "steering; leave it out"
         )
 
-    def _model_call(self, *arguments, **options) -> Tensor:
+    def _loglikelihood_tokens(self, *arguments, **options) -> list[tuple[float, bool]]:
         for what in self._of_prompts:
             raise ValueError(
                 f"{what} depends on where a prompt ends, which is not known where given answers "
                 'are scored; accepted there: scope "all", positions from the start, not_tokens; '
                 "when=active; tasks that generate take all"
             )
-        return super()._model_call(*arguments, **options)
+        return super()._loglikelihood_tokens(*arguments, **options)
 
 
 def _of_a_batch(recipe: Recipe) -> Iterator[str]:
