@@ -381,6 +381,7 @@ def test_python_threads_do_not_disturb_each_other():
         assert same_bits(y, alone[i % 8])
 
 
+@pytest.mark.fault(19)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_fake_tensors_of_a_gpu_that_is_not_here():
     with FakeTensorMode():
