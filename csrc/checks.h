@@ -107,8 +107,11 @@ inline std::vector<int64_t> like_tokens(const Tensor& x, int64_t last) {
   return shape;
 }
 
-// A new tensor's rows, of x's dtype and width.
-inline OutRows like(Tensor& y, const Rows& x) { return {y.mutable_data_ptr(), x.dtype, x.width}; }
+// What decode gives: W_dec's and b_dec's dtype, or fp32 where they differ.
+inline ScalarType promoted(const Tensor& W_dec, const Tensor& b_dec) {
+  const ScalarType dtype = W_dec.scalar_type();
+  return dtype == b_dec.scalar_type() ? dtype : ScalarType::Float;
+}
 
 inline bool has_sizes(const Tensor& t, const std::vector<int64_t>& sizes) {
   const auto have = t.sizes();
@@ -210,6 +213,12 @@ class Arguments {
     a.has_dtype(ScalarType::Bool, "bool");
     a.has_shape("x's leading sizes", has_sizes(mask, like_tokens(x_.t, -1)));
     return static_cast<const bool*>(mask.const_data_ptr());
+  }
+
+  // A new tensor, or x itself, to be written.
+  OutRows into(Tensor& y) const {
+    const Argument a{x_.op, "y", y};
+    return {y.mutable_data_ptr(), a.float_dtype(), y.size(y.dim() - 1)};
   }
 
   // For decode, whose first argument is `values`.

@@ -46,7 +46,7 @@ void steer_to(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor
   const Rows added = given.directions(directions, chosen.count);
   const Values held = given.values("values", values, chosen.count);
   const bool* steered = mask_in ? given.mask(mask) : nullptr;
-  cpu::steer(rows, tokens_of(x), encoder, added, chosen, held, steered, like(y, rows));
+  cpu::steer(rows, tokens_of(x), encoder, added, chosen, held, steered, given.into(y));
 }
 
 Tensor steer(const Tensor& x_in, const Tensor& W_enc, const Tensor& b_enc, const Tensor& directions,
@@ -73,7 +73,7 @@ Tensor add_directions(const Tensor& x_in, const Tensor& directions_in, const Ten
   const Rows added = given.directions(directions, F);
   const Values terms = given.values("coef", coef, F);
   Tensor y = torch::stable::new_empty(x, x.sizes());
-  cpu::add(rows, tokens_of(x), added, F, terms, like(y, rows));
+  cpu::add(rows, tokens_of(x), added, F, terms, given.into(y));
   return y;
 }
 
@@ -126,9 +126,10 @@ Tensor decode(const Tensor& values_in, const Tensor& indices_in, const Tensor& W
   const Tensor b_dec = packed(torch::stable::to(b_dec_in, ScalarType::Float));
   check_indices("decode", "indices", index, indices.numel(), W_dec.size(0));
 
-  Tensor y = torch::stable::new_empty(W_dec, like_tokens(values, rows.width));
+  Tensor y =
+      torch::stable::new_empty(W_dec, like_tokens(values, rows.width), promoted(W_dec, b_dec_in));
   cpu::decode(weights, index, tokens_of(values), values.size(-1), rows,
-              static_cast<const float*>(b_dec.const_data_ptr()), like(y, rows));
+              static_cast<const float*>(b_dec.const_data_ptr()), given.into(y));
   return y;
 }
 

@@ -184,7 +184,7 @@ def decode(sae: SAE, acts: Tensor, x: Tensor | None = None) -> Tensor:
 
 
 def reconstruct(sae: SAE, x: Tensor, features: Tensor, coef: Tensor, impl: str = "auto") -> Tensor:
-    """decode(a + coef on `features`): [..., d] of x's dtype, rounded to W_dec's on the way.
+    """decode(a + coef on `features`): [..., d], rounded once, to x's dtype.
 
     features [F] int64; coef [F] or [..., F] fp32, in units of the activations. Differentiable in x
     and coef.
@@ -202,7 +202,7 @@ def reconstruct(sae: SAE, x: Tensor, features: Tensor, coef: Tensor, impl: str =
         indices = torch.cat([indices, features.expand(*x.shape[:-1], -1)], -1)
         if sae.decoder_norm:
             values = values / sae.decoder_norms.clamp_min(TINY)[indices]
-        recon = ops.decode(values, indices, sae.W_dec, sae.b_dec, impl=impl)
+        recon = ops.decode(values, indices, sae.W_dec, sae.b_dec.float(), impl=impl)
     return _restored(sae, recon, x).to(x.dtype)
 
 

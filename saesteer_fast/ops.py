@@ -240,9 +240,10 @@ def encode(
 def decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, *, impl: str = "auto"
 ) -> Tensor:
-    """recon = b_dec + sum_i values_i W_dec[indices_i], summed in fp32: [..., d] of W_dec's dtype.
+    """recon = b_dec + sum_i values_i W_dec[indices_i], summed in fp32 and rounded once: [..., d].
 
-    values [..., k] fp32, indices [..., k] int64, W_dec [N, d], b_dec [d]. Differentiable in values.
+    values [..., k] fp32, indices [..., k] int64; W_dec [N, d] and b_dec [d] fp32, bf16 or fp16.
+    recon has their dtype, or fp32 where they differ. Differentiable in values.
     """
     return _chosen("decode", impl, values)(values, indices, W_dec, b_dec)
 
@@ -398,7 +399,8 @@ def _(x, W_enc, b_enc, k):
 @_fake("decode")
 def _(values, indices, W_dec, b_dec):
     checks.decode(values, indices, W_dec, b_dec)
-    return W_dec.new_empty((*values.shape[:-1], W_dec.shape[1]))
+    dtype = torch.promote_types(W_dec.dtype, b_dec.dtype)
+    return W_dec.new_empty((*values.shape[:-1], W_dec.shape[1]), dtype=dtype)
 
 
 def _shared(x: Tensor, values: Tensor) -> bool:

@@ -174,10 +174,11 @@ def encode(
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """b_dec + sum_i values_i W_dec[indices_i], summed in values' dtype; [..., d] of W_dec's."""
+    """b_dec + sum_i values_i W_dec[indices_i], summed in values' dtype; [..., d] of what W_dec's
+    and b_dec's promote to."""
     rows = W_dec[indices].to(values.dtype)
     recon = (values[..., None] * rows).sum(-2) + b_dec.to(values.dtype)
-    return recon.to(W_dec.dtype)
+    return recon.to(torch.promote_types(W_dec.dtype, b_dec.dtype))
 
 
 def naive(

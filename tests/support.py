@@ -97,13 +97,9 @@ def truth(x, sae, edits, mask=None, error="keep", projection=False) -> Tensor:
     return steered if mask is None else torch.where(mask[..., None], steered, stream)
 
 
-def assert_rounded(
-    y: Tensor, expected: Tensor, roundings=1, on_the_way: torch.dtype = torch.float32
-) -> None:
+def assert_rounded(y: Tensor, expected: Tensor, roundings=1) -> None:
     """y is the truth, rounded to its dtype after fp32 sums of D terms about as large."""
     ulp = roundings * torch.finfo(y.dtype).eps / 2
-    if on_the_way != torch.float32:
-        ulp += torch.finfo(on_the_way).eps / 2
     size = expected.abs().amax() + 20 if expected.numel() else 0
     bound = ulp * expected.abs() + 4 * D * 2.0**-24 * size
     assert ((y.double() - expected).abs() <= bound).all()

@@ -482,11 +482,13 @@ def test_decode_is_the_truth(machine, dtype, shape):
     random = torch.Generator().manual_seed(5)
     indices = torch.randint(1000, (T, k), generator=random)
     values = torch.randn(T, k, generator=random)
-    y = machine.decode(values, indices, case.W_dec, case.b_dec)
-    rows, bias = case.W_dec[indices].double(), case.b_dec.double()
-    truth = (values.double()[..., None] * rows).sum(-2) + bias
-    size = (values.double().abs()[..., None] * rows.abs()).sum(-2) + bias.abs()
-    assert ((y.double() - truth).abs() <= rounded(truth, gamma(k + 1) * size, dtype)).all()
+    for b_dec in (case.b_dec, case.b_dec.float()):
+        y = machine.decode(values, indices, case.W_dec, b_dec)
+        rows, bias = case.W_dec[indices].double(), b_dec.double()
+        truth = (values.double()[..., None] * rows).sum(-2) + bias
+        size = (values.double().abs()[..., None] * rows.abs()).sum(-2) + bias.abs()
+        bound = rounded(truth, gamma(k + 1) * size, y.dtype)
+        assert y.dtype == b_dec.dtype and ((y.double() - truth).abs() <= bound).all()
 
 
 # ---- mistakes that the emulator must see ----

@@ -35,6 +35,17 @@ def test_dropping_the_error_spares_what_is_not_edited():
     assert_rounded(rows[1], truth(x[1], sae, {3: ("set", 1.0)}, error="drop"))
 
 
+@pytest.mark.parametrize("measure", ["topk", "groupmax"])
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropping_the_error_rounds_once(measure, held, dtype):
+    """Beyond fp16's range too, where the stream's dtype has room."""
+    sae, x = build(measure, dtype=held), stream(9, dtype=dtype)
+    for value in (1.0, 1e6):
+        y = sf.steer(x, sae, {3: value}, error="drop")
+        assert_rounded(y, truth(x, sae, {3: ("set", value)}, error="drop"))
+
+
 @pytest.mark.parametrize("options", [{"normalize": "layer_norm"}, {"scale": 3.0}])
 def test_edits_are_in_units_of_the_activation_of_an_sae_that_normalises(options):
     sae, x = build(**options), 4 * stream(30) + 1

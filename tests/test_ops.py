@@ -790,8 +790,9 @@ def test_core_decode_is_the_truth(dtype, shape):
         rows, bias = case.W_dec[indices].double(), b_dec.double()
         truth = (values.double()[..., None] * rows).sum(-2) + bias
         size = (values.double().abs()[..., None] * rows.abs()).sum(-2) + bias.abs()
-        bound = rounded(truth, gamma(k + 1) * size, dtype)
-        assert y.dtype == dtype and y.shape == (T, d)
+        given = torch.promote_types(dtype, b_dec.dtype)
+        bound = rounded(truth, gamma(k + 1) * size, given)
+        assert y.dtype == given and y.shape == (T, d)
         assert ((y.double() - truth).abs() <= bound).all()
 
 

@@ -85,8 +85,7 @@ def assert_true(y: Tensor, x: Tensor, steering: dict, mask: Tensor | None) -> No
         if named and before.numel():
             options = steering["error"], steering["projection"]
             expected = truth(before, sae, named, None, *options)
-            on_the_way = sae.W_dec.dtype if steering["error"] == "drop" else torch.float32
-            assert_rounded(after[chosen], expected[chosen], roundings=2, on_the_way=on_the_way)
+            assert_rounded(after[chosen], expected[chosen], roundings=2)
 
 
 def view(x: Tensor, strides: str) -> Tensor:

@@ -201,7 +201,7 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
     checks.decode(values, indices, W_dec, b_dec)
     *leading, k = values.shape
     N, d = W_dec.shape
-    y = W_dec.new_empty((*leading, d))
+    y = W_dec.new_empty((*leading, d), dtype=torch.promote_types(W_dec.dtype, b_dec.dtype))
     T, block = math.prod(leading), min(1024, _power_of_2(d))
     with torch.cuda.device_of(values):
         decode_kernel[T, _cdiv(d, block)](

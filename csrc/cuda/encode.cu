@@ -186,7 +186,7 @@ void encode(const Rows& x, int64_t tokens, const Encoder& encoder, float* values
 void decode(const float* values, const int64_t* indices, int64_t tokens, int64_t k,
             const Rows& W_dec, int64_t latents, const float* b_dec, const OutRows& y,
             void* stream) {
-  for_dtypes(W_dec.dtype, W_dec.dtype, W_dec.dtype, [&](auto dtype) {
+  for_dtypes(W_dec.dtype, W_dec.dtype, y.dtype, [&](auto dtype) {
     in_pieces(tokens, kMostBlocks, [&](int64_t first, int64_t some) {
       launch(decode_token<dtype()>, {some, kTokenThreads}, static_cast<Stream>(stream),
              Decode{values + first * k, indices + first * k, k, W_dec, latents, b_dec,

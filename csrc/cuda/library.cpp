@@ -66,7 +66,7 @@ void steer_to(const char* op, const Device& device, const Tensor& x, const Tenso
 
   const int64_t tokens = tokens_of(x);
   Tensor work = workspace(x, cuda::ladder_workspace(tokens, chosen.count));
-  cuda::steer(rows, tokens, encoder, added, chosen, held, steered, like(y, rows),
+  cuda::steer(rows, tokens, encoder, added, chosen, held, steered, given.into(y),
               work.mutable_data_ptr(), device.stream());
 }
 
@@ -126,7 +126,7 @@ Tensor add_directions(const Tensor& x_in, const Tensor& directions_in, const Ten
   const Rows added = given.directions(directions, F);
   const Values terms = given.values("coef", coef, F);
   Tensor y = torch::stable::new_empty(x, x.sizes());
-  cuda::add_directions(rows, tokens_of(x), added, F, terms, like(y, rows), device.stream());
+  cuda::add_directions(rows, tokens_of(x), added, F, terms, given.into(y), device.stream());
   return y;
 }
 
@@ -158,9 +158,10 @@ Tensor decode(const Tensor& values_in, const Tensor& indices_in, const Tensor& W
   const Rows rows = given.decoder(W_dec, b_dec_in);
   const Tensor b_dec = packed(torch::stable::to(b_dec_in, ScalarType::Float));
 
-  Tensor y = torch::stable::new_empty(W_dec, like_tokens(values, rows.width));
+  Tensor y =
+      torch::stable::new_empty(W_dec, like_tokens(values, rows.width), promoted(W_dec, b_dec_in));
   cuda::decode(weights, index, tokens_of(values), values.size(-1), rows, W_dec.size(0),
-               static_cast<const float*>(b_dec.const_data_ptr()), like(y, rows), device.stream());
+               static_cast<const float*>(b_dec.const_data_ptr()), given.into(y), device.stream());
   return y;
 }
 

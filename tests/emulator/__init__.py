@@ -187,6 +187,7 @@ class Machine:
     def decode(self, values, indices, W_dec, b_dec):
         lead, k = values.shape[:-1], values.shape[-1]
         W, b, v, i = (fenced(t.contiguous()) for t in (W_dec, b_dec.float(), values, indices))
-        y = _poisoned((*lead, W.shape[1]), W.dtype)
+        dtype = torch.promote_types(W.dtype, b_dec.dtype)
+        y = _poisoned((*lead, W.shape[1]), dtype)
         self._run("decode", v, i, lead.numel(), k, _matrix(W), len(W), b, _matrix(y))
         return y
