@@ -67,7 +67,12 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(out: str) -> None:
     from .demo import run
 
-    run(out)
+    try:
+        run(out)
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"saesteer demo: {error.name} is missing: pip install {error.name}"
+        ) from None
 
 
 def _mini_build(out: str, seed: int, threads: int) -> None:

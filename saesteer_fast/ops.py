@@ -35,9 +35,11 @@ _LIBRARY = Path(__file__).with_name("libsaesteer_ops.so")
 try:
     torch.ops.load_library(_LIBRARY)
 except OSError as error:
+    _here = " (this is the source tree: leave it, or install with -e)"
+    _is_source = _LIBRARY.parents[1].joinpath("setup.py").exists()
     raise ImportError(
-        f"saesteer_fast's compiled ops do not load from {_LIBRARY.name}; build them with "
-        "`pip install --no-build-isolation .` under this PyTorch"
+        f"saesteer_fast's compiled ops do not load from {_LIBRARY}; build them with "
+        f"`pip install --no-build-isolation .` under this PyTorch{_here * _is_source}"
     ) from error
 
 from . import _build  # noqa: E402  (speaks of the library, so it comes after it)
@@ -267,9 +269,10 @@ def missing(impl: str) -> str | None:
 
 
 def _rows_said(rows: verdicts.Rows) -> str:
-    return ", ".join(
-        f"{_first_there('steer', impls)} from {least} tokens on" for least, impls in rows
-    )
+    chosen = [(least, _first_there("steer", impls)) for least, impls in rows]
+    if len(chosen) == 1:
+        return f"{chosen[0][1]} for any number of tokens"
+    return ", ".join(f"{impl} from {least} tokens on" for least, impl in chosen)
 
 
 def _chosen(name: str, impl: str, x: Tensor) -> Callable:

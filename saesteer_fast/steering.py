@@ -42,13 +42,13 @@ def steer(
     `rows` names or counts one for each. {} leaves alone.
 
     mask, bool [...] = x.shape[:-1], and `when`, sf.active of other latents, say which tokens.
-    Tokens outside, and tokens that no edit changes, come out bit-identical. Sums are fp32, and x'
-    is rounded once to x's dtype. Differentiable in x, and in strengths that are tensors of one
-    number. Raises TypeError or ValueError, naming the argument.
+    Tokens outside come out bit-identical, and so do those that no edit changes, unless the error is
+    dropped. Sums are fp32, and x' is rounded once to x's dtype. Differentiable in x, and in
+    strengths that are tensors of one number. Raises TypeError or ValueError, naming the argument.
 
     measure "projection" reads a = (x - b_dec)·W_dec[f] / |W_dec[f]| in place of the SAE's own
-    activation, and writes along the same unit vector. error "drop" gives decode(a'), for tokens
-    that are edited at all.
+    activation, and writes along the same unit vector. error "drop" gives decode(a') for every token
+    whose mapping is not {}, changed or not.
 
     Equivalent to `decode(a') + (x - decode(a))` (O'Brien et al. 2024, arXiv 2411.11296). Clamps
     in use elsewhere are points of these axes:

@@ -28,6 +28,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
+def of_tokens(share: float) -> str:
+    """On how many of them at least, for a sentence."""
+    return "on every token" if share == 1 else f"on at least {percent(share)} of the tokens"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Markdown; the first column to the left, the others to the right."""
     rule = ["---"] + ["---:"] * (len(header) - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from .common import Case, circumstances, duration, percent, ratios, spread, table
+from .common import Case, circumstances, duration, of_tokens, ratios, spread, table
 
 HEADINGS = {
     "encode": {
@@ -29,7 +29,7 @@ def render(result: dict, everything: bool = False) -> str:
         "latents, planted activations. Medians of shuffled rounds, in parentheses the worst round. "
         f"linear + topk and embedding_bag are what sparsify runs on a CPU{absent}. Verified "
         "first: encode gives the k largest of fp64 but for the error of fp32 sums, decode is "
-        f"rounded once; the others agree within 2 % on at least {percent(agree)} of the tokens."
+        f"rounded once; the others agree within 2 % {of_tokens(agree)}."
     )
     tables = [
         _table(op, [case for case in cases if case["op"] == op], everything) for op in HEADINGS

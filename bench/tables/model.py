@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from .common import Case, circumstances, duration, number, percent, ratios, table
+from .common import Case, circumstances, duration, number, of_tokens, percent, ratios, table
 
 COLUMNS = {
     "again": "unsteered again",
@@ -27,8 +27,8 @@ def render(result: dict, everything: bool = False) -> str:
         "mean of several. Per cent more time than unsteered, medians of shuffled rounds, in "
         "parentheses the least and the most; unsteered again tells how much of that is noise. "
         "undecided: of the steered tokens; worst: a latent that is live for every token. Verified "
-        "first: the layer's output is steered, and naive agrees on at least "
-        f"{percent(min(case['agreement'] for case in cases))} of the tokens."
+        "first: the layer's output is steered, and naive agrees "
+        f"{of_tokens(min(case['agreement'] for case in cases))}."
     )
     rows = [_row(case) for case in cases]
     return "\n\n".join([table(header, rows), legend, circumstances(result["machine"])])

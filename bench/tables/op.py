@@ -12,6 +12,7 @@ from .common import (
     circumstances,
     duration,
     judged,
+    of_tokens,
     percent,
     ratios,
     spread,
@@ -136,7 +137,7 @@ def _compared(case: Case, name: str, everything: bool) -> str:
 
 
 def _legend(cases: list[Case], everything: bool) -> str:
-    agree = 100 * min(share for case in cases for share in case["agreement"].values())
+    agree = min(share for case in cases for share in case["agreement"].values())
     close = max(case["close"] for case in cases)
     but = f", but for {close} inside the error of fp32 sums" if close else ""
     says = ["T tokens a call, F edited latents."]
@@ -154,8 +155,8 @@ def _legend(cases: list[Case], everything: bool) -> str:
         says.append("hot-first: ours, with the latents stored that are live most often first;")
     says.append(
         "read: how much of W_enc a call reads. Verified first, on the same inputs: ours decides "
-        f"every pair as fp64 does{but}; each baseline agrees within 2 % of |x'| on at least "
-        f"{agree:.3g} % of the tokens."
+        f"every pair as fp64 does{but}; each baseline agrees within 2 % of |x'| "
+        f"{of_tokens(agree)}."
     )
     if absent := [name for name in LIBRARIES[:2] if not any(name in c["seconds"] for c in cases)]:
         names = " and ".join(HEADINGS.get(name, name) for name in absent)

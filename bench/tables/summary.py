@@ -45,7 +45,7 @@ def _times(case: Case, name: str) -> str:
 def _targets(result: dict) -> str:
     judged = [cells for each in TARGETS if (cells := each.judge(result["cases"]))]
     missed = [title for title, _, verdict in judged if verdict != "met"]
-    over = f"{len(judged)} targets, each over every case that it is set for"
+    over = f"{len(judged)} targets, by the medians of every case that each is set for"
     return f"Missed of {over}: {'; '.join(missed)}." if missed else f"Met: all {over}."
 
 

@@ -13,9 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'saesteer_fast.eval.harness needs {error.name}: pip install "lm_eval[hf]"'
+    ) from error
 
 from ..conditions import split
 from ..recipe import Recipe, load_steering
