@@ -108,3 +108,21 @@ def test_bad_architecture_is_named(tmp_path):
     )
     assert "TORCH_CUDA_ARCH_LIST: got 'Hopper'" in message
     assert "10.0+PTX" in message
+
+
+@pytest.mark.parametrize("is_source", [True, False])
+def test_a_package_without_its_library_says_how_to_get_it(tmp_path, is_source):
+    (tmp_path / "saesteer_fast").mkdir()
+    for file in (ROOT / "saesteer_fast").glob("*.py"):
+        (tmp_path / "saesteer_fast" / file.name).write_text(file.read_text())
+    if is_source:
+        (tmp_path / "setup.py").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", "import saesteer_fast.ops"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "build them with `pip install --no-build-isolation .` under this PyTorch" in done.stderr
+    assert ("leave it, or install with -e" in done.stderr) == is_source

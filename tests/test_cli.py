@@ -52,3 +52,10 @@ def test_runs_as_a_module():
     )
     assert shown.returncode == 0
     assert all(command in shown.stdout for command in ("demo", "mini", "env"))
+
+
+def test_demo_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="matplotlib is missing: pip install matplotlib"):
+        cli.main(["demo", "--out", str(tmp_path / "demo")])
+    assert not (tmp_path / "demo").exists()
