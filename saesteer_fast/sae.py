@@ -298,7 +298,8 @@ class SAE:
         Every weight is read back bit for bit; `order` gets a file of its own beside the format's,
         saesteer_order.safetensors, which other libraries leave alone. All files are complete on
         disk before any takes its place, so that a save that fails leaves what was there. Raises
-        ValueError, naming the argument, for an SAE that the format cannot express.
+        ValueError, naming the argument, for an SAE that the format cannot express, and for a folder
+        that holds an SAE of another format.
         """
         from . import formats
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import saesteer_fast as sf
-from saesteer_fast.formats import files
+from saesteer_fast.formats import files, name_of
 
 N, D, K = 24, 10, 4
 
@@ -473,6 +473,15 @@ def test_unused_finetuning_factors(tmp_path):
         sf.SAE.load(tmp_path)
 
 
+BROKEN = [
+    "saelens-topk",
+    "dictionary_learning-BatchTopKSAE",
+    "gemma_scope",
+    "gemma_scope_2",
+    "qwen_scope",
+    "openai-topk",
+]
+
 TRANSCODER = "output is not its input's stream"
 SETTINGS = {
     "saelens-transcoder": (
@@ -611,9 +620,29 @@ def test_a_folder_of_layers_names_them(tmp_path):
 def test_two_formats_in_one_folder(tmp_path):
     sae = sf.SAE(*list(random().values())[:4], k=K)
     sae.save(tmp_path / "both", "sparsify")
-    sae.save(tmp_path / "both", "saelens")
+    saelens(tmp_path / "both", random(), "standard")
     with pytest.raises(ValueError, match="holds SAEs in two formats, sparsify and saelens"):
         sf.SAE.load(tmp_path / "both")
+
+
+@pytest.mark.parametrize("to", ["sparsify", "saelens"])
+@pytest.mark.parametrize("name", ["sparsify", *BROKEN])
+def test_saving_over_another_format_is_refused(tmp_path, name, to):
+    sae = sf.SAE(*list(random(seed=1).values())[:4], k=K)
+    place = tmp_path / "sae"
+    if name == "sparsify":
+        sae.save(place)
+    else:
+        place = PLAIN[name][0](place, random())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if name.startswith(to):
+        sae.save(place, to)
+        assert torch.equal(sf.SAE.load(place).W_enc, sae.W_enc)
+        return
+    held = name_of(place)
+    with pytest.raises(ValueError, match=f"holds files of {held}, {to} needs another folder"):
+        sae.save(place, to)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_unknown_settings_are_reported(tmp_path):
@@ -632,16 +661,6 @@ def binary(path: Path) -> Path:
         return path
     patterns = ("*.safetensors", "*.pt", "*.npz")
     return next(found for pattern in patterns for found in path.rglob(pattern))
-
-
-BROKEN = [
-    "saelens-topk",
-    "dictionary_learning-BatchTopKSAE",
-    "gemma_scope",
-    "gemma_scope_2",
-    "qwen_scope",
-    "openai-topk",
-]
 
 
 @pytest.mark.fault(32)

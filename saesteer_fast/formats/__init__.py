@@ -66,7 +66,13 @@ def save(sae: SAE, path: str | os.PathLike[str], format: str) -> None:
     if format not in WRITABLE:
         hint = nearest(str(format), WRITABLE)
         raise ValueError(f"format: got {format!r}, accepted are {', '.join(WRITABLE)}{hint}")
-    WRITABLE[format].save(sae, Path(os.path.abspath(path)))
+    folder, writer = Path(os.path.abspath(path)), WRITABLE[format]
+    others = [_name(other) for other in _found(folder) if other is not writer]
+    if others:
+        raise ValueError(
+            f"path: {folder} holds files of {' and '.join(others)}, {format} needs another folder"
+        )
+    writer.save(sae, folder)
 
 
 def _place(path: str | os.PathLike[str]) -> Path:
@@ -89,9 +95,7 @@ def _format(place: Path):
     """The module for what is at `place`, by the names of the files."""
     if place.is_file() and place.name in _PARTS:
         raise ValueError(f"path: {place} is one file of an SAE's folder; give {place.parent}")
-    found = [format for format in FORMATS if format.recognises(place)]
-    if openai in found and len(found) > 1:
-        found.remove(openai)  # any .pt file could be one
+    found = _found(place)
     if len(found) == 1:
         return found[0]
     if found:
@@ -100,13 +104,17 @@ def _format(place: Path):
     wanted = "; or ".join(" and ".join(format.FILES) for format in FORMATS)
     if not place.is_dir():
         raise ValueError(f"path: {place} is a file of no known format; give a folder with {wanted}")
-    inside = [name for name in _names(place) if _holds(place / name)]
+    inside = [name for name in _names(place) if _found(place / name)]
     hint = f"; SAEs are inside: {', '.join(inside)}" if inside else ""
     raise FileNotFoundError(f"path: {place} holds no SAE; needed are {wanted}{hint}")
 
 
-def _holds(place: Path) -> bool:
-    return any(format.recognises(place) for format in FORMATS)
+def _found(place: Path) -> list:
+    """The modules whose files are at `place`."""
+    found = [format for format in FORMATS if format.recognises(place)]
+    if openai in found and len(found) > 1:
+        found.remove(openai)  # any .pt file could be one
+    return found
 
 
 def _names(folder: Path) -> list[str]:
