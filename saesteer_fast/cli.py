@@ -89,9 +89,12 @@ def _convert(source: str, target: str, to: str, fold: bool) -> None:
         sae = SAE.load(source)
         sae = sae.fold() if fold else sae
         sae.save(target, to)
+        held = SAE.load(target)
     except (OSError, ValueError) as error:
         raise SystemExit(f"saesteer convert: {error}") from None
-    print(f"Written: {target} ({sae})")
+    lost = sae.hookpoint and not held.hookpoint
+    hint = f"; hookpoint lost: only a folder named {sae.hookpoint} keeps it" if lost else ""
+    print(f"Written: {target} ({held}){hint}")
 
 
 def _check(file: str, model: str | None) -> None:

@@ -299,7 +299,7 @@ class SAE:
         saesteer_order.safetensors, which other libraries leave alone. All files are complete on
         disk before any takes its place, so that a save that fails leaves what was there. Raises
         ValueError, naming the argument, for an SAE that the format cannot express, and for a folder
-        that holds an SAE of another format.
+        that holds an SAE of another format, or is named for another hookpoint.
         """
         from . import formats
 

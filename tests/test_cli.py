@@ -1,11 +1,12 @@
 """The `saesteer` command hands its arguments on."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
-from saesteer_fast import cli
+from saesteer_fast import SAE, cli
 
 
 def test_demo_is_given_its_folder(monkeypatch):
@@ -28,6 +29,30 @@ def test_mini_build_is_given_its_arguments(monkeypatch, capsys):
     cli.main(["mini", "build", "--out", "there", "--seed", "3", "--threads", "2"])
     assert given == [("saesteer-mini", 0, 1), ("there", 3, 2)]
     assert "latent 7 of layer 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("to", "target", "said"),
+    [
+        ("sparsify", "out", "None.*; hookpoint lost: only a folder named layers.2 keeps it"),
+        ("sparsify", "layers.2", "'layers.2'[^;]*$"),
+        ("saelens", "out", "'layers.2'[^;]*$"),
+    ],
+)
+def test_convert_says_what_it_wrote(tmp_path, make_sae, capsys, to, target, said):
+    make_sae(hookpoint="layers.2").save(tmp_path / "source", "saelens")
+    cli.main(["convert", str(tmp_path / "source"), str(tmp_path / target), "--to", to])
+    assert re.search(f"^Written: .*{target} .*hookpoint={said}", capsys.readouterr().out)
+    assert SAE.load(tmp_path / target).num_latents == 128
+
+
+def test_convert_does_not_rename_the_hookpoint(tmp_path, make_sae):
+    make_sae(hookpoint="layers.2").save(tmp_path / "source", "saelens")
+    with pytest.raises(SystemExit, match=r"names hookpoint layers\.9, the SAE's is layers\.2"):
+        cli.main(
+            ["convert", str(tmp_path / "source"), str(tmp_path / "layers.9"), "--to", "sparsify"]
+        )
+    assert not (tmp_path / "layers.9").exists()
 
 
 def test_env(monkeypatch):

@@ -24,7 +24,8 @@ def cache(tmp_path, make_sae) -> Path:
     repository = tmp_path / "hub" / "models--org--saes"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
-    make_sae(10, 24, 4).save(repository / "snapshots" / COMMIT / "layers.6")
+    sae = make_sae(10, 24, 4, hookpoint="layers.6")
+    sae.save(repository / "snapshots" / COMMIT / "layers.6")
     return tmp_path / "hub"
 
 
@@ -92,7 +93,7 @@ def test_one_file_of_a_repository(fetched):
 
 def test_a_folder_here_goes_first(fetched, tmp_path, monkeypatch, make_sae):
     monkeypatch.chdir(tmp_path)
-    make_sae(10, 24, 3).save("org/saes/layers.6")
+    make_sae(10, 24, 3, hookpoint="layers.6").save("org/saes/layers.6")
     assert sf.SAE.load("org/saes/layers.6").k == 3 and not fetched
 
 

@@ -25,7 +25,7 @@ N, D, K = 24, 10, 4
 @pytest.fixture
 def folder(tmp_path, make_sae) -> Path:
     """A sound folder to break."""
-    make_sae(D, N, K).save(tmp_path / "layers.3")
+    make_sae(D, N, K, hookpoint="layers.3").save(tmp_path / "layers.3")
     return tmp_path / "layers.3"
 
 
@@ -44,7 +44,7 @@ def alter(folder: Path, **changed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_saved_is_loaded(tmp_path, make_sae, dtype):
-    sae = make_sae(D, N, K, dtype=dtype)
+    sae = make_sae(D, N, K, dtype=dtype, hookpoint="layers.17")
     sae.save(str(tmp_path / "deep" / "layers.17"))
     back = sf.SAE.load(str(tmp_path / "deep" / "layers.17"))
     for name in ("W_enc", "bias", "W_dec", "b_dec", "b_enc"):
@@ -73,8 +73,26 @@ def test_tied_weights(tmp_path):
     ],
 )
 def test_hookpoint_is_the_name_of_the_folder(tmp_path, make_sae, name, hookpoint):
-    make_sae(D, N, K).save(tmp_path / name)
+    make_sae(D, N, K, hookpoint=hookpoint).save(tmp_path / name)
     assert sf.SAE.load(tmp_path / name).hookpoint == hookpoint
+
+
+@pytest.mark.parametrize("format", ["sparsify", "saelens"])
+@pytest.mark.parametrize(
+    ("own", "name"),
+    [("layers.2", "layers.9"), ("layers.2.mlp", "layers.2"), ("blocks.2.hook_resid_pre", "h.2")],
+)
+def test_a_folder_named_for_another_hookpoint_is_refused(tmp_path, make_sae, own, name, format):
+    sae = make_sae(D, N, K, hookpoint=own)
+    with pytest.raises(ValueError, match=f"{name} names hookpoint {name}, the SAE's is {own};"):
+        sae.save(tmp_path / name, format)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("own", ["layers.2", "h.2", "model.layers.2", "blocks.2.hook_resid_post"])
+def test_a_hookpoint_may_go_by_another_name(tmp_path, make_sae, own):
+    make_sae(D, N, K, hookpoint=own).save(tmp_path / "layers.2")
+    assert sf.SAE.load(tmp_path / "layers.2").hookpoint == "layers.2"
 
 
 def test_a_link_names_the_hookpoint(folder, tmp_path):
@@ -311,21 +329,21 @@ def test_failed_save_leaves_what_was_there(tmp_path, make_sae, monkeypatch, fail
     def fail(*_):
         raise OSError("No space left on device")
 
-    make_sae(D, N, K).save(tmp_path / "layers.3")
+    make_sae(D, N, K, hookpoint=None).save(tmp_path / "layers.3")
     (tmp_path / "layers.3" / "README").write_text("kept")
     before = tree(tmp_path)
     target = formats.files.os if failing == "os.fsync" else formats.sparsify
     monkeypatch.setattr(target, failing.removeprefix("os."), fail)
     for name in ("layers.3", "layers.4"):
         with pytest.raises(OSError, match="No space left"):
-            make_sae(D, N, K, seed=1).save(tmp_path / name)
+            make_sae(D, N, K, seed=1, hookpoint=None).save(tmp_path / name)
     assert tree(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["layers.3"]
 
 
 def test_save_over_an_older_one(folder, make_sae):
     (folder / "README").write_text("kept")
-    sae = make_sae(D, N, K, seed=1)
+    sae = make_sae(D, N, K, seed=1, hookpoint="layers.3")
     sae.save(folder)
     assert torch.equal(sf.SAE.load(folder).W_enc, sae.W_enc)
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -12,6 +12,7 @@ from ..sae import SAE
 from . import (
     dictionary_learning,
     gemma_scope,
+    hookpoints,
     hub,
     llama_scope,
     openai,
@@ -71,6 +72,12 @@ def save(sae: SAE, path: str | os.PathLike[str], format: str) -> None:
     if others:
         raise ValueError(
             f"path: {folder} holds files of {' and '.join(others)}, {format} needs another folder"
+        )
+    named = hookpoints.of_folder(folder)
+    if named and sae.hookpoint and not hookpoints.same(named, sae.hookpoint):
+        raise ValueError(
+            f"path: {folder} names hookpoint {named}, the SAE's is {sae.hookpoint}; accepted are a "
+            f"folder named {sae.hookpoint}, and an SAE with hookpoint={named!r}"
         )
     writer.save(sae, folder)
 

@@ -27,6 +27,16 @@ def of_transformer_lens(name: object) -> str | None:
     return f"layers.{layer}" if layer >= 0 else None
 
 
+def same(one: str, other: str) -> bool:
+    """Whether both name one module, as h.6 and model.layers.6 do."""
+    return _canonical(one) == _canonical(other)
+
+
+def _canonical(name: str) -> str:
+    name = of_transformer_lens(name) or name
+    return to_transformer_lens(name) or name
+
+
 def to_transformer_lens(hookpoint: str | None) -> str | None:
     match = re.fullmatch(r"(?:model\.)?(?:layers|h)\.(\d+)", hookpoint or "")
     return f"blocks.{match[1]}.hook_resid_post" if match else None
