@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import zipfile
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -753,6 +755,32 @@ def test_pickles_are_not_executed(tmp_path, name):
         with pytest.raises((ValueError, FileNotFoundError)):
             sf.SAE.load(place)
     assert not witness.exists()
+
+
+def with_pickle(path: Path, pickled: bytes) -> Path:
+    """A copy of a .pt file with another pickle."""
+    copy = path.with_name("copy.pt")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickled if name.endswith("/data.pkl") else old.read(name))
+    return copy
+
+
+@pytest.mark.parametrize("made", [Bomb(Path("executed")), Fraction(1), np.ones(3)])
+def test_a_refused_pickle_names_what_it_would_execute(tmp_path, made):
+    torch.save({"W_enc": torch.ones(2, 2), "made": made}, tmp_path / "6.pt")
+    names = r"posix\.mkdir|fractions\.Fraction|numpy\._?core\.multiarray\._reconstruct"
+    with pytest.raises(ValueError, match=rf"6\.pt: holds objects .* \(({names})\)") as refused:
+        sf.SAE.load(tmp_path / "6.pt")
+    assert not re.search("torch.load|weights_only|trust|\x1b", str(refused.value))
+
+
+@pytest.mark.parametrize("pickled", [b"", b"\x80\x02\xff.", b"\x80\x02", b"\x80\x02."])
+def test_a_damaged_pickle_is_refused_without_torchs_advice(tmp_path, pickled):
+    path = with_pickle(openai(tmp_path, random()), pickled)
+    with pytest.raises(ValueError, match=r"copy\.pt: is damaged, or holds more") as refused:
+        sf.SAE.load(path)
+    assert not re.search("torch.load|weights_only|trust|\x1b", str(refused.value))
 
 
 @pytest.mark.fault(42)
