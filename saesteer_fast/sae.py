@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,9 @@ TINY = torch.finfo(torch.float32).tiny
 
 MEASURES = ("topk", "groupmax", "threshold", "relu", "gated")
 """Ways in which an SAE makes activations of pre-activations."""
+
+_LITERATURE = {"jumprelu": "threshold", "batchtopk": "threshold", "standard": "relu"}
+"""Other names of MEASURES: not accepted, but hinted from."""
 
 NORMALIZE = ("none", "layer_norm", "constant_norm")
 """What is done to a token before it is encoded, and undone after decoding."""
@@ -346,7 +350,8 @@ _OWN = {
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        hint = nearest(str(value), choices)
+        plain = re.sub(r"[\W_]", "", str(value)).lower()
+        hint = nearest(_LITERATURE.get(plain, plain), choices)
         raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(choices)}{hint}")
 
 
