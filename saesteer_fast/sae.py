@@ -60,7 +60,7 @@ class SAE:
     Of equal p the lower index is the larger. Weights are fp32, bf16 or fp16, in any mix, and on one
     device. They are shared with the caller, made contiguous where they are not. Raises TypeError or
     ValueError, naming the argument, for a wrong type, dtype, shape, device or k, for an argument
-    that the measure lacks or has no use for, and for NaN or infinity.
+    that the measure lacks or does not use, and for NaN or infinity.
     """
 
     W_enc: Tensor
@@ -117,23 +117,34 @@ class SAE:
         if self.W_enc.ndim != 2 or self.W_enc.numel() == 0:
             raise ValueError(f"W_enc: got shape {tuple(self.W_enc.shape)}, [N, d] is needed")
         N, d = self.W_enc.shape
+        if N != d and self._fits_transposed():
+            raise ValueError(
+                f"W_enc: got shape {(N, d)}, [N, d] is needed, a latent a row; it seems transposed"
+            )
         own = {name: (N,) for name in _OWN[self.measure] if name != "k"}
         return {"W_enc": (N, d), "bias": (N,), "W_dec": (N, d), "b_dec": (d,)} | own
+
+    def _fits_transposed(self) -> bool:
+        """Whether most of the other weights would go with a transposed W_enc."""
+        N, d = self.W_enc.shape
+        turned = {"bias": (d,), "W_dec": (d, N), "b_dec": (N,)}
+        fits = [getattr(getattr(self, name), "shape", None) == turned[name] for name in turned]
+        return sum(fits) > 1
 
     def _check_kind(self) -> None:
         _one_of("normalize", self.normalize, NORMALIZE)
         for name in ("k", "threshold", "r_mag", "b_mag"):
             given, needed = getattr(self, name) is not None, name in _OWN[self.measure]
             if given != needed:
-                what = "is needed" if needed else "has no use"
-                raise ValueError(f"{name}: {what} for measure {self.measure!r}")
+                what = "needs it" if needed else "does not use it"
+                raise ValueError(f"{name}: measure {self.measure!r} {what}")
         for name in ("subtract_b_dec", "decoder_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, True or False is needed")
         if self.normalize == "layer_norm" and self.W_enc.shape[-1] == 1:
             raise ValueError("normalize: 'layer_norm' needs a stream of width 2 at least")
         if self.decoder_norm and self.measure == "gated":
-            raise ValueError("decoder_norm: has no use for measure 'gated'")
+            raise ValueError("decoder_norm: measure 'gated' does not use it")
         if isinstance(self.scale, bool) or not isinstance(self.scale, Real):
             raise TypeError(f"scale: got {self.scale!r}, a number is needed")
         if not (isfinite(self.scale) and self.scale > 0):
@@ -151,7 +162,7 @@ class SAE:
 
     def _check_order(self) -> None:
         if self.measure != "topk":
-            raise ValueError(f"order: has no use for measure {self.measure!r}, only for 'topk'")
+            raise ValueError(f"order: measure {self.measure!r} does not use it, only 'topk' does")
         if not isinstance(self.order, Tensor):
             raise TypeError(f"order: got {type(self.order).__name__}, a tensor is needed")
         if self.order.dtype != torch.int64:

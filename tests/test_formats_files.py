@@ -518,7 +518,7 @@ SETTINGS = {
     ),
     "saelens-decoder-norm": (
         lambda f, w: saelens(f, w, "gated", rescale_acts_by_decoder_norm=True),
-        "decoder_norm: has no use for measure 'gated'",
+        "decoder_norm: measure 'gated' does not use it",
     ),
     "saelens-old-activation": (
         lambda f, w: flat(f, w, activation_fn_str="tanh-relu"),

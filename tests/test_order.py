@@ -210,7 +210,7 @@ def test_only_topk_has_one(make_sae):
     sae = replace(make_sae(D, N, K), measure="relu", k=None)
     with pytest.raises(ValueError, match="calibrate: only topk ranks latents, this SAE has relu"):
         sae.calibrate(stream(5))
-    with pytest.raises(ValueError, match="order: has no use for measure 'relu'"):
+    with pytest.raises(ValueError, match="order: measure 'relu' does not use it, only 'topk' does"):
         replace(sae, order=torch.arange(N))
 
 

@@ -28,6 +28,8 @@ NAN[7, 2] = torch.nan
 INFINITE = torch.randn(12)
 INFINITE[4] = -torch.inf
 GATED = {"measure": "gated", "k": None, "r_mag": torch.ones(12), "b_mag": torch.ones(12)}
+TURNED = r"\[N, d\] is needed, a latent a row; it seems transposed"
+TURNED_BOTH = {"W_enc": torch.randn(5, 12), "W_dec": torch.randn(5, 12)}
 NARROW = {"W_enc": torch.ones(12, 1), "W_dec": torch.ones(12, 1), "b_dec": torch.ones(1)}
 
 
@@ -99,8 +101,11 @@ def test_copies():
         ({"W_enc": torch.randn(0, 5)}, ValueError, r"W_enc: got shape \(0, 5\)"),
         ({"W_enc": torch.randn(12, 5).double()}, TypeError, "W_enc: got torch.float64, accepted"),
         ({"W_dec": torch.ones(12, 5).char()}, TypeError, "W_dec: got torch.int8, accepted are"),
+        ({"W_enc": torch.randn(5, 12)}, ValueError, rf"W_enc: got shape \(5, 12\), {TURNED}"),
+        (TURNED_BOTH, ValueError, rf"W_enc: got shape \(5, 12\), {TURNED}"),
         ({"W_dec": torch.randn(5, 12)}, ValueError, r"W_dec: got shape \(5, 12\).*transposed"),
         ({"W_dec": None}, TypeError, "W_dec: got NoneType"),
+        ({"bias": torch.randn(5)}, ValueError, r"bias: got shape \(5,\), \(12,\) is needed"),
         ({"bias": torch.randn(11)}, ValueError, r"bias: got shape \(11,\), \(12,\) is needed"),
         ({"b_dec": torch.randn(12)}, ValueError, r"b_dec: got shape \(12,\), \(5,\) is needed"),
         ({"b_dec": torch.empty(5, device="meta")}, ValueError, "b_dec: is on meta, W_enc on cpu"),
@@ -112,7 +117,7 @@ def test_copies():
         ({"k": 3.0}, TypeError, "k: got 3.0, an integer"),
         ({"k": "3"}, TypeError, "k: got '3', an integer"),
         ({"k": True}, TypeError, "k: got True, an integer"),
-        ({"k": None}, ValueError, "k: is needed for measure 'topk'"),
+        ({"k": None}, ValueError, "k: measure 'topk' needs it"),
         ({"measure": "tokp"}, ValueError, "measure: got 'tokp', accepted are topk.*'topk'"),
         ({"measure": "top_k"}, ValueError, "measure: got 'top_k', .*mean 'topk'"),
         ({"measure": "TopK"}, ValueError, "measure: got 'TopK', .*mean 'topk'"),
@@ -121,13 +126,13 @@ def test_copies():
         ({"measure": "batch_topk"}, ValueError, "measure: got 'batch_topk', .*mean 'threshold'"),
         ({"measure": "standard"}, ValueError, "measure: got 'standard', .*mean 'relu'"),
         ({"measure": None}, ValueError, "measure: got None, accepted are [a-z, ]*$"),
-        ({"measure": "relu"}, ValueError, "k: has no use for measure 'relu'"),
+        ({"measure": "relu"}, ValueError, "k: measure 'relu' does not use it"),
         ({"measure": "groupmax", "k": 5}, ValueError, "5 groups, which do not divide 12 latents"),
-        ({"threshold": torch.ones(12)}, ValueError, "threshold: has no use for measure 'topk'"),
-        (GATED | {"r_mag": None}, ValueError, "r_mag: is needed for measure 'gated'"),
+        ({"threshold": torch.ones(12)}, ValueError, "threshold: measure 'topk' does not use it"),
+        (GATED | {"r_mag": None}, ValueError, "r_mag: measure 'gated' needs it"),
         (GATED | {"r_mag": torch.ones(3)}, ValueError, r"r_mag: got shape \(3,\)"),
         (GATED | {"b_mag": INFINITE}, ValueError, "b_mag: NaN or infinity in row 4"),
-        (GATED | {"decoder_norm": True}, ValueError, "decoder_norm: has no use for .*'gated'"),
+        (GATED | {"decoder_norm": True}, ValueError, "decoder_norm: measure 'gated' does not"),
         ({"decoder_norm": 1}, TypeError, "decoder_norm: got 1, True or False"),
         ({"subtract_b_dec": None}, TypeError, "subtract_b_dec: got None, True or False"),
         ({"normalize": "layernorm"}, ValueError, "got 'layernorm', .*mean 'layer_norm'"),
