@@ -652,6 +652,14 @@ def test_unknown_settings_are_reported(tmp_path):
         sf.SAE.load(saelens(tmp_path, random(), "standard", noise=0.1))
 
 
+@pytest.mark.parametrize("path", [None, 3, b"sae"])
+def test_what_is_no_path_is_named(path):
+    with pytest.raises(TypeError, match=f"path: got {path!r}, a path or a repository's name"):
+        sf.SAE.load(path)
+    with pytest.raises(TypeError, match=f"path: got {path!r}, a path is needed"):
+        sf.SAE(*list(random().values())[:4], k=K).save(path)
+
+
 def test_unknown_format_to_save(tmp_path):
     sae = sf.SAE(*list(random().values())[:4], k=K)
     with pytest.raises(ValueError, match=r"format: got 'sparsfy', accepted are .*mean 'sparsify'"):

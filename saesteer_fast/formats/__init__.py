@@ -67,7 +67,7 @@ def save(sae: SAE, path: str | os.PathLike[str], format: str) -> None:
     if format not in WRITABLE:
         hint = nearest(str(format), WRITABLE)
         raise ValueError(f"format: got {format!r}, accepted are {', '.join(WRITABLE)}{hint}")
-    folder, writer = Path(os.path.abspath(path)), WRITABLE[format]
+    folder, writer = _absolute(path, "a path"), WRITABLE[format]
     others = [_name(other) for other in _found(folder) if other is not writer]
     if others:
         raise ValueError(
@@ -84,14 +84,20 @@ def save(sae: SAE, path: str | os.PathLike[str], format: str) -> None:
 
 def _place(path: str | os.PathLike[str]) -> Path:
     """The folder or file on disk."""
-    # Not resolve(): the name may be a link's, and names the hookpoint.
-    place = Path(os.path.abspath(path))
+    place = _absolute(path, "a path or a repository's name (org/name)")
     if place.exists():
         return place
     if not (isinstance(path, str) and hub.is_id(path)):
         hint = nearest(place.name, _names(place.parent))
         raise FileNotFoundError(f"path: no folder {place}{hint}")
     return hub.fetch(path, _FILES)
+
+
+def _absolute(path: str | os.PathLike[str], accepted: str) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: got {path!r}, {accepted} is needed")
+    # Not resolve(): the name may be a link's, and names the hookpoint.
+    return Path(os.path.abspath(path))
 
 
 def _name(format) -> str:
