@@ -58,7 +58,8 @@ class SAE:
         gated       max(exp(r_mag_j) (p_j - bias_j) + b_mag_j, 0) where p_j > 0, else 0
 
     Of equal p the lower index is the larger. Weights are fp32, bf16 or fp16, in any mix, and on one
-    device. They are shared with the caller, made contiguous where they are not. Raises TypeError or
+    device. They are shared with the caller, made contiguous where they are not, and must not be
+    written to: what is made of them is kept. Raises TypeError or
     ValueError, naming the argument, for a wrong type, dtype, shape, device or k, for an argument
     that the measure lacks or does not use, and for NaN or infinity.
     """
