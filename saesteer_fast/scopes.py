@@ -6,7 +6,7 @@
 sf.positions(0, 1, -1)    tokens at these places of their row
 sf.not_tokens([1, 32000]) tokens of any other id
 a bool tensor [B, S]      tokens where it is True; later columns than S are outside
-[scope, scope, ...]       tokens in all of these
+[scope, scope, ...]       tokens in all of these; no token is in "prompt" and "generated"
 """
 
 from __future__ import annotations
@@ -37,11 +37,19 @@ def positions(*places: int) -> Positions:
 
     Negative places count back from the end of the prompt: -1 is its last token.
     """
+    if not places:
+        raise ValueError("positions: no place is given; sf.positions(0) is the first token")
+    if isinstance(places[0], Iterable):
+        raise TypeError(
+            f"positions: got {places[0]!r}, places are given one by one: sf.positions(0, -1)"
+        )
     return Positions(_integers("positions", places))
 
 
 def not_tokens(ids: Iterable[int]) -> NotTokens:
     """Tokens whose id is none of these: `sf.not_tokens(tokenizer.all_special_ids)`."""
+    if not isinstance(ids, Iterable):
+        raise TypeError(f"not_tokens: got {ids!r}, a list of ids is needed: sf.not_tokens([3])")
     ids = _integers("not_tokens", tuple(ids))
     if min(ids, default=0) < 0:
         raise ValueError(f"not_tokens: got {min(ids)}, ids start at 0")
@@ -55,7 +63,13 @@ class Scoped:
     """A scope, checked, on one device: call it with `Tokens` for what is steered."""
 
     def __init__(self, scope: Scope, device: torch.device):
-        inside = [_part(part, device) for part in parts(scope)]
+        given = parts(scope)
+        inside = [_part(part, device) for part in given]
+        if {"prompt", "generated"} <= {part for part in given if isinstance(part, str)}:
+            raise ValueError(
+                "scope: got 'prompt' and 'generated', and no token is in both; accepted are "
+                "'all', for either, or one of them"
+            )
         self.parts = [part for part in inside if part is not None]
 
     @property

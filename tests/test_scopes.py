@@ -352,6 +352,8 @@ def test_where_all_or_none_are_in_no_mask_is_made(model, sae, monkeypatch):
     [
         ("prompts", "scope: got 'prompts', accepted are 'all', .*did you mean 'prompt'"),
         (["all", "generate"], "did you mean 'generated'"),
+        (["prompt", "generated"], "scope: got 'prompt' and 'generated', .* accepted are 'all'"),
+        (["generated", [sf.positions(0), ["prompt"]]], "no token is in both"),
         (None, "scope: got None, accepted are"),
         (3, "scope: got 3"),
         (torch.ones(3), r"scope: got a tensor torch.float32 \(3,\), bool \[B, S\] is needed"),
@@ -366,6 +368,12 @@ def test_bad_scopes_are_named(model, sae, scope, message):
 def test_bad_places_are_named(model, sae):
     with pytest.raises(TypeError, match=r"positions: got 1\.5, integers are needed"):
         sf.positions(1.5)
+    with pytest.raises(ValueError, match=r"positions: no place is given; sf\.positions\(0\)"):
+        sf.positions()
+    with pytest.raises(TypeError, match=r"got \[0, -1\], .* one by one: sf\.positions\(0, -1\)"):
+        sf.positions([0, -1])
+    with pytest.raises(TypeError, match=r"not_tokens: got 3, a list of ids is needed"):
+        sf.not_tokens(3)
     with pytest.raises(TypeError, match="not_tokens: got 'a'"):
         sf.not_tokens("ab")
     with pytest.raises(ValueError, match="not_tokens: got -1, ids start at 0"):

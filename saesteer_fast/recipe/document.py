@@ -51,7 +51,7 @@ from ..conditions import POOLS, Condition, Gate, Logistic, active, gate, split
 from ..edits import KINDS, Edit
 from ..formats import hub
 from ..sae import MEASURES, SAE
-from ..scopes import NotTokens, Positions, Scope, not_tokens, positions
+from ..scopes import NotTokens, Positions, Scope, Scoped, not_tokens, positions
 from ..steering import ERRORS
 from . import Recipe, Steering, named
 from .node import Node
@@ -93,7 +93,7 @@ def _steering(node: Node, folder: Path) -> Steering:
         "sae": lambda node: _located(node, folder),
         "edits": _edits,
         "layer": _name,
-        "scope": _scope,
+        "scope": _whole_scope,
         "rows": lambda node: [_name(row) for row in node.items("a list of configurations")],
         "when": lambda node: _when(node, folder),
         "error": lambda node: node.one_of(ERRORS),
@@ -133,6 +133,13 @@ def _edit(node: Node) -> Edit:
         return Edit("set", node.number())
     readers = {"kind": lambda node: node.one_of(KINDS), "value": Node.number}
     return Edit(**node.read("an edit", readers, ("kind", "value")))
+
+
+def _whole_scope(node: Node) -> Scope:
+    scope = _scope(node)
+    with named(node.place.removesuffix("scope")):
+        Scoped(scope, torch.device("cpu"))
+    return scope
 
 
 def _scope(node: Node) -> Scope:
