@@ -64,11 +64,11 @@ def steering(
     measure needs no more), one row of W_dec a latent; the whole SAE for error="drop". The model's
     dtype may change later, its device may not. Adapters may come and go, but where one is put
     around the steered module itself, calls raise RuntimeError: attach after that. Steering belongs
-    to the model, whichever thread calls it; a deep copy or a pickle of the model is steered too,
-    and save_pretrained writes the weights as they are, unsteered. A model may be compiled before or
-    after; attaching makes torch.compile forget all it compiled, for it looks for no new hooks by
-    itself, whereas strengths, masks and choices change in place. A CUDA graph that was captured
-    replays what it captured.
+    to the model, whichever thread calls it, so attach while none does; a deep copy or a pickle of
+    the model is steered too, and save_pretrained writes the weights as they are, unsteered. A model
+    may be compiled before or after; attaching makes torch.compile forget all it compiled, for it
+    looks for no new hooks by itself, whereas strengths, masks and choices change in place. A CUDA
+    graph that was captured replays what it captured.
     """
     require_sae(sae)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps a model in another one

@@ -30,7 +30,7 @@ POOLS = ("max", "mean", "last")
 
 
 class Cause(NamedTuple):
-    """One latent, and where it was most active."""
+    """One latent, where it was most active; for a gate with pool "last", on the last token."""
 
     latent: int
     act: float
@@ -49,7 +49,8 @@ class Decision(NamedTuple):
     row: int
     on: bool
     causes: tuple[Cause, ...]
-    """Latents of the condition that were active, the one that counted most first."""
+    """Latents of the condition that were active, the most active first. Of a logistic gate those
+    whose pooled activation is not 0, by |weight * pooled activation|."""
     score: float | None = None
     """A logistic gate's log-odds."""
 
@@ -212,11 +213,12 @@ def decisions(condition: Condition, seen: Sequence[Seen], on: Tensor) -> list[De
     logistic = isinstance(condition, Gate) and isinstance(condition.decide, Logistic)
     scores = condition.decide.scores(prompt).tolist() if logistic else [None] * len(on)
     weights = condition.decide.weights if logistic else [1.0] * len(condition.latents)
-    peaks, columns = torch.where(prompt.real[..., None], prompt.acts, 0).max(1)
+    pool = condition.decide.pool if logistic else "max"
+    pooled, (peaks, columns) = _pooled(prompt, pool).tolist(), _peaks(prompt, pool)
     tokens = torch.cat(places, 1).gather(1, columns).tolist()
     for row, acts in enumerate(peaks.tolist()):
-        named = zip(condition.latents, acts, tokens[row], weights, strict=True)
-        active = [(Cause(f, a, token), abs(w * a)) for f, a, token, w in named if a > 0]
+        named = zip(condition.latents, acts, tokens[row], weights, pooled[row], strict=True)
+        active = [(Cause(f, a, token), abs(w * p)) for f, a, token, w, p in named if p]
         active.sort(key=lambda pair: -pair[1])
         causes = tuple(cause for cause, _ in active)
         found.append(Decision(by, row, bool(on[row]), causes, scores[row]))
@@ -232,14 +234,21 @@ def _prompt(seen: Sequence[Seen]) -> Prompt:
 
 def _pooled(prompt: Prompt, pool: str) -> Tensor:
     """[B, G]; a row without a real token counts as silent."""
-    acts, real = prompt.acts, prompt.real[..., None]
-    if pool == "max":
-        return torch.where(real, acts, 0).amax(1)
     if pool == "mean":
-        return torch.where(real, acts, 0).sum(1) / real.sum(1).clamp(min=1)
+        real = prompt.real[..., None]
+        return torch.where(real, prompt.acts, 0).sum(1) / real.sum(1).clamp(min=1)
+    return _peaks(prompt, pool)[0]
+
+
+def _peaks(prompt: Prompt, pool: str) -> tuple[Tensor, Tensor]:
+    """[B, G]: the latents' largest activations, for pool "last" those of the row's last token; and
+    their columns."""
+    acts = torch.where(prompt.real[..., None], prompt.acts, 0)
+    if pool != "last":
+        return acts.max(1)
     column = torch.arange(acts.shape[1], device=acts.device)
-    last = torch.where(prompt.real, column, 0).amax(1)
-    return acts[torch.arange(len(acts), device=acts.device), last]
+    columns = torch.where(prompt.real, column, 0).amax(1, keepdim=True).expand(-1, acts.shape[2])
+    return acts.gather(1, columns[:, None])[:, 0], columns
 
 
 def _read(path: Path) -> dict:

@@ -182,7 +182,10 @@ class Hooks:
         given = tuple(hidden.shape)
         why = f"gives {given}, which are not the tokens that its decoder was called with"
         if outside:
-            why = "runs outside of its decoder, as where a checkpoint computes it again"
+            why = (
+                "runs outside of its decoder, as where a checkpoint computes it again, or where it "
+                "was attached during a call"
+            )
         return f"scope: {self.path} {why}; only scope 'all' of one configuration can do that"
 
     def _require_place(self, decoder: nn.Module | None, module: nn.Module) -> None:

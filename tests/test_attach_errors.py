@@ -212,6 +212,24 @@ def layer_inputs(model, ids):
     return embeds, None, positions, None, False, model.model.rotary_emb(embeds, positions)
 
 
+def test_attached_during_a_call(model, sae):
+    """By another thread, or here by a hook: nothing has seen which tokens these are."""
+    handles = []
+
+    def attach(module, args, output):
+        handles.append(sf.steering(model, sae, EDITS, scope="prompt"))
+
+    foreign = model.model.layers[0].register_forward_hook(attach)
+    with pytest.raises(
+        ValueError, match=r"outside of its decoder, .* or where it was attached dur"
+    ):
+        model(PROMPT)
+    foreign.remove()
+    with torch.no_grad(), handles[0]:
+        steered = model(PROMPT).logits
+    assert not torch.equal(steered, model(PROMPT).logits)
+
+
 @pytest.mark.fault(49, 50)
 @pytest.mark.parametrize("failing", ["register_forward_pre_hook", "register_forward_hook"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

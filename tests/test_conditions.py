@@ -283,6 +283,28 @@ def test_causes_are_named(model, sae, acts, telling):
             assert decision.score == pytest.approx(2 * peaks[first] - peaks[second] - 0.3, abs=1e-4)
 
 
+@pytest.mark.parametrize("pool", ["max", "mean", "last"])
+def test_causes_are_of_what_the_gate_pools(model, sae, acts, pool):
+    """A latent that is silent where the gate looks caused nothing, and is not named."""
+    early = ((acts.amax(1) > 0.3) & (acts[:, -1] == 0)).any(0).nonzero().flatten().tolist()[:2]
+    late = (acts[:, -1] > 0.3).any(0).nonzero().flatten().tolist()[:2]
+    weights = dict(zip(early + late, (30.0, -0.2, 1.0, -2.0), strict=True))
+    lengths = MASK.sum(1, keepdim=True)
+    pooled = {"max": acts.amax(1), "mean": acts.sum(1) / lengths, "last": acts[:, -1]}[pool]
+    with sf.steering(model, sae, EDITS, when=sf.gate(weights, pool=pool)) as handle:
+        layer_output(model, IDS, attention_mask=MASK)
+        decisions = handle.decisions
+    for row, decision in enumerate(decisions):
+        shares = {f: abs(weight * pooled[row, f].item()) for f, weight in weights.items()}
+        named = [f for f in sorted(shares, key=lambda f: -shares[f]) if shares[f]]
+        assert [cause.latent for cause in decision.causes] == named
+        for cause in decision.causes:
+            column = -1 if pool == "last" else acts[row, :, cause.latent].argmax()
+            assert cause.token == MASK[row].cumsum(0)[column] - 1
+            assert cause.act == pytest.approx(acts[row, column, cause.latent].item(), abs=1e-4)
+    assert {f for d in decisions for f in early if f not in [c.latent for c in d.causes]}
+
+
 def test_decisions_read_like_sentences():
     decision = Decision("gate", 1, True, (Cause(511, 3.21, 14), Cause(7, 0.5, 0)), 2.0)
     assert (
