@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import nearest
+from .errors import nearest, nearest_file
 from .tokens import Tokens
 
 POOLS = ("max", "mean", "last")
@@ -253,6 +253,9 @@ def _peaks(prompt: Prompt, pool: str) -> tuple[Tensor, Tensor]:
 
 def _read(path: Path) -> dict:
     """The arguments of `gate` from a file; ValueError says what is wrong with it."""
+    if not path.is_file():
+        hint = nearest_file(path, (".json", ".safetensors"))
+        raise FileNotFoundError(f"gate: no file {path}{hint}")
     if path.suffix == ".json":
         given = _object(path, path.read_text(encoding="utf-8"))
     elif path.suffix == ".safetensors":

@@ -226,9 +226,16 @@ def _configurations(edits) -> tuple[tuple[str, ...] | None, list[Edits]]:
         return None, [edits]
     if isinstance(edits, Sequence) and edits and all(isinstance(row, Mapping) for row in edits):
         return (), list(edits)
+    if isinstance(edits, Sequence) and any(isinstance(row, Mapping) for row in edits):
+        place = next(place for place, row in enumerate(edits) if not isinstance(row, Mapping))
+        raise TypeError(
+            f"edits[{place}]: got {edits[place]!r}, a mapping {{latent: value}} is needed; {{}} "
+            "leaves a row alone"
+        )
+    empty = "an empty " if isinstance(edits, Sequence) and not edits else ""
     raise TypeError(
-        f"edits: got {type(edits).__name__}, a mapping {{latent: value}} is needed, which cannot "
-        "name a latent twice, or a list with a mapping a row, or a mapping {name: mapping}"
+        f"edits: got {empty}{type(edits).__name__}, a mapping {{latent: value}} is needed, which "
+        "cannot name a latent twice, or a list with a mapping a row, or a mapping {name: mapping}"
     )
 
 
@@ -253,6 +260,8 @@ def _number(what: str, value: float | Tensor) -> float | Tensor:
     """A finite number as a float; a tensor of one number stays what it is."""
     if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
         return value
+    if isinstance(value, Tensor):
+        raise TypeError(f"{what} {value!r}, a number or a floating-point tensor of one is needed")
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{what} {value!r}, a number is needed")
     if not abs(value) <= _LARGEST or math.isnan(value):

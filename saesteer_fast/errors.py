@@ -1,11 +1,18 @@
-"""How a message about an unknown name ends: with the nearest name that is valid."""
+"""How a message about an unknown name or file ends: with the nearest one that is valid."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 def nearest(name: str, choices: Iterable[str], ask: str = "did you mean") -> str:
     close = get_close_matches(name, list(choices), n=1)
     return f"; {ask} {close[0]!r}?" if close else ""
+
+
+def nearest_file(path: Path, suffixes: Iterable[str]) -> str:
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    valid = [entry.name for entry in beside if entry.suffix in suffixes and entry.is_file()]
+    return nearest(path.name, valid)

@@ -95,7 +95,7 @@ class Hooks:
             mask = mask.expand(lead)
         chosen = self.plan.chosen
         if chosen is not None:
-            chosen = spread(chosen, tokens, "rows")
+            chosen = spread(chosen, tokens, self.plan.chosen_by)
         steered = self.plan(hidden, mask, chosen)
         return (steered, *output[1:]) if isinstance(output, tuple) else steered
 

@@ -60,16 +60,18 @@ def locate(model: nn.Module, layer: int | str | None) -> Site:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed")
-    if layer is None:
-        raise ValueError("layer: none is given, and the SAE names no hookpoint")
     language = _language(model)
     lists = _layer_lists(language)
+    if layer is None:
+        raise ValueError(
+            f"layer: none is given, and the SAE names no hookpoint; {_accepted(lists)}"
+        )
     decoder, stem = language, ""
     if len(lists) == 1:
         above, _, stem = next(iter(lists)).rpartition(".")
         decoder = language.get_submodule(above)
     if isinstance(layer, str):
-        path = _named(model, decoder, stem, layer)
+        path = _named(model, decoder, stem, layer, lists)
     else:
         path = _numbered(language, lists, stem, layer)
     module = decoder.get_submodule(path)
@@ -149,17 +151,21 @@ def _outermost(module: nn.Module, wanted: Callable, path: str = "") -> Iterator:
 
 def _numbered(language: nn.Module, lists: dict, stem: str, layer: int) -> str:
     if isinstance(layer, bool) or not isinstance(layer, Integral):
-        raise TypeError(f"layer: got {layer!r}, a number or a module's name is needed")
+        raise TypeError(f"layer: got {layer!r}, an integer or a module's name is needed")
     if len(lists) != 1:
         found = f"several lists of layers: {', '.join(lists)}" if lists else "no list of layers"
         raise ValueError(f"layer: {type(language).__name__} has {found}; name a module")
-    count = len(*lists.values())
-    if not 0 <= layer < count:
-        raise ValueError(f"layer: got {layer}, accepted are 0 to {count - 1}")
+    if not 0 <= layer < len(*lists.values()):
+        raise ValueError(f"layer: got {layer}, {_accepted(lists)}")
     return f"{stem}.{layer}"
 
 
-def _named(model: nn.Module, decoder: nn.Module, stem: str, name: str) -> str:
+def _accepted(lists: dict) -> str:
+    numbers = f"0 to {len(*lists.values()) - 1}, and " if len(lists) == 1 else ""
+    return f"accepted are {numbers}names of modules"
+
+
+def _named(model: nn.Module, decoder: nn.Module, stem: str, name: str, lists: dict) -> str:
     """The path in `decoder` of what is called `name` there, or in a module around it."""
     paths = {id(module): path for path, module in decoder.named_modules() if path}
     prefix = next(path for path, module in model.named_modules() if module is decoder)
@@ -176,7 +182,13 @@ def _named(model: nn.Module, decoder: nn.Module, stem: str, name: str) -> str:
     if canonical in paths.values():
         return canonical
     known = [*paths.values(), *(f"{prefix}.{path}" for path in paths.values())]
-    raise ValueError(f"layer: {type(model).__name__} has no module {name!r}{nearest(name, known)}")
+    hint = nearest(name, known)
+    number = re.search(r"(?<![-\d])\d+$", name)
+    if not hint and number and f"{stem}.{int(number[0])}" in known:
+        hint = f"; did you mean {int(number[0])} or 'layers.{int(number[0])}'?"
+    raise ValueError(
+        f"layer: {type(model).__name__} has no module {name!r}, {_accepted(lists)}{hint}"
+    )
 
 
 def _canonical(name: str, stem: str) -> str | None:

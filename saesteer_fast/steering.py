@@ -155,6 +155,12 @@ class Plan:
             self.chosen = chosen
 
     @property
+    def chosen_by(self) -> str:
+        """The argument that tells how many rows there are."""
+        table = self.table
+        return "rows" if table.names or len(self.chosen) != len(table.values) else "edits"
+
+    @property
     def nobody(self) -> Tensor | None:
         """`chosen` for a batch of no rows."""
         return None if self.chosen is None else self.chosen[:0]
@@ -250,7 +256,8 @@ class Plan:
 
     def _check_rows(self, x: Tensor, chosen: Tensor) -> None:
         if x.ndim < 2 or len(chosen) != len(x):
-            raise ValueError(f"rows: {len(chosen)} are given for x {tuple(x.shape)}")
+            given = f"{self.chosen_by}: {len(chosen)} rows are given"
+            raise ValueError(f"{given} for x {tuple(x.shape)}")
 
 
 def require_sae(sae: SAE) -> None:

@@ -380,8 +380,9 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no\.json"):
-        sf.gate(tmp_path / "no.json")
+    (tmp_path / "gate.json").write_text(json.dumps(GATE))
+    with pytest.raises(FileNotFoundError, match=r"gate: no file .*gat\.json; .* 'gate\.json'"):
+        sf.gate(tmp_path / "gat.json")
 
 
 @pytest.mark.parametrize(

@@ -319,7 +319,11 @@ WRONG = {
     "huge value": (one(edits={"5": 10**300}), r'edits\["5"\]: got 1000.*\.\.\., .* fp32'),
     "latent": (one(edits={"05": 1.0, "6": 2.0}), r'edits\["05"\]: no latent'),
     "negative latent": (one(edits={"-1": 1.0}), r'edits\["-1"\]: no latent'),
-    "table of numbers": (one(edits={"on": 1.0}), r"edits\.on: got 1.0, an object \{latent: edit\}"),
+    "table of numbers": (one(edits={"on": 1.0}), r'edits\.on: no latent; latents are "0"'),
+    "half a table": (
+        one(edits={"on": {"3": 1.0}, "off": 1.0}),
+        r"edits\.off: got 1.0, an object \{latent: edit\}",
+    ),
     "table in table": (
         one(edits={"on": {"3": {"kind": "set", "value": 1}}, "5": {"3": 1}}),
         r"edits\.on: no latent",
@@ -340,7 +344,7 @@ WRONG = {
         one(when={"gate": {"weights": {"3": 1}, "threshold": 1}}),
         r"when\.gate\.threshold: got 1.0, a probability",
     ),
-    "gate's file": (one(when={"gate": "no.json"}), r"when\.gate: no file .*no\.json"),
+    "gate's file": (one(when={"gate": "no.json"}), r"when\.gate: gate: no file .*no\.json"),
     "gate's broken file": (
         one(when={"gate": "bad.json"}),
         r"when\.gate: gate: bad.json is no JSON",
@@ -380,6 +384,10 @@ def test_files_that_are_none(folder):
         ValueError, match=r"steering.yaml is no steering file; accepted are .json, "
     ):
         sf.load_steering(written(folder, one(), "steering.yaml"))
+    with pytest.raises(ValueError, match=r"layers\.1 is a folder; accepted are files, \.json, "):
+        sf.load_steering(folder / "layers.1")
+    with pytest.raises(FileNotFoundError, match=r"no file .*layers\.2$"):
+        sf.load_steering(folder / "layers.2")
     (folder / "latin.json").write_bytes(json.dumps(one(), ensure_ascii=False).encode("utf-16"))
     with pytest.raises(ValueError, match=r"latin\.json: not valid JSON"):
         sf.load_steering(folder / "latin.json")

@@ -156,8 +156,9 @@ def test_copies_choose_for_themselves(model, sae):
 @pytest.mark.parametrize(
     ("edits", "rows", "error", "message"),
     [
-        (ROWS, [0, 1], ValueError, r"rows: 2 are given for x \(3, 4, 32\)"),
-        (ROWS[:2], None, ValueError, "rows: 2 are given for x"),
+        (ROWS, [0, 1], ValueError, r"rows: 2 rows are given for x \(3, 4, 32\)"),
+        (ROWS[:2], None, ValueError, "edits: 2 rows are given for x"),
+        (TABLE, [0, 1], ValueError, "rows: 2 rows are given for x"),
         (ROWS, [0, 1, 3], ValueError, "rows: got 3, accepted are 0 to 2"),
         (ROWS, [0, 1, True], ValueError, "rows: no configuration True"),
         (TABLE, None, ValueError, r"rows: needed to choose among \['off', 'strong', 'weak'\]"),
@@ -166,7 +167,8 @@ def test_copies_choose_for_themselves(model, sae):
         (TABLE, torch.ones(3), TypeError, r"rows: got torch.float32 \(3,\), integers"),
         ({3: {3: 1.0}}, None, TypeError, "edits: configuration 3 has no name"),
         ({"a": {3: 1.0}, 3: 2.0}, None, TypeError, "edits: latent 'a' is no integer"),
-        ([], None, TypeError, "edits: got list"),
+        ([], None, TypeError, "edits: got an empty list, a mapping"),
+        ([{5: 1.0}, None, {}], None, TypeError, r"edits\[1\]: got None, a mapping .* leaves a row"),
         ([{}, {128: 1.0}, {}], None, ValueError, "latent 128 is not among 0 to 127"),
     ],
 )
@@ -177,7 +179,10 @@ def test_bad_rows_are_named(sae, edits, rows, error, message):
 
 def test_rows_for_another_batch(model, sae):
     with sf.steering(model, sae, ROWS):
-        with pytest.raises(ValueError, match="rows: 3 rows are given for a batch of 6"):
+        with pytest.raises(ValueError, match="edits: 3 rows are given for a batch of 6"):
             model(IDS.repeat(2, 1))
-        with pytest.raises(ValueError, match="rows: 3 rows are given for a batch of 2"):
+        with pytest.raises(ValueError, match="edits: 3 rows are given for a batch of 2"):
             generate(model, IDS[:2])
+    with sf.steering(model, sae, TABLE, rows=[0, 1, 2]):
+        with pytest.raises(ValueError, match="rows: 3 rows are given for a batch of 2"):
+            model(IDS[:2])

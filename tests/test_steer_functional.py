@@ -152,6 +152,7 @@ def test_any_kind_of_number(sae, x, edits):
         ({3: None}, TypeError, "edits: latent 3 is given None"),
         ({3: True}, TypeError, "edits: latent 3 is given True"),
         ({3: torch.tensor([1.0, 2.0])}, TypeError, "edits: latent 3 is given tensor"),
+        ({3: torch.tensor(3)}, TypeError, r"tensor\(3\), a number or a floating-point tensor"),
     ],
 )
 def test_bad_edits_are_named(sae, x, edits, error, message):

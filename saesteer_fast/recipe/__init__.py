@@ -14,7 +14,7 @@ from torch import nn
 from ..attach import Handle, steering
 from ..conditions import Condition
 from ..edits import Edits
-from ..errors import nearest
+from ..errors import nearest_file
 from ..sae import SAE
 from ..scopes import Scope
 from ..steering import Rows
@@ -116,10 +116,10 @@ def load_steering(path: str | os.PathLike[str]) -> Recipe:
         ".pt": lm_eval.read_vectors,
         ".pth": lm_eval.read_vectors,
     }
+    if path.is_dir():
+        raise ValueError(f"path: {path} is a folder; accepted are files, {', '.join(readers)}")
     if not path.is_file():
-        beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        hint = nearest(path.name, [entry.name for entry in beside])
-        raise FileNotFoundError(f"path: no file {path}{hint}")
+        raise FileNotFoundError(f"path: no file {path}{nearest_file(path, readers)}")
     if path.suffix not in readers:
         raise ValueError(f"path: {path} is no steering file; accepted are {', '.join(readers)}")
     return readers[path.suffix](path)

@@ -119,7 +119,8 @@ def _edits(node: Node):
         return [_configuration(row) for row in node.items("a list of configurations")]
     if not isinstance(node.value, dict) or not node.value:
         return _configuration(node)
-    if any(map(_INTEGER.fullmatch, node.value)):
+    tables = any(isinstance(value, dict) for value in node.value.values())
+    if not tables or any(map(_INTEGER.fullmatch, node.value)):
         return _configuration(node)
     return {name: _configuration(row) for name, row in node.mapping("a table").items()}
 
@@ -184,11 +185,8 @@ def _when(node: Node, folder: Path) -> list[Condition]:
 
 def _gate(node: Node, folder: Path) -> Gate:
     if isinstance(node.value, str):
-        path = folder / node.text()
         with named(f"{node.place}: "):
-            if not path.is_file():
-                raise FileNotFoundError(f"no file {path}")
-            return gate(path)
+            return gate(folder / node.text())
     readers = {
         "weights": lambda node: node.numbers("weight"),
         "bias": Node.number,
