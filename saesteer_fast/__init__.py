@@ -7,7 +7,7 @@ with sf.steering(model, sae, {22373: 12.0}):
     model.generate(...)
 """
 
-from .attach import steering
+from .attach import steering, steerings
 from .conditions import active, gate
 from .edits import add, at_least, at_most, scale, set_if_active
 from .recipe import Recipe, Steering, load_steering
@@ -32,4 +32,5 @@ __all__ = [
     "set_if_active",
     "steer",
     "steering",
+    "steerings",
 ]

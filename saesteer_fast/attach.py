@@ -84,11 +84,27 @@ def steering(
     return Handle(site, Hooks(site, plan, Scoped(scope, device)))
 
 
+def steerings(model: nn.Module) -> list[Handle]:
+    """The handles that are attached to `model`, or to any part of it, oldest first.
+
+        for handle in sf.steerings(model):
+            handle.remove()
+
+    A copy of a steered model is steered for good, and has none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed")
+    found = [pair for module in model.modules() for pair in _ours(module).items()]
+    found.sort(key=lambda pair: pair[0])
+    return [hooks.handle for _, hooks in found if hooks.handle is not None]
+
+
 class Handle:
     """One steering of one model; `steering` makes it. Leaving its `with` block removes it."""
 
     def __init__(self, site: Site, hooks: Hooks):
         self._name, self._plan, self._hooks = site.path, hooks.plan, hooks
+        hooks.handle = self
         self._undo = _install(site, hooks)
         self._attached = True
 
@@ -194,10 +210,14 @@ def _put_first(module: nn.Module) -> None:
 
     So output_hidden_states, which transformers reads by hooks on the layers, shows what is steered.
     """
-    hooks = module._forward_hooks
-    ours = [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", 0), Hooks)]
-    for key in sorted(ours, reverse=True):
-        hooks.move_to_end(key, last=False)
+    for key in sorted(_ours(module), reverse=True):
+        module._forward_hooks.move_to_end(key, last=False)
+
+
+def _ours(module: nn.Module) -> dict[int, Hooks]:
+    """What steers the module, by the hooks' keys, of which later ones are larger."""
+    hooks = module._forward_hooks.items()
+    return {k: hook.__self__ for k, hook in hooks if getattr(hook, "__func__", 0) is Hooks.steer}
 
 
 def _recompile() -> None:

@@ -67,6 +67,11 @@ class Hooks:
             self._require_followable(site)
         self.active: tuple[Seen, Tensor] | None = None
         self.gated: tuple[tuple[Seen, ...], Tensor] | None = None
+        self.handle = None  # which attach.py gives it
+
+    def __getstate__(self) -> dict:
+        """A handle removes hooks of its own model only, not those of a copy."""
+        return vars(self) | {"handle": None}
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         call = self.calls.running

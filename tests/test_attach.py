@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -511,9 +513,40 @@ def test_a_copy_of_a_steered_model_is_steered(model, sae):
             steered = model(PROMPT).logits
             twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
             handle.set({3: 0.0})
+            assert sf.steerings(model) == [handle]
         assert torch.equal(model(PROMPT).logits, plain)
         for twin in twins:
             assert torch.equal(twin(PROMPT).logits, steered)
+            assert sf.steerings(twin) == []
+
+
+def test_what_is_attached_is_listed(model, make_phi3, sae):
+    """Also what nobody holds, as after a notebook's cell that ran twice."""
+    assert sf.steerings(model) == []
+    for strength in (6.0, 7.0):
+        sf.steering(model, sae, {3: strength}, layer=2)
+    with sf.steering(model.model, sae, EDITS, layer=0, scope="prompt") as newest:
+        one, two, three = sf.steerings(model)
+        assert "{3: 6.0}" in repr(one) and "{3: 7.0}" in repr(two) and three is newest
+        assert sf.steerings(model.model.layers[0]) == [newest]
+        assert sf.steerings(torch.compile(model, backend="eager")) == [one, two, newest]
+        assert sf.steerings(make_phi3()) == []
+    one.remove()
+    assert sf.steerings(model) == [two]
+    for handle in sf.steerings(model):
+        handle.remove()
+    assert sf.steerings(model) == [] and not any(hooks(model).values())
+    with pytest.raises(TypeError, match=r"model: got NoneType, a torch\.nn.Module is needed"):
+        sf.steerings(None)
+
+
+def test_what_is_attached_keeps_no_model_alive(make_phi3, sae):
+    model = make_phi3()
+    sf.steering(model, sae, EDITS, scope="prompt")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.fault(62)

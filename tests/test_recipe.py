@@ -177,6 +177,7 @@ def test_steerings_act_in_order(folder, model, sae, textbook):
     ]
     with sf.load_steering(written(folder, document)).attach(model) as handles:
         assert [handle.latents for handle in handles] == [[3], [3], [7]]
+        assert sf.steerings(model) == list(handles)
         given = logits(model)
 
     def hook(*edits):
@@ -215,7 +216,7 @@ def test_all_are_attached_or_none(folder, model, monkeypatch):
     assert len(read) == 1 and hooks(model) > 0
     handles.remove()
     handles.remove()
-    assert hooks(model) == 0
+    assert hooks(model) == 0 and sf.steerings(model) == []
     with pytest.raises(RuntimeError, match="was removed"), handles:
         pass
     with pytest.raises(ZeroDivisionError), recipe.attach(model):
