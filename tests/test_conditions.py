@@ -305,6 +305,18 @@ def test_causes_are_of_what_the_gate_pools(model, sae, acts, pool):
     assert {f for d in decisions for f in early if f not in [c.latent for c in d.causes]}
 
 
+def test_causes_of_a_mean_are_ordered_by_it(model, sae, acts):
+    peaks, means = acts[1].amax(0), acts[1].sum(0) / MASK[1].sum()
+    live = (peaks > 0.3).nonzero().flatten()
+    order = live[(means / peaks)[live].argsort()].tolist()
+    brief, steady = order[0], order[-1]
+    weights = {brief: 1.05 / peaks[brief].item(), steady: 1 / peaks[steady].item()}
+    for pool, expected in (("max", [brief, steady]), ("mean", [steady, brief])):
+        with sf.steering(model, sae, EDITS, when=sf.gate(weights, pool=pool)) as handle:
+            layer_output(model, IDS, attention_mask=MASK)
+            assert [cause.latent for cause in handle.decisions[1].causes] == expected
+
+
 def test_decisions_read_like_sentences():
     decision = Decision("gate", 1, True, (Cause(511, 3.21, 14), Cause(7, 0.5, 0)), 2.0)
     assert (

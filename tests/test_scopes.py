@@ -490,12 +490,17 @@ def sequences(draw):
     real = torch.arange(width) >= torch.tensor(pads)[:, None]
     cuts = draw(st.sets(st.integers(1, max(1, width - 1))))
     bounds = [0, *sorted(cut for cut in cuts if cut < width), width]
-    places = st.lists(st.integers(-7, 8), max_size=3).map(lambda found: sf.positions(*found))
+    places = st.lists(st.integers(-7, 8), min_size=1, max_size=3).map(
+        lambda found: sf.positions(*found)
+    )
     tokens = st.lists(st.integers(1, 5), max_size=2).map(sf.not_tokens)
     flags = st.lists(st.booleans(), min_size=batch * 7, max_size=batch * 7)
     masks = flags.map(lambda found: torch.tensor(found).view(batch, 7))
     part = st.one_of(st.sampled_from(["all", "prompt", "generated"]), places, tokens, masks)
-    scope = draw(st.one_of(part, st.lists(part, min_size=1, max_size=3)))
+    several = st.lists(part, min_size=1, max_size=3).filter(
+        lambda found: not {"prompt", "generated"} <= {one for one in found if isinstance(one, str)}
+    )
+    scope = draw(st.one_of(part, several))
     return ids, real, prompt, bounds, scope, draw(st.booleans())
 
 
