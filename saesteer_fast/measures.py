@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import nearest
-from .sae import MEASURES, SAE, TINY, constants, row_norms
+from .sae import SAE, TINY, constants, row_norms
 
 TOKENS = 1024
 """Tokens encoded at once to count what is live."""
@@ -50,7 +50,7 @@ class Measured:
     ):
         self.measure = sae.measure if measure is None else measure
         if measure is not None and measure not in (sae.measure, *_EXTRA):
-            hint = nearest(measure, (*MEASURES, *_EXTRA))
+            hint = nearest(measure, (sae.measure, *_EXTRA))
             raise ValueError(
                 f"measure: got {measure!r}, this SAE has {sae.measure}, projection, none{hint}"
             )

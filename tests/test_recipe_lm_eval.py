@@ -277,7 +277,10 @@ VECTOR = {"steering_vector": torch.ones(4), "action": "clamp"}
         ({"a": {"action": "add"}}, "a: key 'steering_vector': is missing"),
         ({"a": VECTOR | {"steering_coeficient": 2}}, "did you mean 'steering_coefficient'"),
         ({"a": VECTOR | {"action": "clam"}}, "a: action: got 'clam', .*did you mean 'clamp'"),
-        ({"a": VECTOR | {"action": "add", "bias": torch.ones(4)}}, "a: bias: has no use for 'add'"),
+        (
+            {"a": VECTOR | {"action": "add", "bias": torch.ones(4)}},
+            "a: bias: 'add' does not use it",
+        ),
         ({"a": VECTOR | {"head_index": 0}}, "head_index: got 0, heads are not steered"),
         ({"a": VECTOR | {"steering_vector": torch.zeros(4)}}, "steering_vector: is zero"),
         ({"a": VECTOR | {"steering_vector": torch.ones(2, 4)}}, r"got shape \(2, 4\), \[d\] or"),

@@ -165,7 +165,7 @@ def _vector(hookpoint: object, told: object) -> Steering:
     if told.get("head_index") is not None:
         raise ValueError(f"head_index: got {told['head_index']!r}, heads are not steered")
     if told.get("bias") is not None and action == "add":
-        raise ValueError("bias: has no use for 'add', and the harness refuses it; leave it out")
+        raise ValueError("bias: 'add' does not use it, and the harness refuses it; leave it out")
     vector = _flat("steering_vector", told["steering_vector"])
     bias = torch.zeros_like(vector) if told.get("bias") is None else _flat("bias", told["bias"])
     if not vector.any():
