@@ -279,7 +279,7 @@ VECTOR = {"steering_vector": torch.ones(4), "action": "clamp"}
         ({"a": VECTOR | {"action": "clam"}}, "a: action: got 'clam', .*did you mean 'clamp'"),
         (
             {"a": VECTOR | {"action": "add", "bias": torch.ones(4)}},
-            "a: bias: 'add' does not use it",
+            "bias: 'add' does not use it",
         ),
         ({"a": VECTOR | {"head_index": 0}}, "head_index: got 0, heads are not steered"),
         ({"a": VECTOR | {"steering_vector": torch.zeros(4)}}, "steering_vector: is zero"),
