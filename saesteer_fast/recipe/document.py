@@ -16,7 +16,8 @@
     }
 
 `model` says of which model they are, for people to read; nothing is checked by it. The keys of a
-steering are the arguments of sf.steering; `sae` and `edits` are needed, the others have its defaults.
+steering are the arguments of sf.steering; `sae` and `edits` are needed, the others have its
+defaults.
 
     sae      a folder or file, relative to this file's folder, or a repository on the Hub
     layer    a number, or a module's name
