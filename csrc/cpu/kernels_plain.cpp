@@ -4,87 +4,109 @@
 namespace saesteer::cpu {
 namespace {
 
-float bits_to_float(uint32_t u) {
-  float f;
-  std::memcpy(&f, &u, sizeof f);
-  return f;
+using word4 __attribute__((vector_size(16))) = uint32_t;
+
+template <class T>
+word4 bits_of(const T* p) {
+  return word4{p[0].bits, p[1].bits, p[2].bits, p[3].bits};
 }
-uint32_t float_to_bits(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, sizeof u);
-  return u;
+template <class T>
+void set_bits(T* p, word4 u) {
+  for (int i = 0; i < 4; ++i) p[i].bits = static_cast<uint16_t>(u[i]);
+}
+// a in the lanes that satisfy `mask`, b in the others.
+template <class M>
+word4 choose(M mask, word4 a, word4 b) {
+  return ((word4)mask & a) | (~(word4)mask & b);
 }
 
-float widen(float v) { return v; }
-float widen(bf16 v) { return bits_to_float(uint32_t{v.bits} << 16); }
-float widen(f16 v) {
-  const uint32_t sign = uint32_t{v.bits & 0x8000u} << 16, rest = v.bits & 0x7FFFu;
-  if (rest >= 0x7C00) return bits_to_float(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+float4 widen(const float* p) {
+  float4 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+float4 widen(const bf16* p) { return (float4)(bits_of(p) << 16); }
+float4 widen(const f16* p) {
+  const word4 u = bits_of(p), rest = u & 0x7FFF;
+  const word4 not_finite = (word4)(rest >= 0x7C00) & 0x7F800000;
   // Exponents differ by 112; the product is exact and makes subnormals normal.
-  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
+  const word4 magnitude = (word4)((float4)(rest << 13) * 0x1p112f);
+  return (float4)((u & 0x8000) << 16 | not_finite | magnitude);
 }
 
-void narrow(float v, float* p) { *p = v; }
-void narrow(float v, bf16* p) {
-  const uint32_t u = float_to_bits(v);
-  if (v != v)
-    p->bits = static_cast<uint16_t>((u | 0x400000) >> 16);
-  else
-    p->bits = static_cast<uint16_t>((u + 0x7FFF + (u >> 16 & 1)) >> 16);
+void narrow(float4 v, float* p) { std::memcpy(p, &v, sizeof v); }
+void narrow(float4 v, bf16* p) {
+  const word4 u = (word4)v, rounded = u + 0x7FFF + (u >> 16 & 1), quiet = u | 0x400000;
+  set_bits(p, choose(v != v, quiet, rounded) >> 16);
 }
-void narrow(float v, f16* p) {
-  const uint32_t u = float_to_bits(v), sign = u >> 16 & 0x8000, rest = u & 0x7FFFFFFF;
-  uint32_t h;
-  if (rest > 0x7F800000)
-    h = 0x7E00 | (rest >> 13 & 0x3FF);
-  else if (rest >= 0x477FF000)  // 65520 rounds to infinity
-    h = 0x7C00;
-  else if (rest < 0x38800000)  // subnormal: adding 0.5 lets fp32 round at 2^-24
-    h = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3F000000;
-  else
-    h = (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13;
-  p->bits = static_cast<uint16_t>(sign | h);
+void narrow(float4 v, f16* p) {
+  const word4 u = (word4)v, rest = u & 0x7FFFFFFF, infinity = word4{} + 0x7C00;
+  const word4 nan = 0x7E00 | (rest >> 13 & 0x3FF);
+  const word4 normal = (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13;
+  const word4 subnormal = (word4)((float4)rest + 0.5f) - 0x3F000000;  // fp32 rounds at 2^-24
+  word4 h = choose(rest < 0x38800000, subnormal, normal);
+  h = choose(rest >= 0x477FF000, infinity, h);  // 65520 rounds to it
+  h = choose(rest > 0x7F800000, nan, h);
+  set_bits(p, (u >> 16 & 0x8000) | h);
+}
+
+// By chance a compiler fuses a * b + c in one tile and not in another; no p_j may depend on that.
+float4 multiply_add(float4 a, float4 b, float4 c) {
+#ifdef __FP_FAST_FMAF
+  for (int i = 0; i < 4; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
 }
 
 struct Plain {
-  using reg __attribute__((vector_size(32))) = float;
+  struct reg {
+    float4 low, high;  // a vector wider than the machine's would live in memory
+  };
   static constexpr int lanes = 8;
   static constexpr int tokens = 2;
   static constexpr int wide = 0;
   using Bf16Product = Widened<Plain, bf16, bf16>;
 
   template <class T>
-  static reg load_part(const T* p, int n) {
-    reg v = {};
-    for (int i = 0; i < n; ++i) v[i] = widen(p[i]);
-    return v;
-  }
-  template <class T>
   static reg load(const T* p) {
-    return load_part(p, lanes);
+    return {widen(p), widen(p + 4)};
   }
   template <class T>
-  static void store_part(T* p, reg v, int n) {
-    for (int i = 0; i < n; ++i) narrow(v[i], p + i);
+  static reg load_part(const T* p, int n) {
+    T buffer[lanes] = {};
+    std::memcpy(buffer, p, n * sizeof(T));
+    return load(buffer);
   }
   template <class T>
   static void store(T* p, reg v) {
-    store_part(p, v, lanes);
+    narrow(v.low, p), narrow(v.high, p + 4);
+  }
+  template <class T>
+  static void store_part(T* p, reg v, int n) {
+    T buffer[lanes];
+    store(buffer, v);
+    std::memcpy(p, buffer, n * sizeof(T));
   }
 
-  static reg set1(float v) { return reg{} + v; }
-  static reg add(reg a, reg b) { return a + b; }
-  static reg fma(reg a, reg b, reg c) { return a * b + c; }
+  static reg set1(float v) { return {float4{} + v, float4{} + v}; }
+  static reg add(reg a, reg b) { return {a.low + b.low, a.high + b.high}; }
+  static reg fma(reg a, reg b, reg c) {
+    return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)};
+  }
 
   static float sum(reg a) {
-    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+    const float4 s = a.low + a.high;
+    return (s[0] + s[2]) + (s[1] + s[3]);
   }
   static float4 sums(reg a, reg b, reg c, reg d) { return float4{sum(a), sum(b), sum(c), sum(d)}; }
 
   static uint32_t beats(reg p, reg threshold, bool ties) {
+    const auto low = ties ? ~(p.low < threshold.low) : ~(p.low <= threshold.low);
+    const auto high = ties ? ~(p.high < threshold.high) : ~(p.high <= threshold.high);
     uint32_t bits = 0;
-    for (int i = 0; i < lanes; ++i)
-      bits |= uint32_t{ties ? !(p[i] < threshold[i]) : !(p[i] <= threshold[i])} << i;
+    for (int i = 0; i < 4; ++i) bits |= (low[i] & 1u) << i | (high[i] & 1u) << (i + 4);
     return bits;
   }
 };
