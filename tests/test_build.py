@@ -85,6 +85,18 @@ def test_instruction_sets_do_not_leak():
         assert not re.findall(r" [WVu] \w+", symbols), path.name
 
 
+ARM = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.skipif(ARM is None, reason="aarch64-linux-gnu-g++ is not installed")
+def test_kernels_compile_for_arm():
+    """What needs no PyTorch for Arm: the rest of csrc/cpu is portable if its inner loops are."""
+    sources = [f"csrc/cpu/{name}.cpp" for name in ("isa", "kernels", "kernels_plain")]
+    command = [ARM, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", *sources]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def build_error(tmp_path, **environment) -> str:
     """What `setup.py build_ext` says when it refuses, which is before it compiles anything."""
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib"]

@@ -33,7 +33,7 @@ py::tuple instruction_set() {
   using namespace saesteer::cpu;
   const std::string best = isa_name(detected_isa()), used = isa_name(isa_in_use());
   return py::make_tuple(used, used == best
-                                  ? "the best that this processor has"
+                                  ? "the best built for this processor"
                                   : "SAESTEER_CPU_ISA names it; this processor has " + best);
 }
 
