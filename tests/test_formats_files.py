@@ -812,6 +812,23 @@ def test_a_pt_file_from_a_big_endian_machine(tmp_path):
         sf.SAE.load(tmp_path / "big.pt")
 
 
+def test_a_pt_file_where_meta_tensors_do_not_say_where_their_numbers_lie(tmp_path, monkeypatch):
+    """As in PyTorch 2.10: their storages have the attribute, but it is None."""
+    load = torch.load
+
+    def older(*args, map_location=None, **kwargs):
+        content = load(*args, map_location=map_location, **kwargs)
+        if map_location == "meta":
+            for tensor in (value for value in content.values() if isinstance(value, Tensor)):
+                tensor.untyped_storage()._checkpoint_offset = None
+        return content
+
+    w = random()
+    path = openai(tmp_path, w)
+    monkeypatch.setattr(torch, "load", older)
+    assert torch.equal(sf.SAE.load(path).W_enc, w["W_enc"])
+
+
 def test_a_pt_file_older_than_zip(tmp_path):
     w = random()
     path = openai(tmp_path, w)

@@ -138,7 +138,7 @@ def _load_without_numbers(path: Path) -> object:
 
 
 def _placed(value: object) -> bool:
-    return not isinstance(value, Tensor) or hasattr(value.untyped_storage(), "_checkpoint_offset")
+    return not isinstance(value, Tensor) or value.untyped_storage()._checkpoint_offset is not None
 
 
 class Numpy(_Zipped):
