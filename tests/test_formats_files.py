@@ -441,7 +441,8 @@ def test_llama_scope_is_used_in_units_of_the_stream(tmp_path):
     sae = sf.SAE.load(llama(tmp_path / "L19R", w))
     assert sae.hookpoint == "layers.19" and sae.measure == "threshold"
     # As trained: tokens times c; then everything over c, and decoder rows made unit.
-    c, norms, x = D**0.5 / 17.125, w["W_dec"].norm(dim=1), torch.randn(9, D) * 5
+    c, norms = D**0.5 / 17.125, w["W_dec"].norm(dim=1)
+    x = 5 * torch.randn(9, D, generator=torch.Generator().manual_seed(2))
     p = ((x * c) @ w["W_enc"].T + w["bias"]) / c * norms
     acts = p * (p > 0.5)
     assert (acts > 0).any()
