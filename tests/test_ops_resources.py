@@ -39,10 +39,11 @@ def cpu_seconds() -> dict[str, float]:
 
 
 def shares(work) -> list[float]:
-    """The share of each thread in the CPU time of `work`, repeated for a while; largest first."""
+    """The share of each thread in the CPU time of `work`, repeated for many ticks of it however
+    busy the machine is; largest first."""
     work()
-    before, end = cpu_seconds(), time.monotonic() + 0.5
-    while time.monotonic() < end:
+    before, end = cpu_seconds(), time.process_time() + 60 * TICK
+    while time.process_time() < end:
         work()
     spent = [s - before.get(task, 0) for task, s in cpu_seconds().items()]
     return sorted((s / sum(spent) for s in spent), reverse=True)
