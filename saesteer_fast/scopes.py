@@ -6,7 +6,7 @@
 sf.positions(0, 1, -1)    tokens at these places of their row
 sf.not_tokens([1, 32000]) tokens of any other id
 a bool tensor [B, S]      tokens where it is True; later columns than S are outside
-[scope, scope, ...]       tokens in all of these; no token is in "prompt" and "generated"
+[scope, scope, ...]       tokens in all of these
 """
 
 from __future__ import annotations
@@ -65,11 +65,12 @@ class Scoped:
     def __init__(self, scope: Scope, device: torch.device):
         given = parts(scope)
         inside = [_part(part, device) for part in given]
-        if {"prompt", "generated"} <= {part for part in given if isinstance(part, str)}:
-            raise ValueError(
-                "scope: got 'prompt' and 'generated', and no token is in both; accepted are "
-                "'all', for either, or one of them"
-            )
+        if any(isinstance(part, str) and part == "generated" for part in given):
+            for part in filter(_of_the_prompt, given):
+                raise ValueError(
+                    f"scope: got 'generated' and {part!r}, and no token is in both; accepted are "
+                    "'all', for any token, or one of them"
+                )
         self.parts = [part for part in inside if part is not None]
 
     @property
@@ -185,6 +186,13 @@ def follows_prompts(scope: Scope) -> bool:
         else isinstance(part, str) and part != "all"
         for part in parts(scope)
     )
+
+
+def _of_the_prompt(part) -> bool:
+    """Whether none of its tokens can be a generated one."""
+    if isinstance(part, Positions):
+        return max(part.places) < 0
+    return isinstance(part, str) and part == "prompt"
 
 
 def _part(part, device: torch.device):

@@ -284,7 +284,7 @@ def test_what_a_program_makes_is_saved(folder):
         (lambda sae: sf.Steering("a/b", {3: torch.tensor(float("inf"))}), r'edits\["3"\]: got Inf'),
         (
             lambda sae: sf.Steering("a/b", {3: 1.0}, scope=["prompt", "generated"]),
-            r"steerings\[0\]\.scope: got 'prompt' and 'generated'",
+            r"steerings\[0\]\.scope: got 'generated' and 'prompt'",
         ),
     ],
 )
@@ -330,7 +330,7 @@ WRONG = {
         r"edits\.on: no latent",
     ),
     "scope": (one(scope="generate"), r"scope: got \"generate\", .*did you mean 'generated'\?"),
-    "no token": (one(scope=["prompt", ["generated"]]), r"\[0\]\.scope: got 'prompt' and 'gen"),
+    "no token": (one(scope=["prompt", ["generated"]]), r"\[0\]\.scope: got 'generated' and 'pr"),
     "two scopes": (one(scope={"positions": [1], "mask": [[True]]}), "one of positions, not_tokens"),
     "position": (one(scope=[{"positions": [1.5]}]), r"scope\[0\]\.positions\[0\]: got 1.5, an int"),
     "huge position": (one(scope={"positions": [2**63]}), r"positions\[0\]: got 9223.*from -"),

@@ -16,6 +16,7 @@ from prompts import IDS, MASK, generate
 from torch import nn
 
 import saesteer_fast as sf
+from saesteer_fast.scopes import Positions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EDITS = {3: 6.0, 77: -2.0}
@@ -352,7 +353,8 @@ def test_where_all_or_none_are_in_no_mask_is_made(model, sae, monkeypatch):
     [
         ("prompts", "scope: got 'prompts', accepted are 'all', .*did you mean 'prompt'"),
         (["all", "generate"], "did you mean 'generated'"),
-        (["prompt", "generated"], "scope: got 'prompt' and 'generated', .* accepted are 'all'"),
+        (["prompt", "generated"], "scope: got 'generated' and 'prompt', .* accepted are 'all'"),
+        (["generated", sf.positions(-2, -1)], "got 'generated' and Positions.*and no token is in"),
         (["generated", [sf.positions(0), ["prompt"]]], "no token is in both"),
         (None, "scope: got None, accepted are"),
         (3, "scope: got 3"),
@@ -475,6 +477,12 @@ class Stream(nn.Module):
         return hidden
 
 
+def not_refused(scope: list) -> bool:
+    names = [part for part in scope if isinstance(part, str)]
+    ends = [part for part in scope if isinstance(part, Positions) and max(part.places) < 0]
+    return "generated" not in names or not ("prompt" in names or ends)
+
+
 @st.composite
 def sequences(draw):
     """Left-padded prompts and what was generated after them, cut into calls anywhere."""
@@ -497,9 +505,7 @@ def sequences(draw):
     flags = st.lists(st.booleans(), min_size=batch * 7, max_size=batch * 7)
     masks = flags.map(lambda found: torch.tensor(found).view(batch, 7))
     part = st.one_of(st.sampled_from(["all", "prompt", "generated"]), places, tokens, masks)
-    several = st.lists(part, min_size=1, max_size=3).filter(
-        lambda found: not {"prompt", "generated"} <= {one for one in found if isinstance(one, str)}
-    )
+    several = st.lists(part, min_size=1, max_size=3).filter(not_refused)
     scope = draw(st.one_of(part, several))
     return ids, real, prompt, bounds, scope, draw(st.booleans())
 
