@@ -135,8 +135,8 @@ def elements(op: str, name: str, indices: Tensor, N: int) -> None:
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     if torch.compiler.is_dynamo_compiling():  # which knows no storages; shapes alone are traced
         return False
-    one, other = a.untyped_storage(), b.untyped_storage()
-    if one.device.type == "meta" and one._cdata != other._cdata:
+    storages = a.untyped_storage(), b.untyped_storage()
+    if not all(map(_address, storages)) and storages[0]._cdata != storages[1]._cdata:
         return False
     (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
     return a_begin < b_end and b_begin < a_end
@@ -147,11 +147,15 @@ def _extent(t: Tensor) -> tuple[int, int]:
     (0, 0) if there is none."""
     if t.numel() == 0:
         return 0, 0
-    storage = t.untyped_storage()
-    address = 0 if storage.device.type == "meta" else storage.data_ptr()
+    address = _address(t.untyped_storage())
     steps = zip(t.shape, t.stride(), strict=True)
     begin, size = t.storage_offset(), 1 + sum((n - 1) * step for n, step in steps)
     return address + begin * t.itemsize, address + (begin + size) * t.itemsize
+
+
+def _address(storage: torch.UntypedStorage) -> int:
+    """0 where there is none, as of fake tensors."""
+    return 0 if storage.device.type == "meta" else storage.data_ptr()
 
 
 def _added(op: str, x: Tensor, directions: Tensor, name: str, coef: Tensor, F: int) -> None:

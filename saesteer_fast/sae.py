@@ -59,9 +59,9 @@ class SAE:
 
     Of equal p the lower index is the larger. Weights are fp32, bf16 or fp16, in any mix, and on one
     device. They are shared with the caller, made contiguous where they are not, and must not be
-    written to: what is made of them is kept. Raises TypeError or
-    ValueError, naming the argument, for a wrong type, dtype, shape, device or k, for an argument
-    that the measure lacks or does not use, and for NaN or infinity.
+    written to: what is made of them is kept. Raises TypeError or ValueError, naming the argument,
+    for a wrong type, dtype, shape, device or k, for an argument that the measure lacks or does not
+    use, and for NaN or infinity.
     """
 
     W_enc: Tensor

@@ -181,7 +181,7 @@ def parts(scope: Scope) -> list:
 def follows_prompts(scope: Scope) -> bool:
     """Whether it depends on where a prompt ends."""
     return any(
-        min(part.places, default=0) < 0
+        min(part.places) < 0
         if isinstance(part, Positions)
         else isinstance(part, str) and part != "all"
         for part in parts(scope)

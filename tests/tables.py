@@ -45,14 +45,7 @@ def families_page() -> str:
 
 
 def support() -> str:
-    return support_table(gpu.standing(recorded_on_gpu()))
-
-
-def recorded_on_gpu() -> dict | None:
-    try:
-        return report.newest(report.RESULTS, "gpu")
-    except FileNotFoundError:
-        return None
+    return support_table(gpu.standing(report.latest(report.RESULTS, "gpu")))
 
 
 def devices_table() -> str:
@@ -82,11 +75,9 @@ PAGES = {"faults": lambda: faults_page(TESTS), "families": families_page}
 
 def wanted() -> dict[Path, str]:
     """Each file that holds a table, as it ought to be."""
-    readme = (ROOT / "README.md").read_text()
-    for name, block in BLOCKS.items():
-        readme = report.placed(readme, name, block())
+    readme = ROOT / "README.md"
     pages = {ROOT / "docs" / f"{name}.md": page() for name, page in PAGES.items()}
-    return {ROOT / "README.md": readme, **pages}
+    return {readme: report.filled(readme, {n: block() for n, block in BLOCKS.items()}), **pages}
 
 
 def main(arguments: list[str] | None = None) -> None:

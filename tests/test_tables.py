@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bench import report
 from bench.tables import gpu
 from saesteer_fast import ops
 from tests import tables
@@ -32,7 +33,7 @@ def test_check_detects_drift(tmp_path, monkeypatch):
 
 def test_a_gpu_runs_by_itself_only_what_was_right_on_one():
     kernels = {impl for _, impls in ops._ON_GPU for impl in impls} - {"reference"}
-    recorded = tables.recorded_on_gpu()
+    recorded = report.latest(report.RESULTS, "gpu")
     assert not kernels or recorded, f"no run of `make gpu` is recorded, but _ON_GPU names {kernels}"
     for impl in kernels:
         assert gpu.mistakes(recorded, impl) == []

@@ -5,13 +5,13 @@ from __future__ import annotations
 from statistics import median
 
 from .common import Case, circumstances, duration, number, percent, ratios, table
-from .contestants import HEADINGS, PEERS, best
+from .contestants import BASELINES, HEADINGS, LIBRARIES, best
 from .memory import size
 from .model import added
 from .op import TARGETS, shapes
 
 SHOWN = {"dtype": "bf16", "F": 1}
-OTHERS = (*(name for name in PEERS if name != "sae_lens, no error term"), "linear")
+OTHERS = (*BASELINES, *LIBRARIES[:2], "linear")
 
 
 def render(op: dict, model: dict | None, memory: dict | None) -> str:
