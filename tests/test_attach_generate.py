@@ -16,6 +16,8 @@ from torch import nn
 
 import saesteer_fast as sf
 
+transformers = pytest.importorskip("transformers")
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 EDITS = {3: 40.0, 77: -30.0}
 IDS = torch.tensor([[7, 8, 9, 5, 17, 60]])
@@ -251,3 +253,27 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 def test_a_forked_process_steers_too():
     """Few tokens, as in a worker of a data loader, after the parent used its threads."""
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
+
+
+def test_continuous_batching(make_phi3, sae):
+    """Requests are packed into a row: all of their tokens are steered, or none comes out."""
+    model, prompts = make_phi3(), [[5, 17, 60, 2], [33, 8], [9, 44, 51, 7, 7, 12]]
+    if not hasattr(transformers, "ContinuousBatchingConfig"):
+        pytest.skip("this transformers has no continuous batching")
+    options = {
+        "generation_config": transformers.GenerationConfig(max_new_tokens=6, eos_token_id=-1),
+        "continuous_batching_config": transformers.ContinuousBatchingConfig(
+            num_blocks=4, block_size=32, max_batch_tokens=32
+        ),
+    }
+    unsteered = model.generate_batch(prompts, **options)
+    with sf.steering(model, sae, EDITS, layer=1):
+        found = model.generate_batch(prompts, **options)
+        wanted = [
+            model.generate(torch.tensor([ids]), max_new_tokens=6)[0, len(ids) :] for ids in prompts
+        ]
+    found, unsteered = ([o.generated_tokens for o in out.values()] for out in (found, unsteered))
+    assert found == [ids.tolist() for ids in wanted] != unsteered
+    with sf.steering(model, sae, EDITS, layer=1, scope="generated"):
+        refused = model.generate_batch(prompts, **options)
+    assert all("packed in a row" in o.error and not o.generated_tokens for o in refused.values())

@@ -1,0 +1,1 @@
+"""Steering in serving engines, which run the tokens of many requests together."""

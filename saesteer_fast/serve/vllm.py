@@ -1,0 +1,253 @@
+"""Steering in vLLM, by the worker that it is started with.
+
+    python -m saesteer_fast.serve.vllm refuse.json serve microsoft/Phi-3-mini-4k-instruct
+
+    llm = vllm.LLM("microsoft/Phi-3-mini-4k-instruct", **options("refuse.json"))
+
+Of a table of configurations in the steering file each request chooses one by name, through
+SamplingParams(extra_args={"saesteer": "strong"}), or "vllm_xargs" of the server's API; one that is
+named "default" is for requests that choose none.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    from vllm import __version__
+    from vllm.config import CompilationMode, VllmConfig
+    from vllm.platforms import current_platform
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+    else:
+        from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"saesteer_fast.serve.vllm needs {error.name}: pip install vllm"
+    ) from error
+
+from ..recipe import Recipe, load_steering
+from . import recipes
+from .requests import Span, configuration
+from .steered import Steered
+
+VARIABLE = "SAESTEER_STEERING"
+"""The environment's name of the steering file, by which vLLM's processes learn of it."""
+
+KEY = "saesteer"
+"""Of a request's extra_args, its configuration's name; of vLLM's additional_config, ours."""
+
+_WORKER, _CHOICE = f"{__spec__.name}.Worker", f"{__spec__.name}:Choice"
+
+
+def options(steering: str | os.PathLike[str]) -> dict[str, object]:
+    """Arguments of vllm.LLM, and of `vllm serve` with dashes, under which `steering` is served.
+
+    They name classes of this module. The file's name goes into the environment, where vLLM's
+    processes find it, so that a process can have one steered engine. Prefix caching is turned off
+    where one request's prefix may be steered otherwise than another's.
+
+    Raises what load_steering does, and ValueError, naming the place, for what no engine can serve.
+    """
+    path = Path(steering).resolve()
+    recipe = load_steering(path)
+    recipes.names(recipe)
+    chosen = {"worker_cls": _WORKER, "logits_processors": [_CHOICE]}
+    if not recipes.shares_prefixes(recipe):
+        chosen["enable_prefix_caching"] = False
+    os.environ[VARIABLE] = str(path)
+    return chosen
+
+
+class Choice(LogitsProcessor):
+    """Refuses requests for a configuration that is not there, before they run.
+
+    Logits stay what they are: it is that vLLM asks these processors about a request's parameters.
+    """
+
+    @classmethod
+    def validate_params(cls, sampling_params) -> None:
+        configuration(_names(_file()), _asked(sampling_params))
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
+        pass
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update) -> None:
+        pass
+
+    def apply(self, logits: Tensor) -> Tensor:
+        return logits
+
+
+class Worker(PlatformWorker):
+    """vLLM's own, whose model is steered as the environment's steering file says.
+
+    Raises ValueError for what of vLLM's would leave tokens unsteered, or steer them otherwise.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, *args, **kwargs):
+        self._recipe = load_steering(_file())
+        _require_servable(self._recipe, vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def load_model(self, **kwargs) -> None:
+        super().load_model(**kwargs)
+        size = self.vllm_config.scheduler_config.max_num_batched_tokens
+        self._steered = Steered(self._recipe, self.model_runner.get_model(), size)
+        self._spans: dict[str, Span] = {}
+        # What vLLM has compiled it keeps, and finds again by this among others.
+        self.vllm_config.additional_config[KEY] = self._steered.digest
+        if self._steered.tells_tokens_apart:
+            _before_forward(self.model_runner, self._pack)
+
+    def compile_or_warm_up_model(self):
+        times = super().compile_or_warm_up_model()
+        if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+            self._steered.require_run()
+        return times
+
+    def execute_model(self, scheduler_output):
+        if self._steered.tells_tokens_apart:
+            self._schedule(scheduler_output)
+        return super().execute_model(scheduler_output)
+
+    def _schedule(self, output) -> None:
+        """Note what vLLM's scheduler has for the next call."""
+        requests, cached = self._steered.requests, output.scheduled_cached_reqs
+        for request in output.finished_req_ids:
+            requests.end(request)
+        starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for new in output.scheduled_new_reqs:
+            prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
+            requests.begin(new.req_id, _asked(new.sampling_params), len(prompt))
+            starts[new.req_id] = new.num_computed_tokens
+        self._spans = {
+            request: Span(request, starts[request], count)
+            for request, count in output.num_scheduled_tokens.items()
+        }
+
+    def _pack(self, order: list[str], ids: Tensor | None) -> None:
+        """Tell the steerings which tokens come, now that the order of the requests is known."""
+        if set(order) != set(self._spans):
+            raise RuntimeError(f"vLLM scheduled {[*self._spans]} and runs {order}")
+        self._steered.pack([self._spans[request] for request in order], ids)
+
+
+def _before_forward(runner, pack: Callable[[list[str], Tensor | None], None]) -> None:
+    """Have `pack` called before every forward, replayed ones too, by either of vLLM's runners."""
+    name = next((name for name in _RUNNERS if hasattr(runner, name)), None)
+    if name is None:
+        raise RuntimeError(f"vLLM {__version__} has neither of {', '.join(_RUNNERS)}")
+    setattr(runner, name, _RUNNERS[name](runner, getattr(runner, name), pack))
+
+
+def _packing_forward(runner, forward: Callable, pack: Callable) -> Callable:
+    def packed(input_ids: Tensor | None = None, *args, **kwargs):
+        pack(runner.input_batch.req_ids, input_ids)
+        return forward(input_ids, *args, **kwargs)
+
+    return packed
+
+
+def _packing_inputs(runner, prepare: Callable, pack: Callable) -> Callable:
+    def packed(*args, **kwargs):
+        batch = prepare(*args, **kwargs)
+        pack(batch.req_ids, batch.input_ids)
+        return batch
+
+    return packed
+
+
+_RUNNERS = {"_model_forward": _packing_forward, "prepare_inputs": _packing_inputs}
+"""What the first and the second model runner call before each forward."""
+
+
+def _require_servable(recipe: Recipe, config: VllmConfig) -> None:
+    names, parallel, model = recipes.names(recipe), config.parallel_config, config.model_config
+    refused = {
+        "pipeline_parallel_size": (
+            parallel.pipeline_parallel_size > 1,
+            "a process must have every steered layer",
+        ),
+        "kv_transfer_config": (
+            config.kv_transfer_config is not None,
+            "keys and values from elsewhere may be steered otherwise",
+        ),
+    }
+    if not recipes.shares_prefixes(recipe):
+        refused["enable_prefix_caching"] = (
+            config.cache_config.enable_prefix_caching,
+            "one request's prefix is steered otherwise than another's",
+        )
+    if recipes.tells_tokens_apart(recipe):
+        refused |= {
+            "speculative_config": (
+                config.speculative_config is not None,
+                "guessed tokens have no place yet",
+            ),
+            "prefill_context_parallel_size": (
+                parallel.prefill_context_parallel_size > 1,
+                "a process must have all of a request's tokens",
+            ),
+            "enable_dbo": (parallel.use_ubatching, "a call must have all of its tokens"),
+        }
+    if recipes.reads_ids(recipe) and (model.is_multimodal_model or model.enable_prompt_embeds):
+        raise ValueError("scope: not_tokens needs ids, and this model is given embeddings")
+    for name, (given, reason) in refused.items():
+        if given:
+            raise ValueError(f"{name}: leave it out under this steering file; {reason}")
+    if names and _CHOICE not in (model.logits_processors or ()):
+        raise ValueError(f"logits_processors: {_CHOICE!r} must be among them, which checks names")
+
+
+def _file() -> str:
+    path = os.environ.get(VARIABLE)
+    if not path:
+        raise ValueError(f"{VARIABLE}: is not set; start vLLM with {__spec__.name}.options")
+    return path
+
+
+@cache
+def _names(path: str) -> tuple[str, ...]:
+    return recipes.names(load_steering(path))
+
+
+def _asked(sampling_params) -> str | None:
+    extra = None if sampling_params is None else sampling_params.extra_args
+    return (extra or {}).get(KEY)
+
+
+def main(arguments: list[str]) -> None:
+    """vLLM's own command, with a steering file before its arguments."""
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit(f"usage: python -m {__spec__.name} STEERING serve MODEL [...]")
+    given = [*_flags(options(arguments[0]))]
+    sys.argv = ["vllm", *arguments[1:], *given]
+    from vllm.entrypoints.cli.main import main as vllm
+
+    vllm()
+
+
+def _flags(options: dict[str, object]) -> Iterator[str]:
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if value is False:
+            yield f"--no-{flag}"
+        else:
+            yield from (f"--{flag}", *([value] if isinstance(value, str) else value))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

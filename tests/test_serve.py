@@ -1,0 +1,308 @@
+"""Steering in an engine, without the engine: tokens of many requests in one call, each steered as
+its request asked, whichever way they are packed."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import saesteer_fast as sf
+from saesteer_fast.serve import recipes
+from saesteer_fast.serve.requests import Span, configuration
+from saesteer_fast.serve.steered import Steered
+
+D, SIZE, VOCABULARY = 32, 40, 20
+TABLE = {"default": {}, "strong": {3: 9.0, 77: -8.0}, "other": {5: 4.0, 77: 2.0}}
+STRONG = TABLE["strong"]
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Gives the stream in two parts, as vLLM's of that name."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, hidden, residual):
+        stream = hidden + residual
+        return self.linear(stream), stream
+
+
+class WholeLayer(nn.Module):
+    """Gives it whole, with a batch of one, as those of transformers."""
+
+    __module__ = "transformers.models.toy"
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, stream):
+        return stream + self.linear(stream)
+
+
+class Toy(nn.Module):
+    """[T] ids to [T, d]: no token sees another, so that a call may hold any of them."""
+
+    def __init__(self, layer=LlamaDecoderLayer):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(num_hidden_layers=3, hidden_size=D)
+        self.embedding = nn.Embedding(VOCABULARY, D)
+        self.layers = nn.ModuleList(layer() for _ in range(3))
+        self.requires_grad_(False)
+
+    def forward(self, ids):
+        hidden, residual = self.embedding(ids), torch.zeros(len(ids), D)
+        if isinstance(self.layers[0], WholeLayer):
+            hidden = hidden[None]
+            for layer in self.layers:
+                hidden = layer(hidden)
+            return hidden[0]
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual)
+        return hidden + residual
+
+
+@pytest.fixture(scope="module")
+def sae(make_sae):
+    return make_sae(d=D)
+
+
+def recipe(sae, edits=STRONG, **arguments) -> sf.Recipe:
+    return sf.Recipe([sf.Steering(sae, edits, **arguments)])
+
+
+def expected(model, textbook, sae, ids, edits, mask) -> torch.Tensor:
+    """The dense formula after layer 1, for one whole request."""
+    with torch.no_grad():
+        stream = model.embedding(ids)
+        for place, layer in enumerate(model.layers):
+            stream = stream + layer.linear(stream)
+            if place == 1 and edits:
+                stream = textbook(stream, sae, edits, mask).to(stream.dtype)
+    return stream
+
+
+INSIDE = {
+    "all": lambda place, prompt, token: True,
+    "prompt": lambda place, prompt, token: place < prompt,
+    "generated": lambda place, prompt, token: place >= prompt,
+    "positions": lambda place, prompt, token: place == 2 or place == prompt - 1,
+    "not_tokens": lambda place, prompt, token: token not in (1, 2, 3),
+    "both": lambda place, prompt, token: place < prompt and token not in (1, 2, 3),
+}
+SCOPES = {
+    "positions": sf.positions(2, -1),
+    "not_tokens": sf.not_tokens([1, 2, 3]),
+    "both": ["prompt", sf.not_tokens([1, 2, 3])],
+}
+
+
+def serve(steered, model, requests, seed) -> dict[str, torch.Tensor]:
+    """What the model gives for each request, a few tokens of some of them at a time, in any order;
+    requests that were cut begin again now and then."""
+    chance = random.Random(seed)
+    given = {name: [] for name in requests}
+    for name, (_, prompt, asked) in requests.items():
+        steered.requests.begin(name, asked, prompt)
+    while left := [n for n, (ids, *_) in requests.items() if sum(map(len, given[n])) < len(ids)]:
+        spans, room = [], SIZE
+        for name in chance.sample(left, chance.randint(1, len(left))):
+            if chance.random() < 0.1:
+                given[name] = []
+            start = sum(map(len, given[name]))
+            count = min(chance.randint(1, 9), len(requests[name][0]) - start, room)
+            if count:
+                spans.append(Span(name, start, count))
+                room -= count
+        ids = torch.cat([requests[n][0][start : start + count] for n, start, count in spans])
+        padded = torch.cat([ids, torch.zeros(chance.randint(0, SIZE - len(ids)), dtype=torch.long)])
+        steered.pack(spans, padded)
+        parts = model(padded)[: len(ids)].split([span.count for span in spans])
+        for span, part in zip(spans, parts, strict=True):
+            given[span.request].append(part)
+    return {name: torch.cat(parts) for name, parts in given.items()}
+
+
+@pytest.mark.parametrize("layer", [LlamaDecoderLayer, WholeLayer])
+@pytest.mark.parametrize("scope", INSIDE)
+def test_each_token_is_steered_as_its_request_asked(sae, textbook, scope, layer):
+    random_ids = torch.Generator().manual_seed(1)
+    requests = {
+        f"request {i}": (
+            torch.randint(0, VOCABULARY, (12 + i,), generator=random_ids),
+            4 + i,
+            [None, "strong", "other"][i % 3],
+        )
+        for i in range(7)
+    }
+    model = Toy(layer)
+    steered = Steered(recipe(sae, TABLE, layer=1, scope=SCOPES.get(scope, scope)), model, SIZE)
+    found = serve(steered, model, requests, seed=len(scope))
+    for name, (ids, prompt, asked) in requests.items():
+        inside = [INSIDE[scope](place, prompt, int(token)) for place, token in enumerate(ids)]
+        edits = TABLE[asked or "default"]
+        wanted = expected(model, textbook, sae, ids, edits, torch.tensor(inside))
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-5)
+        unsteered = expected(model, textbook, sae, ids, {}, None)
+        changed = (found[name] - unsteered).abs().amax(1) > 1e-4
+        assert not changed[~torch.tensor(inside)].any()
+        assert changed.any() == (bool(edits) and any(inside))
+
+
+def test_a_condition_is_read_token_by_token(sae, textbook):
+    model, ids = Toy(), torch.arange(VOCABULARY)
+    Steered(recipe(sae, when=sf.active({11: 0.05})), model, SIZE)
+    plain = Toy()
+    stream = plain.embedding(ids)
+    for layer in plain.layers[:2]:
+        stream = stream + layer.linear(stream)
+    on = (
+        torch.ops.saesteer.feature_acts(stream, sae.W_enc, sae.b_enc, torch.tensor([11]), sae.k)[
+            :, 0
+        ]
+        > 0.05
+    )
+    assert 0 < on.sum() < len(ids)
+    wanted = expected(model, textbook, sae, ids, STRONG, on)
+    torch.testing.assert_close(model(ids), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_steerings_of_one_layer_act_one_after_the_other(sae, make_sae, textbook):
+    other, ids = make_sae(d=D, seed=1), torch.arange(VOCABULARY)
+    steps = [sf.Steering(sae, STRONG, layer=1), sf.Steering(other, {9: 5.0}, layer=1)]
+    model = Toy()
+    Steered(sf.Recipe(steps), model, SIZE)
+    stream = model.embedding(ids)
+    for layer in model.layers[:2]:
+        stream = stream + layer.linear(stream)
+    stream = textbook(textbook(stream, sae, STRONG).float(), other, {9: 5.0}).float()
+    wanted = stream + model.layers[2].linear(stream)
+    torch.testing.assert_close(model(ids), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_whole_it_follows_what_changes_in_place(sae, textbook):
+    model = Toy()
+    steered = Steered(recipe(sae, TABLE, scope="generated"), model, SIZE)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = torch.arange(12)
+    for asked, prompt in (("strong", 4), ("other", 4), ("strong", 9), (None, 0)):
+        steered.requests.begin("one", asked, prompt)
+        steered.pack([Span("one", 0, 12)], ids)
+        mask = torch.arange(12) >= prompt
+        wanted = expected(model, textbook, sae, ids, TABLE[asked or "default"], mask)
+        with torch.compiler.set_stance("fail_on_recompile" if asked != "strong" else "default"):
+            torch.testing.assert_close(compiled(ids), wanted, rtol=1e-5, atol=1e-5)
+    steered.require_run()
+
+
+def test_a_model_that_passes_its_steering_by_is_noticed(sae):
+    model = Toy()
+    steered = Steered(recipe(sae), model, SIZE)
+    for layer in model.layers:
+        layer._forward_hooks.clear()
+    model(torch.arange(3))
+    with pytest.raises(RuntimeError, match=r"layers\.1 was compiled without its steering"):
+        steered.require_run()
+
+
+def test_digests_tell_compiled_models_apart(sae):
+    digests = {Steered(recipe(sae, layer=layer), Toy(), SIZE).digest for layer in (0, 1, 1)}
+    assert len(digests) == 3
+
+
+def test_more_tokens_than_said_are_refused(sae):
+    model = Toy()
+    Steered(recipe(sae, scope="prompt"), model, SIZE)
+    with pytest.raises(RuntimeError, match="41 tokens in a call, 40 at most"):
+        model(torch.zeros(41, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"edits": [STRONG, {}]}, r"steerings\[0\]\.edits: an engine makes its own batches"),
+        ({"edits": TABLE, "rows": ["strong"]}, r"steerings\[0\]\.rows: an engine makes its own"),
+        ({"scope": torch.ones(1, 4, dtype=torch.bool)}, r"scope: a mask is for the rows of one"),
+        ({"when": sf.gate({3: 1.0})}, "when: a gate reads whole prompts"),
+    ],
+)
+def test_what_no_engine_can_serve_is_named(sae, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.names(recipe(sae, **arguments))
+
+
+def test_a_recipe_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="there are none, so nothing would be steered"):
+        recipes.names(sf.Recipe([]))
+
+
+def test_tables_must_have_the_same_names(sae):
+    steps = [sf.Steering(sae, TABLE), sf.Steering(sae, {"default": {}, "strnog": STRONG})]
+    with pytest.raises(ValueError, match=r"steerings\[1\]\.edits: .*'strnog'.*'strong'"):
+        recipes.names(sf.Recipe(steps))
+    steps[1] = sf.Steering(sae, dict(reversed(TABLE.items())))
+    assert recipes.names(sf.Recipe(steps)) == ("default", "other", "strong")
+
+
+@pytest.mark.parametrize(
+    "arguments, apart, shared, ids",
+    [
+        ({}, False, True, False),
+        ({"scope": ["all"]}, False, True, False),
+        ({"scope": sf.not_tokens([1])}, True, True, True),
+        ({"scope": ["prompt", sf.not_tokens([1])]}, True, False, True),
+        ({"scope": sf.positions(0)}, True, True, False),
+        ({"scope": sf.positions(-1)}, True, False, False),
+        ({"scope": "generated"}, True, False, False),
+        ({"edits": TABLE}, True, False, False),
+    ],
+)
+def test_what_an_engine_must_know(sae, arguments, apart, shared, ids):
+    given = recipe(sae, **arguments)
+    assert recipes.reads_ids(given) is ids
+    assert recipes.tells_tokens_apart(given) is apart
+    assert recipes.shares_prefixes(given) is shared
+
+
+def test_names_are_chosen_or_refused():
+    names = ("default", "strong")
+    assert [configuration(names, asked) for asked in (None, "default", "strong")] == [0, 0, 1]
+    assert configuration((), None) == 0
+    with pytest.raises(ValueError, match=r"no configuration 'strnog'.*did you mean 'strong'\?"):
+        configuration(names, "strnog")
+    with pytest.raises(ValueError, match=r"no configuration is named; accepted are \['strong'\]"):
+        configuration(("strong",), None)
+    with pytest.raises(ValueError, match="all requests are steered in one way"):
+        configuration((), "strong")
+    with pytest.raises(ValueError, match=r"no configuration \['strong'\]"):
+        configuration(names, ["strong"])
+
+
+def test_layers_that_are_not_known_are_refused(sae):
+    class StrangeLayer(LlamaDecoderLayer):
+        pass
+
+    with pytest.raises(ValueError, match="not known how StrangeLayer gives its stream"):
+        Steered(recipe(sae), Toy(StrangeLayer), SIZE)
+    with pytest.raises(ValueError, match=r"layers\.1\.linear is no decoder layer"):
+        Steered(recipe(sae, layer="layers.1.linear"), Toy(), SIZE)
+    model = Toy()
+    good = sf.Steering(sae, STRONG, layer=0)
+    with pytest.raises(ValueError, match=r"steerings\[1\]\.layer: got 7"):
+        Steered(sf.Recipe([good, sf.Steering(sae, STRONG, layer=7)]), model, SIZE)
+    assert not model.layers[0]._forward_hooks
+
+
+def test_the_op_is_as_pytorch_asks(sae):
+    steered = Steered(recipe(sae), Toy(), SIZE)
+    stream = torch.randn(2, 5, D)
+    op = torch.ops.saesteer_serve.steer.default
+    for residual in (None, stream[1]):
+        torch.library.opcheck(op, (stream[0], residual, steered.layers[0].key))
