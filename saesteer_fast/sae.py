@@ -59,9 +59,10 @@ class SAE:
 
     Of equal p the lower index is the larger. Weights are fp32, bf16 or fp16, in any mix, and on one
     device. They are shared with the caller, made contiguous where they are not, and must not be
-    written to: what is made of them is kept. Raises TypeError or ValueError, naming the argument,
-    for a wrong type, dtype, shape, device or k, for an argument that the measure lacks or does not
-    use, and for NaN or infinity.
+    written to once the SAE is used: what is made of them is kept. Steering or encoding then raises
+    RuntimeError; what steered before does not notice. Raises TypeError or ValueError, naming the
+    argument, for a wrong type, dtype, shape, device or k, for an argument that the measure lacks or
+    does not use, and for NaN or infinity.
     """
 
     W_enc: Tensor
@@ -112,6 +113,27 @@ class SAE:
         if self.order is not None:
             self._check_order()
 
+    def require_unwritten(self) -> None:
+        """Raises RuntimeError if a weight was written to since this SAE was first used."""
+        current = self._current_versions()
+        known = vars(self).setdefault("_versions", current)
+        if current != known:
+            written = [name for name in current if current[name] != known[name]]
+            raise RuntimeError(
+                f"sae: {', '.join(written)} was written to since the SAE was first used, and what "
+                "was made of it is kept; make another of the new weights: dataclasses.replace(sae)"
+            )
+
+    def _current_versions(self) -> dict[str, int]:
+        """PyTorch's counts of what was written to the weights; it keeps none in inference mode."""
+        held = {name: vars(self)[name] for name in (*_SHARED, *_OWN[self.measure], "order")}
+        tensors = {name: held[name] for name in held if isinstance(held[name], Tensor)}
+        return {name: t._version for name, t in tensors.items() if not t.is_inference()}
+
+    def __getstate__(self) -> dict:
+        """Without what is made of the weights: a copy's tensors count from 0 again."""
+        return {name: vars(self)[name] for name in self.__dataclass_fields__}
+
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         if not isinstance(self.W_enc, Tensor):
             raise TypeError(f"W_enc: got {type(self.W_enc).__name__}, a tensor is needed")
@@ -134,6 +156,11 @@ class SAE:
 
     def _check_kind(self) -> None:
         _one_of("normalize", self.normalize, NORMALIZE)
+        if self.hookpoint is not None and not isinstance(self.hookpoint, str):
+            raise TypeError(
+                f"hookpoint: got {self.hookpoint!r}, a name is needed: 'layers.6' is the output of "
+                "decoder layer 6"
+            )
         for name in ("k", "threshold", "r_mag", "b_mag"):
             given, needed = getattr(self, name) is not None, name in _OWN[self.measure]
             if given != needed:
@@ -195,6 +222,7 @@ class SAE:
     @cached_property
     def b_enc(self) -> Tensor:
         """[N] fp32: bias, less W_enc b_dec if subtract_b_dec: p_j = s_j (W_enc[j]·z + b_enc_j)."""
+        self.require_unwritten()
         with constants(self.device):
             if not self.subtract_b_dec:
                 return self.bias.float()
@@ -207,6 +235,7 @@ class SAE:
     @cached_property
     def decoder_norms(self) -> Tensor:
         """[N] fp32: the norms of the rows of W_dec."""
+        self.require_unwritten()
         with constants(self.device):
             return row_norms(self.W_dec)
 
@@ -255,6 +284,7 @@ class SAE:
         """All activations of x [..., d], dense: [..., N] fp32. Differentiable."""
         from . import measures
 
+        self.require_unwritten()
         return measures.encode(self, x)
 
     def decode(self, acts: Tensor, x: Tensor | None = None) -> Tensor:
@@ -264,6 +294,7 @@ class SAE:
         """
         from . import measures
 
+        self.require_unwritten()
         return measures.decode(self, acts, x)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
@@ -349,6 +380,9 @@ def row_norms(rows: Tensor) -> Tensor:
     """[N] fp32."""
     return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
 
+
+_SHARED = ("W_enc", "bias", "W_dec", "b_dec")
+"""What every measure needs."""
 
 _OWN = {
     "topk": ("k",),

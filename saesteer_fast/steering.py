@@ -91,6 +91,7 @@ class Plan:
         measure: str | None = None,
         impl: str = "auto",
     ):
+        sae.require_unwritten()
         _check_choices(sae, error, measure)
         self.d, self.impl, self.device = sae.d, impl, device
         # What inference mode makes, nobody could use outside of it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -140,6 +141,7 @@ def test_copies():
         ({"scale": "1"}, TypeError, "scale: got '1', a number"),
         ({"scale": 0.0}, ValueError, "scale: got 0.0, a positive number"),
         ({"scale": float("nan")}, ValueError, "scale: got nan"),
+        ({"hookpoint": 6}, TypeError, r"hookpoint: got 6, a name is needed: 'layers\.6'"),
     ],
 )
 def test_bad_weights_are_named(changed, error, message):
@@ -154,3 +156,30 @@ def test_dtypes_may_be_mixed(textbook):
     torch.testing.assert_close(
         sf.steer(x, sae, {4: 2.0}).double(), textbook(x, sae, {4: 2.0}), atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("name", ["W_enc", "bias", "W_dec", "b_dec"])
+def test_weights_that_were_written_to_are_noticed(name):
+    """What was made of them, as the folded bias, would be of the old ones."""
+    given = {key: torch.nn.Parameter(t) for key, t in weights(k=None).items() if t is not None}
+    sae, x = sf.SAE(**given, k=3), torch.randn(4, 5)
+    sf.steer(x, sae, {3: 1.0})
+    with torch.no_grad():
+        given[name].add_(1.0)
+    for use in (lambda: sf.steer(x, sae, {3: 1.0}), lambda: sae.encode(x)):
+        with pytest.raises(
+            RuntimeError, match=f"sae: {name} was written to since the SAE was first"
+        ):
+            use()
+    renewed = dataclasses.replace(sae)
+    fresh = sf.SAE(**{key: t.detach().clone() for key, t in given.items()}, k=3)
+    assert torch.equal(sf.steer(x, renewed, {3: 1.0}), sf.steer(x, fresh, {3: 1.0}))
+    for twin in (copy.deepcopy(renewed), pickle.loads(pickle.dumps(renewed))):
+        assert torch.equal(twin.encode(x), fresh.encode(x))
+
+
+def test_weights_made_in_inference_mode_are_taken():
+    with torch.inference_mode():
+        sae = sf.SAE(**weights())
+        assert sf.steer(torch.randn(4, 5), sae, {3: 1.0}).shape == (4, 5)
+    assert sf.steer(torch.randn(4, 5), sae, {3: 1.0}).shape == (4, 5)
