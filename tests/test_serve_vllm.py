@@ -29,6 +29,10 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.config import KVTransferConfig  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
+from vllm.v1.sample.logits_processor import (  # noqa: E402
+    validate_logits_processors_parameters,
+)
+from vllm.v1.worker.gpu.sample.logits_processor import loader  # noqa: E402
 
 from saesteer_fast.serve import vllm as served  # noqa: E402
 
@@ -60,6 +64,8 @@ def prompts(shipped) -> list[list[int]]:
 def engine(folder, recipe, model=mini.ASSETS, **options):
     recipe.save(folder / "steering.json")
     llm = vllm.LLM(str(model), **ENGINE | served.options(folder / "steering.json") | options)
+    if "VLLM_USE_V2_MODEL_RUNNER" in os.environ:
+        assert llm.llm_engine.vllm_config.use_v2_model_runner
     yield llm
     llm.llm_engine.engine_core.shutdown()
 
@@ -215,21 +221,48 @@ def test_settings_that_steer_otherwise_are_refused(tmp_path, edits, scope, given
         served._require_servable(made, config)
 
 
-def test_both_model_runners_are_told_before_each_forward():
-    """The second needs a GPU: its place is taken by what has its names."""
-    told = []
-    first = SimpleNamespace(
-        input_batch=SimpleNamespace(req_ids=["a", "b"]), _model_forward=lambda ids, **_: len(told)
-    )
-    served._before_forward(first, lambda *given: told.append(given))
-    assert first._model_forward(input_ids="ids", positions=None) == 1
-    batch = SimpleNamespace(req_ids=["b"], input_ids="more")
-    second = SimpleNamespace(prepare_inputs=lambda *_: batch)
-    served._before_forward(second, lambda *given: told.append(given))
-    assert second.prepare_inputs("scheduled", 2) is batch
-    assert told == [(["a", "b"], "ids"), (["b"], "more")]
+INTERPRETED = """
+import os, types
+os.environ["TRITON_INTERPRET"] = "1"
+try:
+    from triton.backends import backends
+    driver = types.SimpleNamespace(is_active=lambda: True)
+    backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+except ImportError:
+    pass
+"""
+"""Has every process take Triton's interpreter for its compiler, which the second runner needs."""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the other tests run it")
+def test_the_second_model_runner(tmp_path):
+    """Requests as they asked, once more, by the model runner that vLLM has on GPUs."""
+    (tmp_path / "sitecustomize.py").write_text(INTERPRETED)
+    test = f"{__file__}::{test_each_request_is_steered_as_it_asked.__name__}"
+    changed = {"PYTHONPATH": str(tmp_path), "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    subprocess.run([sys.executable, "-m", "pytest", test], env=os.environ | changed, check=True)
+
+
+def test_other_model_runners_are_refused():
     with pytest.raises(RuntimeError, match="has neither of _model_forward, prepare_inputs"):
-        served._before_forward(SimpleNamespace(), told.append)
+        served._before_forward(SimpleNamespace(), lambda order, ids: None)
+
+
+def test_names_are_checked_for_both_model_runners(tmp_path):
+    recipe(TABLE).save(tmp_path / "steering.json")
+    given = served.options(tmp_path / "steering.json")["logits_processors"]
+    for check in (
+        loader.build_custom_logits_processors_params_validator(given),
+        lambda asked: validate_logits_processors_parameters(given, asked),
+    ):
+        check(asking("strong"))
+        check(asking(None))
+        with pytest.raises(VLLMValidationError, match="no configuration 'strnog'"):
+            check(asking("strnog"))
+    (choice,) = loader._cached_load_v2_logitsprocs(tuple(given))
+    logits = torch.randn(2, 3)
+    assert choice(None, None).apply(logits, None) is logits
+    assert not choice(None, None).add_request(0, asking("strong"))
 
 
 def test_the_server(tmp_path, shipped, prompts):

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 try:
     from vllm import __version__
     from vllm.config import CompilationMode, VllmConfig
     from vllm.platforms import current_platform
-    from vllm.v1.sample.logits_processor import LogitsProcessor
+    from vllm.v1.sample.logits_processor import LogitsProcessor as FirstProcessor
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondProcessor
 
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -68,18 +68,22 @@ def options(steering: str | os.PathLike[str]) -> dict[str, object]:
     return chosen
 
 
-class Choice(LogitsProcessor):
+class Choice(FirstProcessor, SecondProcessor):
     """Refuses requests for a configuration that is not there, before they run.
 
     Logits stay what they are: it is that vLLM asks these processors about a request's parameters.
+    Each of its two model runners has a kind of its own; this is both.
     """
 
     @classmethod
     def validate_params(cls, sampling_params) -> None:
         configuration(_names(_file()), _asked(sampling_params))
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
+    def __init__(self, vllm_config: VllmConfig, *_):
         pass
+
+    def add_request(self, req_idx: int, sampling_params) -> bool:
+        return False
 
     def is_argmax_invariant(self) -> bool:
         return True
@@ -87,7 +91,7 @@ class Choice(LogitsProcessor):
     def update_state(self, batch_update) -> None:
         pass
 
-    def apply(self, logits: Tensor) -> Tensor:
+    def apply(self, logits: Tensor, *_) -> Tensor:
         return logits
 
 
@@ -130,8 +134,7 @@ class Worker(PlatformWorker):
             requests.end(request)
         starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for new in output.scheduled_new_reqs:
-            prompt = new.prompt_embeds if new.prompt_token_ids is None else new.prompt_token_ids
-            requests.begin(new.req_id, _asked(new.sampling_params), len(prompt))
+            requests.begin(new.req_id, _asked(new.sampling_params), new.prompt_len)
             starts[new.req_id] = new.num_computed_tokens
         self._spans = {
             request: Span(request, starts[request], count)
