@@ -3,6 +3,7 @@ its request asked, whichever way they are packed."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import saesteer_fast as sf
-from saesteer_fast.serve import recipes
+from saesteer_fast.serve import recipes, steered
 from saesteer_fast.serve.requests import Span, configuration
 from saesteer_fast.serve.steered import Steered
 
@@ -103,13 +104,13 @@ SCOPES = {
 }
 
 
-def serve(steered, model, requests, seed) -> dict[str, torch.Tensor]:
+def serve(served, model, requests, seed) -> dict[str, torch.Tensor]:
     """What the model gives for each request, a few tokens of some of them at a time, in any order;
     requests that were cut begin again now and then."""
     chance = random.Random(seed)
     given = {name: [] for name in requests}
     for name, (_, prompt, asked) in requests.items():
-        steered.requests.begin(name, asked, prompt)
+        served.requests.begin(name, asked, prompt)
     while left := [n for n, (ids, *_) in requests.items() if sum(map(len, given[n])) < len(ids)]:
         spans, room = [], SIZE
         for name in chance.sample(left, chance.randint(1, len(left))):
@@ -122,7 +123,7 @@ def serve(steered, model, requests, seed) -> dict[str, torch.Tensor]:
                 room -= count
         ids = torch.cat([requests[n][0][start : start + count] for n, start, count in spans])
         padded = torch.cat([ids, torch.zeros(chance.randint(0, SIZE - len(ids)), dtype=torch.long)])
-        steered.pack(spans, padded)
+        served.pack(spans, padded)
         parts = model(padded)[: len(ids)].split([span.count for span in spans])
         for span, part in zip(spans, parts, strict=True):
             given[span.request].append(part)
@@ -142,8 +143,8 @@ def test_each_token_is_steered_as_its_request_asked(sae, textbook, scope, layer)
         for i in range(7)
     }
     model = Toy(layer)
-    steered = Steered(recipe(sae, TABLE, layer=1, scope=SCOPES.get(scope, scope)), model, SIZE)
-    found = serve(steered, model, requests, seed=len(scope))
+    served = Steered(recipe(sae, TABLE, layer=1, scope=SCOPES.get(scope, scope)), model, SIZE)
+    found = serve(served, model, requests, seed=len(scope))
     for name, (ids, prompt, asked) in requests.items():
         inside = [INSIDE[scope](place, prompt, int(token)) for place, token in enumerate(ids)]
         edits = TABLE[asked or "default"]
@@ -188,33 +189,42 @@ def test_steerings_of_one_layer_act_one_after_the_other(sae, make_sae, textbook)
 
 def test_compiled_whole_it_follows_what_changes_in_place(sae, textbook):
     model = Toy()
-    steered = Steered(recipe(sae, TABLE, scope="generated"), model, SIZE)
+    served = Steered(recipe(sae, TABLE, scope="generated"), model, SIZE)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     ids = torch.arange(12)
     for asked, prompt in (("strong", 4), ("other", 4), ("strong", 9), (None, 0)):
-        steered.requests.begin("one", asked, prompt)
-        steered.pack([Span("one", 0, 12)], ids)
+        served.requests.begin("one", asked, prompt)
+        served.pack([Span("one", 0, 12)], ids)
         mask = torch.arange(12) >= prompt
         wanted = expected(model, textbook, sae, ids, TABLE[asked or "default"], mask)
         with torch.compiler.set_stance("fail_on_recompile" if asked != "strong" else "default"):
             torch.testing.assert_close(compiled(ids), wanted, rtol=1e-5, atol=1e-5)
-    steered.require_run()
+    served.require_run()
 
 
 def test_a_model_that_passes_its_steering_by_is_noticed(sae):
     model = Toy()
-    steered = Steered(recipe(sae), model, SIZE)
+    served = Steered(recipe(sae), model, SIZE)
     for layer in model.layers:
         layer._forward_hooks.clear()
     model(torch.arange(3))
     with pytest.raises(RuntimeError, match=r"layers\.1 was compiled without its steering"):
-        steered.require_run()
+        served.require_run()
 
 
-def test_digests_tell_compiled_models_apart(sae):
-    digests = {Steered(recipe(sae, layer=layer), Toy(), SIZE).digest for layer in (0, 1, 1)}
-    assert len(digests) == 3
+def test_digests_tell_compiled_models_apart(sae, monkeypatch):
+    """By the layer, and by the op that a process with several engines has for each."""
+
+    def digest(layer):
+        return Steered(recipe(sae, layer=layer), Toy(), SIZE).digest
+
+    def anew(layer):
+        monkeypatch.setattr(steered, "_KEYS", itertools.count())
+        return digest(layer)
+
+    assert anew(0) == anew(0) != anew(1)
+    assert anew(0) != digest(0)
 
 
 def test_more_tokens_than_said_are_refused(sae):
@@ -301,8 +311,8 @@ def test_layers_that_are_not_known_are_refused(sae):
 
 
 def test_the_op_is_as_pytorch_asks(sae):
-    steered = Steered(recipe(sae), Toy(), SIZE)
+    served = Steered(recipe(sae), Toy(), SIZE)
     stream = torch.randn(2, 5, D)
     op = torch.ops.saesteer_serve.steer.default
     for residual in (None, stream[1]):
-        torch.library.opcheck(op, (stream[0], residual, steered.layers[0].key))
+        torch.library.opcheck(op, (stream[0], residual, served.layers[0].key))
