@@ -221,6 +221,23 @@ def test_settings_that_steer_otherwise_are_refused(tmp_path, edits, scope, given
         served._require_servable(made, config)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "usage: .*STEERING serve MODEL"),
+        (["steering.json"], "usage: "),
+        (["steerng.json", "serve", "model"], r"(?s)usage: .*no file .*'steering\.json'"),
+        (["gate.json", "serve", "model"], r"(?s)usage: .*error: steerings\[0\]\.when: a gate"),
+    ],
+)
+def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, arguments, message):
+    recipe({219: 1.0}).save(tmp_path / "steering.json")
+    recipe({219: 1.0}, when=sf.gate({3: 1.0})).save(tmp_path / "gate.json")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        served.main(arguments)
+
+
 INTERPRETED = """
 import os, types
 os.environ["TRITON_INTERPRET"] = "1"

@@ -234,9 +234,13 @@ def _asked(sampling_params) -> str | None:
 
 def main(arguments: list[str]) -> None:
     """vLLM's own command, with a steering file before its arguments."""
-    if not arguments or arguments[0].startswith("-"):
-        raise SystemExit(f"usage: python -m {__spec__.name} STEERING serve MODEL [...]")
-    given = [*_flags(options(arguments[0]))]
+    usage = f"usage: python -m {__spec__.name} STEERING serve MODEL [...]"
+    if len(arguments) < 2:
+        raise SystemExit(usage)
+    try:
+        given = [*_flags(options(arguments[0]))]
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"{usage}\nerror: {error}") from None
     sys.argv = ["vllm", *arguments[1:], *given]
     from vllm.entrypoints.cli.main import main as vllm
 
