@@ -439,7 +439,7 @@ def test_rows_of_no_width_are_ranked_by_their_biases():
 
 
 @pytest.mark.parametrize("T", [1, 2, 7])
-def test_an_edit_that_underflows_keeps_minus_zero_in_any_batch(T):
+def test_core_an_edit_that_underflows_keeps_minus_zero_in_any_batch(T):
     x, W, b = torch.full((T, 4), -0.0), torch.ones(1, 4), torch.tensor([-1.0])
     y = ops.steer(x, W, b, torch.full((1, 4), -1e-3), torch.tensor([0]), torch.tensor([1e-43]), 1)
     assert y.signbit().all()

@@ -230,8 +230,8 @@ void store_two(Y* y, typename V::reg low, typename V::reg high) {
   }
 }
 
-// y = base + (sum + sum_i coef[i] rows[i]), the rows from column `at` on. A null `sum` is 0; with
-// B = void there is no base.
+// y = base + (sum + sum_i coef[i] rows[i]), the rows from column `at` on. A null `sum` is -0, which
+// changes no sign; with B = void there is no base.
 template <class V, class B, class R, class Y>
 void add_few(const B* base, const float* sum, const void* const* rows, const float* coef,
              int64_t count, int64_t at, int64_t d, Y* y) {
@@ -241,7 +241,7 @@ void add_few(const B* base, const float* sum, const void* const* rows, const flo
   for (; c + U * V::lanes <= d; c += U * V::lanes) {
     typename V::reg s[U];
 #pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) s[u] = sum ? V::load(sum + c + u * V::lanes) : V::set1(0.f);
+    for (int u = 0; u < U; ++u) s[u] = sum ? V::load(sum + c + u * V::lanes) : V::set1(-0.f);
     for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u)
@@ -254,7 +254,7 @@ void add_few(const B* base, const float* sum, const void* const* rows, const flo
   }
   for (; c < d; c += V::lanes) {
     const int n = static_cast<int>(d - c < V::lanes ? d - c : V::lanes);
-    auto s = sum ? V::load_part(sum + c, n) : V::set1(0.f);
+    auto s = sum ? V::load_part(sum + c, n) : V::set1(-0.f);
     for (int64_t i = 0; i < count; ++i)
       s = V::fma(V::set1(coef[i]), V::load_part(row(i) + c, n), s);
     if constexpr (!std::is_void_v<B>) s = V::add(V::load_part(base + c, n), s);

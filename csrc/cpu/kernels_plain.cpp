@@ -90,7 +90,7 @@ struct Plain {
     std::memcpy(p, buffer, n * sizeof(T));
   }
 
-  static reg set1(float v) { return {float4{} + v, float4{} + v}; }
+  static reg set1(float v) { return {v - float4{}, v - float4{}}; }  // -0 too
   static reg add(reg a, reg b) { return {a.low + b.low, a.high + b.high}; }
   static reg fma(reg a, reg b, reg c) {
     return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)};
