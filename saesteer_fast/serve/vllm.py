@@ -32,7 +32,8 @@ try:
         from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"saesteer_fast.serve.vllm needs {error.name}: pip install vllm"
+        f"saesteer_fast.serve.vllm needs vLLM, 0.31 or newer; there is no {error.name}: "
+        "pip install vllm"
     ) from error
 
 from ..recipe import Recipe, load_steering
