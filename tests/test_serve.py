@@ -227,6 +227,13 @@ def test_digests_tell_compiled_models_apart(sae, monkeypatch):
     assert anew(0) != digest(0)
 
 
+def test_parts_of_two_shapes_are_not_summed(sae):
+    """As where an engine shares a part out among processes."""
+    key = Steered(recipe(sae), Toy(), SIZE).layers[0].key
+    with pytest.raises(RuntimeError, match=r"gives parts of \(4, 32\) and \(1, 32\)"):
+        torch.ops.saesteer_serve.steer(torch.zeros(4, D), torch.zeros(1, D), key)
+
+
 def test_more_tokens_than_said_are_refused(sae):
     model = Toy()
     Steered(recipe(sae, scope="prompt"), model, SIZE)

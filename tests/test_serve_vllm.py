@@ -139,6 +139,23 @@ def test_prefixes_are_shared_where_all_are_steered_alike(tmp_path, shipped, prom
         assert counted(llm, "vllm:prefix_cache_hits") > 0
 
 
+def test_strengths_change_while_an_engine_runs(tmp_path, shipped, prompts):
+    given = {"enable_prefix_caching": False, "enforce_eager": False}
+    with engine(tmp_path, recipe({219: 12.0}), **given) as llm:
+        for strength in (12.0, 25.0, 0.0):
+            llm.collective_rpc("set_strengths", args=({219: strength},))
+            wanted = expected(shipped, prompts, [{219: strength}] * len(prompts))
+            assert generate(llm, prompts, asking(None)) == wanted
+        with pytest.raises(Exception, match="latent 220 is not held"):
+            llm.collective_rpc("set_strengths", args=({220: 1.0},))
+        assert generate(llm, prompts, asking(None)) == wanted
+    with engine(tmp_path, recipe({219: 12.0})) as llm:
+        with pytest.raises(Exception, match="strengths change only where it is off"):
+            llm.collective_rpc("set_strengths", args=({219: 1.0},))
+        wanted = expected(shipped, prompts, [{219: 12.0}] * len(prompts))
+        assert generate(llm, prompts, asking(None)) == wanted
+
+
 SUMMED = ("Phi-3", "Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3 MoE", "Gemma", "Gemma 2")
 SUMMED += ("Gemma 3", "OLMoE", "GLM 4")
 WHOLE = ("OLMo 2", "SmolLM3", "Phi")

@@ -115,6 +115,9 @@ class _Layer:
     def __call__(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
         """[..., T, d], as `hidden` is, where all sizes before T are 1."""
         self.ran = True
+        if residual is not None and residual.shape != hidden.shape:
+            shapes = f"{tuple(hidden.shape)} and {tuple(residual.shape)}"
+            raise RuntimeError(f"{self.path} gives parts of {shapes}, no stream of one shape")
         stream = hidden if residual is None else hidden + residual
         return self._steered(stream.flatten(end_dim=-2)).view_as(stream)
 

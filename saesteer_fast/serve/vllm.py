@@ -128,6 +128,21 @@ class Worker(PlatformWorker):
             self._schedule(scheduler_output)
         return super().execute_model(scheduler_output)
 
+    def set_strengths(self, edits, steering: int = 0) -> None:
+        """What Handle.set does, for one of the file's steerings, from the next call on.
+
+            llm.collective_rpc("set_strengths", args=({22373: 8.0},))
+
+        Raises what that does, and ValueError under prefix caching, which would go on with tokens
+        that were steered before.
+        """
+        if self.cache_config.enable_prefix_caching:
+            raise ValueError(
+                "enable_prefix_caching: strengths change only where it is off, since it keeps what "
+                "was steered before"
+            )
+        self._steered.layers[steering].plan.table.set(edits)
+
     def _schedule(self, output) -> None:
         """Note what vLLM's scheduler has for the next call."""
         requests, cached = self._steered.requests, output.scheduled_cached_reqs
