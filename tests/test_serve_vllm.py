@@ -130,10 +130,11 @@ def test_compiled_models_are_steered_where_the_file_says(tmp_path, shipped, prom
             assert generate(llm, prompts, asking(None)) == wanted
 
 
-def test_prefixes_are_shared_where_all_are_steered_alike(tmp_path, shipped, prompts):
+@pytest.mark.parametrize("scope", ["all", sf.not_tokens([20, 3]), sf.positions(5, 36, 41, 45)])
+def test_prefixes_are_shared_where_all_are_steered_alike(tmp_path, shipped, prompts, scope):
     long = [prompts[0] * 3 + prompt for prompt in prompts[:6]]
-    wanted = expected(shipped, long, [{219: 25.0}] * 6)
-    with engine(tmp_path, recipe({219: 25.0}), block_size=32) as llm:
+    wanted = expected(shipped, long, [{219: 25.0}] * 6, scope=scope)
+    with engine(tmp_path, recipe({219: 25.0}, scope=scope), block_size=32) as llm:
         for _ in range(2):
             assert generate(llm, long, asking(None)) == wanted
         assert counted(llm, "vllm:prefix_cache_hits") > 0
