@@ -66,8 +66,10 @@ class Steered:
 
     def pack(self, spans: Iterable[Span], ids: Tensor | None) -> None:
         """Say what the tokens of the next call are; `ids` [T or more]."""
-        tokens = torch.from_numpy(self.requests.tokens(spans))
-        tokens = tokens.to(self.layers[0].plan.device, non_blocking=True)
+        tokens, device = torch.from_numpy(self.requests.tokens(spans)), self.layers[0].plan.device
+        if device.type == "cuda":
+            tokens = tokens.pin_memory()  # from other memory the copy may wait for the last step
+        tokens = tokens.to(device, non_blocking=True)
         positions, prompts, configurations = tokens
         ids = None if ids is None else ids[None, : len(positions)]
         packed = Packed(positions[None], prompts[None], ids)
