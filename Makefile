@@ -16,9 +16,10 @@ RUN     := .venv/bin/python -m
 demo: $(BUILT)
 	.venv/bin/saesteer demo
 
-# As many processes as there are cores, a thread each: tests of threads ask for more.
+# A process a core that this one may use, up to 8, and a thread each: tests of threads ask for more.
+WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc || echo 4); echo $$((n < 8 ? n : 8)))
 test: $(BUILT)
-	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
 
 bench bench-full: $(BUILT)
 	$(RUN) pytest bench -q --benchmark-columns=min,median,iqr $(if $(filter bench-full,$@),--full)
