@@ -88,7 +88,7 @@ def expected(shipped, prompts, edits, **arguments) -> list[list[int]]:
     """From transformers, one prompt at a time; `edits` a prompt."""
     found = []
     for prompt, one in zip(prompts, edits, strict=True):
-        with sf.steering(shipped.model, shipped.sae, one, layer=5, **arguments):
+        with sf.steering(shipped.model, shipped.sae, one, **{"layer": 5} | arguments):
             ids = shipped.model.generate(torch.tensor([prompt]), max_new_tokens=NEW)
         found.append(ids[0, len(prompt) :].tolist())
     return found
@@ -119,13 +119,9 @@ def test_compiled_models_are_steered_where_the_file_says(tmp_path, shipped, prom
     """vLLM keeps what it compiled: it must not serve another layer's steering."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     for edits, layer in (({219: 25.0}, 5), ({219: 12.0}, 5), ({219: 25.0}, 4)):
-        arguments = {"scope": "generated"}
-        wanted = []
-        for prompt in prompts:
-            with sf.steering(shipped.model, shipped.sae, edits, layer=layer, **arguments):
-                ids = shipped.model.generate(torch.tensor([prompt]), max_new_tokens=NEW)
-            wanted.append(ids[0, len(prompt) :].tolist())
-        made = recipe(edits, layer=layer, **arguments)
+        arguments = {"layer": layer, "scope": "generated"}
+        wanted = expected(shipped, prompts, [edits] * len(prompts), **arguments)
+        made = recipe(edits, **arguments)
         with engine(tmp_path, made, enforce_eager=False) as llm:
             assert generate(llm, prompts, asking(None)) == wanted
 
