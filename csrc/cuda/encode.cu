@@ -37,7 +37,7 @@ __device__ uint64_t lower_bound(const float* p, int64_t N, int64_t k, Found& fou
     mine = key > mine ? key : mine;
   }
   found.highest[threadIdx.x] = mine;
-  found.candidates[0] = 0;
+  if (threadIdx.x == 0) found.candidates[0] = 0;
   sync_threads();
   int64_t rank = 1;
   for (int i = 0; i < kThreads; ++i) rank += found.highest[i] > mine;

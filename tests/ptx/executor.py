@@ -1,0 +1,101 @@
+"""ptx.h for Python."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import partial
+from itertools import count, takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Kernel(NamedTuple):
+    module: ctypes.c_void_p
+    name: bytes
+    sizes: list[int]
+    """Of its parameters, in bytes."""
+
+
+class Executor:
+    """Kernels of PTX, whose memory is the CPU's. A parameter is a tensor of what it holds."""
+
+    def __init__(self, library: Path):
+        self._library = ctypes.CDLL(str(library))
+        self._library.ptx_load.restype = ctypes.c_void_p
+        for name in ("ptx_launch", "ptx_error", "ptx_tensor_map"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+        self._seeds = count()
+
+    def load(self, ptx: bytes, name: str) -> Kernel:
+        module = ctypes.c_void_p(self._library.ptx_load(ptx))
+        if not module:
+            raise RuntimeError(self._library.ptx_error().decode())
+        size = partial(self._library.ptx_parameter_bytes, module, name.encode())
+        return Kernel(module, name.encode(), list(takewhile(bool, map(size, count()))))
+
+    def unload(self, kernel: Kernel) -> None:
+        self._library.ptx_unload(kernel.module)
+
+    def most_threads(self, kernel: Kernel) -> int:
+        return self._library.ptx_most_threads(kernel.module, kernel.name)
+
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        together: bool,
+        parameters: Sequence[Tensor],
+        seed: int | None = None,
+    ) -> None:
+        """`seed` chooses the order in which warps take turns; without one, each launch's is new.
+
+        Raises RuntimeError for what a GPU would not forgive, TypeError for other parameters than
+        the kernel's.
+        """
+        sizes = [parameter.nbytes for parameter in parameters]
+        if sizes != kernel.sizes:
+            name = kernel.name.decode()
+            raise TypeError(f"{name} takes parameters of {kernel.sizes} bytes, got {sizes}")
+        self._library.ptx_settle(next(self._seeds) if seed is None else seed)
+        three = ctypes.c_uint32 * 3
+        addresses = (ctypes.c_void_p * len(sizes))(*(p.data_ptr() for p in parameters))
+        _require(
+            self._library.ptx_launch(
+                *(kernel.module, kernel.name, three(*grid), three(threads, 1, 1)),
+                *(shared, ctypes.c_bool(together), addresses),
+            )
+        )
+
+    def tensor_map(
+        self,
+        address: int,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        box: Sequence[int],
+        width: int,
+        swizzle: int,
+    ) -> Tensor:
+        """128 bytes, of a tensor whose sizes, strides and box count elements, the outermost
+        dimension first; an element has `width` bytes, the swizzle 0, 32, 64 or 128."""
+        rank, filled = len(sizes), torch.empty(128, dtype=torch.uint8)
+        _require(
+            self._library.ptx_tensor_map(
+                *(ctypes.c_void_p(filled.data_ptr()), width, rank, ctypes.c_void_p(address)),
+                (ctypes.c_uint64 * rank)(*reversed(sizes)),
+                (ctypes.c_uint64 * (rank - 1))(*(width * s for s in reversed(strides[:-1]))),
+                (ctypes.c_uint32 * rank)(*reversed(box)),
+                swizzle,
+            )
+        )
+        return filled
+
+
+def _require(error: bytes | None) -> None:
+    if error is not None:
+        raise RuntimeError(error.decode())

@@ -1,0 +1,238 @@
+// Loads, stores, atomics and copies of a thread's own.
+#include <algorithm>
+
+#include "machine.h"
+#include "numbers.h"
+
+namespace ptx {
+
+namespace {
+
+enum Space { kGeneric, kGlobal, kShared, kParameter };
+
+Space space_of(const Instruction& i) {
+  if (i.has("global")) return kGlobal;
+  if (i.has("shared") || i.has("shared::cta") || i.has("shared::cluster")) return kShared;
+  if (i.has("param")) return kParameter;
+  return kGeneric;
+}
+
+bool is_strong(const Instruction& i) {
+  return i.has("relaxed") || i.has("acquire") || i.has("release") || i.has("acq_rel") ||
+         i.has("volatile") || i.words[0] == "atom" || i.words[0] == "red";
+}
+
+// What others have released at an address, and what this warp releases there.
+void acquire(Warp& w, const Instruction& i, const void* at) {
+  const auto found = w.block.grid.released.find(reinterpret_cast<uintptr_t>(at));
+  if (found == w.block.grid.released.end()) return;
+  if (i.has("acquire") || i.has("acq_rel"))
+    w.agent.take(found->second.seen, found->second.published);
+  else
+    join(w.agent.met, found->second.seen);
+}
+
+void release(Warp& w, const Instruction& i, const void* at, bool adds) {
+  Clocks& there = w.block.grid.released[reinterpret_cast<uintptr_t>(at)];
+  if (!adds) there = {};
+  if (i.has("release") || i.has("acq_rel"))
+    there.gather(w.agent);
+  else
+    join(there.seen, w.agent.fenced);
+}
+
+int elements(const Instruction& i) { return i.has("v4") ? 4 : i.has("v2") ? 2 : 1; }
+
+int register_at(const Operand& o, int element) { return o.list.empty() ? o.reg : o.list[element]; }
+
+template <class T>
+Outcome load(Warp& w, const Instruction& i, uint32_t lanes) {
+  const int count = elements(i);
+  const bool strong = is_strong(i);
+  each(lanes, [&](int l) {
+    const unsigned char* from = w.access(i, 1, l, count * sizeof(T), false, strong);
+    for (int e = 0; e < count; ++e) {
+      T v;
+      memcpy(&v, from + e * sizeof(T), sizeof v);
+      const int to = register_at(i.operands[0], e);
+      if (to >= 0) w.put<T>(to, l, v);
+    }
+    if (strong) acquire(w, i, from);
+  });
+  return Outcome::done;
+}
+
+template <class T>
+Outcome store(Warp& w, const Instruction& i, uint32_t lanes) {
+  const int count = elements(i);
+  const bool strong = is_strong(i);
+  each(lanes, [&](int l) {
+    unsigned char* to = w.access(i, 0, l, count * sizeof(T), true, strong);
+    for (int e = 0; e < count; ++e) {
+      const T v = w.get<T>(register_at(i.operands[1], e), l);
+      memcpy(to + e * sizeof(T), &v, sizeof v);
+    }
+    if (strong) release(w, i, to, false);
+  });
+  if (strong) w.agent.tick();
+  return Outcome::done;
+}
+
+// ---- atom and red ----
+
+template <class T>
+T updated(const std::string& how, T old, T b, T c) {
+  if (how == "add") return static_cast<T>(static_cast<uint64_t>(old) + static_cast<uint64_t>(b));
+  if (how == "and") return old & b;
+  if (how == "or") return old | b;
+  if (how == "xor") return old ^ b;
+  if (how == "min") return std::min(old, b);
+  if (how == "max") return std::max(old, b);
+  if (how == "exch") return b;
+  return old == b ? c : old;  // cas
+}
+
+const char* const kUpdates[] = {"add", "and", "or", "xor", "min", "max", "exch", "cas"};
+
+template <class T>
+Outcome atomic(Warp& w, const Instruction& i, uint32_t lanes) {
+  const int at = i.words[0] == "atom";  // red gives nothing
+  const std::string how = kUpdates[i.variant];
+  each(lanes, [&](int l) {
+    unsigned char* p = w.access(i, at, l, sizeof(T), true, true);
+    T old;
+    memcpy(&old, p, sizeof old);
+    const T b = w.get<T>(i.operands[at + 1].reg, l);
+    const T c = how == "cas" ? w.get<T>(i.operands[at + 2].reg, l) : T{};
+    const T v = updated(how, old, b, c);
+    memcpy(p, &v, sizeof v);
+    if (at && i.operands[0].reg >= 0) w.put<T>(i.operands[0].reg, l, old);
+    acquire(w, i, p);
+    release(w, i, p, true);
+  });
+  w.agent.tick();
+  return Outcome::done;
+}
+
+// ---- addresses ----
+
+Outcome convert_address(Warp& w, const Instruction& i, uint32_t lanes) {
+  const bool to = i.has("to");
+  const auto base = i.has("global")  ? 0
+                    : i.has("param") ? reinterpret_cast<uintptr_t>(w.block.grid.arguments.data())
+                                     : reinterpret_cast<uintptr_t>(w.block.memory) - kSharedBase;
+  each(lanes, [&](int l) {
+    const auto a = w.get<uint64_t>(i.operands[1].reg, l);
+    w.put<uint64_t>(i.operands[0].reg, l, to ? a - base : a + base);
+  });
+  return Outcome::done;
+}
+
+Outcome nothing(Warp&, const Instruction&, uint32_t) { return Outcome::done; }
+
+// ---- cp.async: of each thread's own ----
+
+void land(const Copy& copy) { memcpy(copy.to, copy.bytes, copy.count); }
+
+Outcome copy_async(Warp& w, const Instruction& i, uint32_t lanes) {
+  const auto& o = i.operands;
+  Grid& grid = w.block.grid;
+  if (!w.copying) w.copying = std::make_shared<Flight>(grid.races, w.agent);
+  Agent& copying = w.copying->agent;
+  copying.take(w.agent.seen, w.agent.published);
+  std::swap(copying, w.agent);  // it is the copy that reads and writes
+  each(lanes, [&](int l) {
+    const int bytes = static_cast<int>(w.get<uint32_t>(o[2].reg, l));
+    const int there = o.size() > 3 ? static_cast<int>(w.get<uint32_t>(o[3].reg, l)) : bytes;
+    if (there < 0 || there > bytes) throw std::runtime_error("more bytes than the copy has");
+    Copy copy{w.access(i, 0, l, bytes, true), {}, bytes};
+    if (there) memcpy(copy.bytes, w.access(i, 1, l, there, false), there);
+    memset(copy.to, 0xFF, bytes);
+    if (grid.coin())
+      land(copy);
+    else
+      w.copies[l].push_back(copy);
+  });
+  std::swap(copying, w.agent);
+  return Outcome::done;
+}
+
+Outcome commit_copies(Warp& w, const Instruction&, uint32_t lanes) {
+  each(lanes, [&](int l) {
+    w.copy_groups[l].push_back({w.copying, std::move(w.copies[l])});
+    w.copies[l].clear();
+  });
+  w.copying = nullptr;
+  return Outcome::done;
+}
+
+Outcome wait_copies(Warp& w, const Instruction& i, uint32_t lanes) {
+  const size_t behind = w.uniform(i.operands[0].reg);
+  each(lanes, [&](int l) {
+    for (auto& groups = w.copy_groups[l]; groups.size() > behind; groups.pop_front()) {
+      for (const Copy& copy : groups.front().copies) land(copy);
+      if (const auto& flight = groups.front().flight)
+        w.agent.take(flight->agent.seen, flight->agent.published);
+    }
+  });
+  return Outcome::done;
+}
+
+}  // namespace
+
+unsigned char* Warp::shared(uint64_t address, int64_t bytes) const {
+  const auto from = static_cast<int64_t>(address) - kSharedBase;
+  if (from < 0 || from + bytes > block.bytes)
+    throw std::runtime_error("outside of the block's shared memory: byte " + std::to_string(from));
+  return block.memory + from;
+}
+
+unsigned char* Warp::access(const Instruction& i, int operand, int lane, int bytes, bool write,
+                            bool strong) {
+  const Operand& o = i.operands[operand];
+  Space space = space_of(i);
+  // cp.async.shared.global names both
+  if (i.words[0] == "cp") space = operand == 0 ? kShared : kGlobal;
+  uint64_t address = space == kShared ? get<uint32_t>(o.reg, lane) : get<uint64_t>(o.reg, lane);
+  address += o.offset;
+  if (address % bytes) throw std::runtime_error("a misaligned access");
+  const auto& arguments = block.grid.arguments;
+  if (space == kParameter) {
+    if (address + bytes > arguments.size()) throw std::runtime_error("outside of the parameters");
+    return const_cast<unsigned char*>(arguments.data()) + address;
+  }
+  auto* at = space == kShared ? shared(address, bytes)
+                              : reinterpret_cast<unsigned char*>(address);
+  if (space == kGlobal && block.contains(at))
+    throw std::runtime_error("shared memory, taken for global");
+  if (at >= arguments.data() && at < arguments.data() + arguments.size()) return at;
+  const Access access{agent, write, strong, false, lane, step, syncs, i.line};
+  if (!write && block.contains(at))
+    for (int b = 0; b < bytes; ++b)
+      if (!block.grid.races.is_written(at + b))
+        throw std::runtime_error("shared memory that nobody has written");
+  block.grid.races.touch(at, bytes, access);
+  return at;
+}
+
+Handler memory(Instruction& i) {
+  const std::string &op = i.words[0], &type = i.words.back();
+  if (op == "cvta") return convert_address;
+  if (op == "prefetch") return nothing;
+  if (op == "cp") {
+    if (i.has("commit_group")) return commit_copies;
+    if (i.has("wait_group")) return wait_copies;
+    return i.has("bulk") || i.has("mbarrier") ? nullptr : copy_async;
+  }
+  if (op == "ld" || op == "st")
+    return with_number(type, [&](auto t) -> Handler {
+      using T = typename decltype(t)::type;
+      return op == "ld" ? load<T> : store<T>;
+    });
+  for (i.variant = 0; i.variant < 8 && !i.has(kUpdates[i.variant]);) ++i.variant;
+  if (i.variant == 8) return nullptr;
+  return with_integer(type,
+                      [](auto t) -> Handler { return atomic<typename decltype(t)::type>; });
+}
+
+}  // namespace ptx

@@ -1,0 +1,113 @@
+#include "races.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace ptx {
+
+namespace {
+constexpr int kInFlight = 512;
+}
+
+void join(Clock& into, const Clock& other) {
+  if (into.size() < other.size()) into.resize(other.size());
+  for (size_t i = 0; i < other.size(); ++i) into[i] = std::max(into[i], other[i]);
+}
+
+void Races::begin(int warps) {
+  if (warps + kInFlight > INT16_MAX) throw std::runtime_error("more warps than can be followed");
+  pages_.clear(), last_ = nullptr;
+  warps_ = warps;
+  free_.clear();
+  for (int i = kInFlight; i-- > 0;) free_.push_back(warps + i);
+  times_.assign(warps + kInFlight, 0);
+}
+
+Agent Races::warp(int id) const {
+  const Clock none(warps_ + kInFlight);
+  Agent agent{id, none, none, none, none};
+  agent.tick();
+  return agent;
+}
+
+Agent Races::fork(const Agent& from) {
+  if (free_.empty()) throw std::runtime_error("too many copies and products in flight");
+  Agent agent{free_.back(), from.seen, from.published, {}, {}};
+  free_.pop_back();
+  agent.seen[agent.id] = ++times_[agent.id];
+  return agent;
+}
+
+Races::Shadow& Races::shadow(uintptr_t at) {
+  const uintptr_t key = at >> 10;
+  if (!last_ || key != last_key_) {
+    auto& page = pages_[key];
+    if (!page) page = std::make_unique<Page>();
+    last_ = page.get(), last_key_ = key;
+  }
+  return (*last_)[at & 1023];
+}
+
+void Races::forget(const void* at, int64_t bytes) {
+  const auto from = reinterpret_cast<uintptr_t>(at);
+  for (uintptr_t a = from; a < from + bytes;) {
+    const uintptr_t end = std::min(((a >> 10) + 1) << 10, from + bytes);
+    const auto page = pages_.find(a >> 10);
+    if (page != pages_.end())
+      std::fill(page->second->begin() + (a & 1023), page->second->begin() + (a & 1023) + (end - a),
+                Shadow{});
+    a = end;
+  }
+}
+
+bool Races::is_written(const void* at) {
+  return shadow(reinterpret_cast<uintptr_t>(at)).write.agent >= 0;
+}
+
+// Lanes of a warp are ordered by its barriers alone, and by being one access.
+bool Races::before(const Touch& earlier, const Access& now) {
+  if (earlier.agent < 0 || (earlier.strong && now.strong)) return true;
+  if (earlier.agent != now.agent.id) return now.agent.seen[earlier.agent] >= earlier.time;
+  return earlier.lane == now.lane || earlier.lane < 0 || now.lane < 0 ||
+         earlier.step == now.step || earlier.syncs != now.syncs;
+}
+
+void Races::touch(const void* at, int bytes, const Access& now) {
+  const auto from = reinterpret_cast<uintptr_t>(at);
+  const Touch mine{now.agent.seen[now.agent.id], now.step, now.syncs, now.line,
+                   static_cast<int16_t>(now.agent.id), static_cast<int8_t>(now.lane), now.strong,
+                   now.async};
+  for (int i = 0; i < bytes; ++i) {
+    Shadow& s = shadow(from + i);
+    if (!before(s.write, now)) fail(s.write, true, now, "at the same time");
+    if (now.async && s.write.agent >= 0 && !s.write.async &&
+        now.agent.published[s.write.agent] < s.write.time)
+      fail(s.write, true, now, "without a proxy fence between");
+    if (now.write) {
+      for (Touch& read : s.reads) {
+        if (!before(read, now)) fail(read, false, now, "at the same time");
+        read.agent = -1;
+      }
+      s.write = mine;
+      continue;
+    }
+    // In place of a read that this one comes after, or of any
+    Touch* place = &s.reads[turn_++ % s.reads.size()];
+    for (Touch& read : s.reads)
+      if (read.agent < 0 || (read.agent == now.agent.id && read.lane == now.lane)) place = &read;
+    *place = mine;
+  }
+}
+
+void Races::fail(const Touch& earlier, bool wrote, const Access& now, const char* how) {
+  const auto told = [](bool write, int line, int agent, int lane) {
+    return std::string(write ? "a write" : "a read") + " (line " + std::to_string(line) +
+           " of the PTX, warp or copy " + std::to_string(agent) + ", lane " + std::to_string(lane) +
+           ")";
+  };
+  throw std::runtime_error("a race: " + told(wrote, earlier.line, earlier.agent, earlier.lane) +
+                           " and " + told(now.write, now.line, now.agent.id, now.lane) + ", " + how);
+}
+
+}  // namespace ptx
