@@ -53,7 +53,7 @@ def compile_kernels(
         parts = [*changed, *(f'#include "{name}"' for name in changed)]
         wanted = [p for p in wanted if any(part in p.name + p.read_text() for part in parts)]
     else:
-        wanted.append(HERE / "library.cpp")
+        wanted += [HERE / "library.cpp", HERE / "machine.cpp"]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip((p.name for p in wanted), pool.map(compiled, wanted), strict=True))
 
