@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import emulator
+import ptx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -126,9 +128,30 @@ def emulated_kernels(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def emulated_gpu(emulated_kernels, tmp_path_factory) -> emulator.Machine:
-    folder = tmp_path_factory.mktemp("emulated")
-    return emulator.Machine(emulator.link(emulated_kernels, folder, emulator.COMPILER))
+def emulated_library(emulated_kernels, tmp_path_factory) -> Path:
+    return emulator.link(emulated_kernels, tmp_path_factory.mktemp("emulated"), emulator.COMPILER)
+
+
+@pytest.fixture(scope="session")
+def emulated_gpu(emulated_library) -> emulator.Machine:
+    return emulator.Machine(emulated_library)
+
+
+@pytest.fixture(scope="session")
+def ptx_runtime(tmp_path_factory) -> list[Path]:
+    """What runs PTX on the CPU, as object files."""
+    if ptx.MISSING:
+        pytest.skip(ptx.MISSING)
+    return ptx.compile_runtime(tmp_path_factory.mktemp("ptx"))
+
+
+@pytest.fixture(scope="session")
+def ptx_library(ptx_runtime, tmp_path_factory) -> Callable[[str], Path]:
+    """csrc/cuda as nvcc compiles it for sm_80 or sm_90a, and as its PTX runs on the CPU."""
+    folder = tmp_path_factory.mktemp("ptx")
+    return cache(
+        lambda arch: ptx.link(ptx_runtime + ptx.compile_kernels(folder, arch), folder, arch)
+    )
 
 
 @pytest.fixture(scope="module")

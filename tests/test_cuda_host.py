@@ -1,5 +1,6 @@
-"""The CUDA kernels against the fp64 truth, every path: on the emulated GPU of tests/emulator and,
-where there is one, on a real GPU. What only a real one can show is in test_gpu.py."""
+"""The CUDA kernels against the fp64 truth, every path: on the emulated GPU of tests/emulator, as
+the PTX that nvcc makes of them (tests/ptx) and, where there is one, on a real GPU. What only that
+can show is in test_gpu.py."""
 
 from __future__ import annotations
 
@@ -56,11 +57,28 @@ def there(t):
     return torch.cat([t.new_zeros(off), t.flatten()]).cuda()[off:].view(t.shape)
 
 
-@pytest.fixture(params=["ampere", "hopper", pytest.param("gpu", marks=pytest.mark.gpu)])
+HOPPER = {"ampere": False, "hopper": True, "ptx-sm_80": False, "ptx-sm_90a": True}
+
+
+def simulated_gpu(request) -> Machine:
+    name = request.param
+    if name.startswith("ptx-"):
+        library = request.getfixturevalue("ptx_library")(name.removeprefix("ptx-"))
+    else:
+        library = request.getfixturevalue("emulated_library")
+    return Machine(library, hopper=HOPPER[name]).settle()
+
+
+@pytest.fixture(params=HOPPER)
+def simulated(request) -> Machine:
+    """Launches are counted, and the multiprocessors and the order of threads can be set."""
+    return simulated_gpu(request)
+
+
+@pytest.fixture(params=[*HOPPER, pytest.param("gpu", marks=pytest.mark.gpu)])
 def machine(request):
     if request.param != "gpu":
-        emulated_gpu = request.getfixturevalue("emulated_gpu")
-        return emulated_gpu.settle(hopper=request.param == "hopper")
+        return simulated_gpu(request)
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return Gpu()
@@ -220,16 +238,15 @@ def test_rows_in_another_order_change_no_bit(machine, dtype, T):
     assert unsaid == 2
 
 
-def test_scans_can_be_left_out(emulated_gpu, monkeypatch):
+def test_scans_can_be_left_out(simulated, monkeypatch):
     """What each of them gives alone: how one that is wrong is found, and done without."""
     case = integer_case(150, 200, 300, 20, 3, BF16, BF16)
-    emulated_gpu.settle(hopper=True)
     for only in ("", "mma", "simt"):
         monkeypatch.setenv("SAESTEER_SCAN", only)
-        assert same_bits(emulated_gpu.steer(*case.edit) + 0.0, case.truth().to(BF16) + 0.0)
+        assert same_bits(simulated.steer(*case.edit) + 0.0, case.truth().to(BF16) + 0.0)
     monkeypatch.setenv("SAESTEER_SCAN", "wgmm")
     with pytest.raises(RuntimeError, match="SAESTEER_SCAN is 'wgmm'; accepted: mma, simt"):
-        emulated_gpu.steer(*case.edit)
+        simulated.steer(*case.edit)
 
 
 def test_every_latent_may_be_live(machine):
@@ -332,10 +349,12 @@ def at_once(op, machine: Machine, case: Case, monkeypatch) -> torch.Tensor:
     return found
 
 
+@pytest.mark.parametrize("simulated", [name for name in HOPPER if name != "hopper"], indirect=True)
 @pytest.mark.parametrize("F", [1, 4, 17])
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 16, 17, 64])
-def test_one_launch_gives_the_bits_of_three(emulated_gpu, monkeypatch, T, F):
-    """All settled by L0, some, none; each dtype, and what no tensor core takes."""
+def test_one_launch_gives_the_bits_of_three(simulated, monkeypatch, T, F):
+    """All settled by L0, some, none; each dtype, and what no tensor core takes. The same source on
+    Ampere and on Hopper."""
     pairs = [(BF16, BF16), (F16, F16), (F32, F32), (BF16, F32)]
     for (dtype, weights), d in product(pairs, (64, 67)):
         case = random_case(T, d, 140, 8, F, dtype, weights, per_token=d == 67, masked=T > 3)
@@ -343,22 +362,22 @@ def test_one_launch_gives_the_bits_of_three(emulated_gpu, monkeypatch, T, F):
         for push in (-1e4, 0.0, 1e4):
             pushed = case.but(b_enc=torch.where(rest, case.b_enc, case.b_enc + push))
             for stored in (pushed, pushed.stored(permutation(140))):
-                machine = emulated_gpu.settle(multiprocessors=1 + T % 4, seed=T + d)
+                machine = simulated.settle(multiprocessors=1 + T % 4, seed=T + d)
                 y, a = (at_once(op, machine, stored, monkeypatch) for op in (steered, acts))
                 assert y.isfinite().all() and (push == 0 or (a > 0).any() == (push > 0))
 
 
-def test_what_one_launch_does_not_take_goes_in_steps(emulated_gpu, monkeypatch):
+def test_what_one_launch_does_not_take_goes_in_steps(simulated, monkeypatch):
     """Directions of another dtype than what tensor cores multiply."""
     case = random_case(3, 64, 140, 8, 2, BF16, BF16)
     edit = list(case.edit)
     edit[3] = edit[3].float()
-    before = emulated_gpu.settle().launches()
-    assert same_bits(emulated_gpu.steer(*edit), steered(emulated_gpu, case))
-    assert emulated_gpu.launches() == before + 4
+    before = simulated.launches()
+    assert same_bits(simulated.steer(*edit), steered(simulated, case))
+    assert simulated.launches() == before + 4
     monkeypatch.setenv("SAESTEER_LADDER", "step")
     with pytest.raises(RuntimeError, match="SAESTEER_LADDER is 'step'; accepted: steps"):
-        steered(emulated_gpu, case)
+        steered(simulated, case)
 
 
 def growing(T: int, dtype: torch.dtype) -> Case:
@@ -368,9 +387,9 @@ def growing(T: int, dtype: torch.dtype) -> Case:
     return case.but(b_enc=b_enc, W_dec=case.W_enc, values=torch.full((2,), 1e4))
 
 
-def test_in_place_no_block_measures_what_another_wrote(emulated_gpu):
+def test_in_place_no_block_measures_what_another_wrote(simulated):
     for T, dtype, seed in product((1, 2, 5, 50), (F32, BF16), range(3)):
-        machine, case = emulated_gpu.settle(multiprocessors=5, seed=seed), growing(T, dtype)
+        machine, case = simulated.settle(multiprocessors=5, seed=seed), growing(T, dtype)
         y = steered(machine, case)
         again = machine.project(y, case.W_enc[case.features], case.b_enc[case.features])
         assert (acts(machine, case) == 0).all() and (again > 0).all()
@@ -401,21 +420,17 @@ def test_in_place_by_every_scan(machine, scan, F, monkeypatch):
 
 
 @pytest.mark.fault(31)
-def test_the_same_however_the_work_is_cut(emulated_gpu):
+def test_the_same_however_the_work_is_cut(simulated):
     """More or fewer blocks, other orders of threads, tokens alone: no bit changes."""
     for dtype in (F32, BF16):
         case = random_case(150, 72, 700, 8, 3, dtype, dtype, per_token=True, masked=True)
-        for hopper in (False, True):
-            ys = [
-                emulated_gpu.settle(hopper=hopper, multiprocessors=m, seed=s).steer(
-                    *case.edit, case.mask
-                )
-                for m, s in ((1, 1), (5, 2), (100, 3))
-            ]
-            assert same_bits(ys[0], ys[1]) and same_bits(ys[0], ys[2])
-        whole = emulated_gpu.steer(*case.edit, case.mask)
+        whole, *others = (
+            simulated.settle(multiprocessors=m, seed=s).steer(*case.edit, case.mask)
+            for m, s in ((1, 1), (5, 2), (100, 3))
+        )
+        assert all(same_bits(y, whole) for y in others)
         parts = [case.rows(slice(a, b)) for a, b in pairwise([0, 1, 17, 80, 150])]
-        pieces = torch.cat([emulated_gpu.steer(*part.edit, part.mask) for part in parts])
+        pieces = torch.cat([simulated.steer(*part.edit, part.mask) for part in parts])
         settled = ~case.undecided().any(-1)
         assert same_bits(whole[settled], pieces[settled])
 
@@ -543,16 +558,17 @@ def test_mistakes_show(emulated_kernels, tmp_path, mistake):
     text = (CSRC / "cuda" / name).read_text()
     assert text.count(right) == 1
     changed = compile_kernels(tmp_path, COMPILER, {name: text.replace(right, wrong)})
-    machine = Machine(link(emulated_kernels | changed, tmp_path, COMPILER))
+    library = link(emulated_kernels | changed, tmp_path, COMPILER)
+    ampere, hopper = (Machine(library, hopper=hopper) for hopper in (False, True))
     case = integer_case(150, 392, 300, 20, 3, BF16, BF16)
     small = growing(1, BF16)
     with pytest.raises((AssertionError, RuntimeError)):
         for seed in range(4):
-            machine.settle(multiprocessors=5, seed=seed)
-            y = steered(machine, small)
-            assert same_bits(machine.steer_(*small.edit), y)
-        for hopper in (False, True):
-            machine.settle(hopper=hopper)
+            ampere.settle(multiprocessors=5, seed=seed)
+            y = steered(ampere, small)
+            assert same_bits(ampere.steer_(*small.edit), y)
+        for machine in (ampere, hopper):
+            machine.settle()
             for steer in (machine.steer, machine.steer_):
                 assert same_bits(steer(*case.edit) + 0.0, case.truth().to(BF16) + 0.0)
             for rows in (slice(0, 3), slice(0, 9), slice(0, 60)):

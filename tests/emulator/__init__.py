@@ -53,7 +53,7 @@ def compile_kernels(
         parts = [*changed, *(f'#include "{name}"' for name in changed)]
         wanted = [p for p in wanted if any(part in p.name + p.read_text() for part in parts)]
     else:
-        wanted.append(HERE / "library.cpp")
+        wanted += [HERE / "library.cpp", HERE / "machine.cpp"]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip((p.name for p in wanted), pool.map(compiled, wanted), strict=True))
 
@@ -87,10 +87,11 @@ def _matrix(t: Tensor) -> _Matrix:
 
 
 class Machine:
-    """The ops on an emulated GPU. `seed` chooses the order in which threads take turns."""
+    """The ops of a library that has library.cpp, and a GPU for its kernels that is no real one."""
 
-    def __init__(self, library: Path):
+    def __init__(self, library: Path, *, hopper: bool = False):
         self._library = ctypes.CDLL(str(library))
+        self._hopper = hopper
         for name in ("ladder_workspace", "encode_workspace", "index_of"):
             getattr(self._library, name).restype = ctypes.c_int64
 
@@ -99,8 +100,9 @@ class Machine:
         function.restype = result
         return function(*arguments)
 
-    def settle(self, *, multiprocessors: int = 3, hopper: bool = False, seed: int = 0) -> Machine:
-        self._library.settle_machine(multiprocessors, ctypes.c_bool(hopper), seed)
+    def settle(self, *, multiprocessors: int = 3, seed: int = 0) -> Machine:
+        """`seed` chooses the order in which threads take turns."""
+        self._library.settle_machine(multiprocessors, ctypes.c_bool(self._hopper), seed)
         return self
 
     def launches(self) -> int:

@@ -1,6 +1,7 @@
-// The kernels of csrc/cuda on the emulated GPU, as a library for ctypes. Every function returns an
-// error's text, or null.
-#include <emulator.h>
+// The ops of csrc/cuda for ctypes, whatever runs their kernels. Every function returns an error's
+// text, or null.
+#include <exception>
+#include <string>
 
 #include "cuda/kernels.h"
 #include "cuda/rank.h"
@@ -33,12 +34,6 @@ struct Matrix {
   operator Rows() const { return {data, static_cast<Dtype>(dtype), width}; }
   operator OutRows() const { return {data, static_cast<Dtype>(dtype), width}; }
 };
-
-void settle_machine(int multiprocessors, bool hopper, uint32_t seed) {
-  cuda::emulated::settings = {multiprocessors, hopper, seed};
-}
-
-int launches() { return cuda::emulated::machine().launches; }
 
 int64_t ladder_workspace(int64_t tokens, int64_t F) { return cuda::ladder_workspace(tokens, F); }
 
