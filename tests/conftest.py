@@ -12,6 +12,7 @@ import emulator
 import ptx
 import pytest
 import torch
+from ptx.executor import Executor
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -143,6 +144,11 @@ def ptx_runtime(tmp_path_factory) -> list[Path]:
     if ptx.MISSING:
         pytest.skip(ptx.MISSING)
     return ptx.compile_runtime(tmp_path_factory.mktemp("ptx"))
+
+
+@pytest.fixture(scope="session")
+def ptx_executor(ptx_runtime, tmp_path_factory) -> Executor:
+    return Executor(ptx.link(ptx_runtime, tmp_path_factory.mktemp("ptx"), "executor"))
 
 
 @pytest.fixture(scope="session")
