@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import emulator
+import ptx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -129,6 +130,14 @@ def emulated_kernels(tmp_path_factory) -> dict[str, Path]:
 def emulated_gpu(emulated_kernels, tmp_path_factory) -> emulator.Machine:
     folder = tmp_path_factory.mktemp("emulated")
     return emulator.Machine(emulator.link(emulated_kernels, folder, emulator.COMPILER))
+
+
+@pytest.fixture(scope="session")
+def ptx_library(tmp_path_factory) -> Path:
+    """What runs PTX on the CPU."""
+    if ptx.COMPILER is None:
+        pytest.skip("running PTX needs g++")
+    return ptx.build(tmp_path_factory.mktemp("ptx"))
 
 
 @pytest.fixture(scope="module")

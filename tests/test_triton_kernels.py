@@ -1,9 +1,11 @@
-"""What the Triton kernels compute, against the fp64 truth: on a GPU, or in Triton's interpreter,
-where test_triton.py runs this file."""
+"""What the Triton kernels compute, against the fp64 truth: on a GPU, in Triton's interpreter, where
+test_triton.py runs this file, or compiled for a GPU and run by tests/ptx, where test_triton_ptx.py
+does."""
 
 from __future__ import annotations
 
 import mmap
+import os
 
 import pytest
 import torch
@@ -23,13 +25,18 @@ from saesteer_fast import ops, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 INTERPRETED = triton.knobs.runtime.interpret
-if not INTERPRETED and not torch.cuda.is_available():
+ARCHITECTURE = os.environ.get("PTX_ARCHITECTURE")
+if ARCHITECTURE:
+    from ptx import triton_driver
+
+    triton_driver.activate(os.environ["PTX_LIBRARY"], int(ARCHITECTURE))
+elif not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from saesteer_fast.triton_kernels import configs, launch, tune  # noqa: E402  (they import Triton)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DEVICE = torch.device("cpu" if INTERPRETED or ARCHITECTURE else "cuda")
 
 SAME = [(t, t) for t in DTYPES]
 MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), DTYPES[1:]]
