@@ -139,25 +139,31 @@ def emulated_gpu(emulated_library) -> emulator.Machine:
 
 
 @pytest.fixture(scope="session")
-def ptx_runtime(tmp_path_factory) -> list[Path]:
-    """What runs PTX on the CPU, as object files."""
-    if ptx.MISSING:
-        pytest.skip(ptx.MISSING)
-    return ptx.compile_runtime(tmp_path_factory.mktemp("ptx"))
+def executor_library(tmp_path_factory) -> Path:
+    if ptx.COMPILER is None:
+        pytest.skip("running PTX needs g++ and an x86-64 processor")
+    return ptx.compile_executor(tmp_path_factory.mktemp("ptx"))
 
 
 @pytest.fixture(scope="session")
-def ptx_executor(ptx_runtime, tmp_path_factory) -> Executor:
-    return Executor(ptx.link(ptx_runtime, tmp_path_factory.mktemp("ptx"), "executor"))
+def ptx_executor(executor_library) -> Executor:
+    return Executor(executor_library)
 
 
 @pytest.fixture(scope="session")
-def ptx_library(ptx_runtime, tmp_path_factory) -> Callable[[str], Path]:
-    """csrc/cuda as nvcc compiles it for sm_80 or sm_90a, and as its PTX runs on the CPU."""
-    folder = tmp_path_factory.mktemp("ptx")
-    return cache(
-        lambda arch: ptx.link(ptx_runtime + ptx.compile_kernels(folder, arch), folder, arch)
-    )
+def link_ptx(executor_library, tmp_path_factory) -> Callable[..., Path]:
+    """A library of CUDA sources, csrc/cuda unless others are named, whose PTX runs on the CPU."""
+    if ptx.NVCC is None:
+        pytest.skip("running CUDA sources as PTX needs nvcc")
+    runtime = ptx.compile_runtime(tmp_path_factory.mktemp("cudart"))
+
+    @cache
+    def linked(arch: str, *sources: Path) -> Path:
+        folder = tmp_path_factory.mktemp(arch)
+        objects = ptx.compile_kernels(folder, arch, sources or ptx.OPS)
+        return ptx.link(runtime + objects, executor_library, folder, arch)
+
+    return linked
 
 
 @pytest.fixture(scope="module")

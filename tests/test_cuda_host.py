@@ -63,7 +63,7 @@ HOPPER = {"ampere": False, "hopper": True, "ptx-sm_80": False, "ptx-sm_90a": Tru
 def simulated_gpu(request) -> Machine:
     name = request.param
     if name.startswith("ptx-"):
-        library = request.getfixturevalue("ptx_library")(name.removeprefix("ptx-"))
+        library = request.getfixturevalue("link_ptx")(name.removeprefix("ptx-"))
     else:
         library = request.getfixturevalue("emulated_library")
     return Machine(library, hopper=HOPPER[name]).settle()

@@ -1,5 +1,5 @@
-"""What tests/ptx makes of PTX: what instructions compute, against PyTorch and Python's integers, and
-that what a GPU would not forgive is found."""
+"""What tests/ptx makes of PTX: what instructions compute, against PyTorch and Python's integers,
+and that what a GPU would not forgive is found."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ EDGES += [2**63, 2**64 - 1, 0x0123456789ABCDEF]
 
 
 def divided(a: int, b: int) -> int:
-    return int(math.trunc(abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)))
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
 
 def field(a: int, at: int, length: int) -> int:
@@ -343,9 +343,9 @@ def integers(*shape: int) -> Tensor:
 def test_a_barrier_orders_warps(run):
     found = run(MINE + "bar.sync 0;" + NEIGHBOURS, torch.zeros(1), integers(64), **OF_64)
     assert found.tolist() == [t ^ 33 for t in range(64)]
-    with pytest.raises(RuntimeError, match="a race|nobody has written"):
+    with pytest.raises(RuntimeError, match=r"a race|nobody has written"):
         run(MINE + NEIGHBOURS, torch.zeros(1), integers(64), **OF_64)
-    with pytest.raises(RuntimeError, match="a race|nobody has written"):
+    with pytest.raises(RuntimeError, match=r"a race|nobody has written"):
         run(MINE + "bar.warp.sync -1;" + NEIGHBOURS, torch.zeros(1), integers(64), **OF_64)
 
 
@@ -447,7 +447,7 @@ def test_copies_are_waited_for(run):
     assert found.tolist() == [4 * (t ^ 33) for t in range(64)]
     nothing = COPIED.format(there=0, wait="cp.async.wait_group 0;")
     assert not run(nothing, source, integers(64), **launch).any()
-    with pytest.raises(RuntimeError, match="a race|before its copies"):
+    with pytest.raises(RuntimeError, match=r"a race|before its copies"):
         run(COPIED.format(there=16, wait="cp.async.wait_group 1;"), source, integers(64), **launch)
 
 
@@ -564,7 +564,9 @@ def test_a_warpgroups_product_of_what_a_tensor_copy_brings(run, boxed):
 
 def test_tensor_copies_and_products_are_waited_for(run, boxed):
     source, tensor_map = boxed
-    with pytest.raises(RuntimeError, match="a race|in flight|nobody has written|before its copies"):
+    with pytest.raises(
+        RuntimeError, match=r"a race|in flight|nobody has written|before its copies"
+    ):
         groups_product(run, tensor_map, source, wait="")
     with pytest.raises(RuntimeError, match="a product in flight writes"):
         groups_product(run, tensor_map, source, finish="")
@@ -582,7 +584,8 @@ def test_products_of_ordinary_writes_need_a_fence(run):
     or.b64 %d1, %d1, 0x0000001000080000;
     wgmma.fence.sync.aligned;
     setp.ne.s32 %p2, 0, 0;
-    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {{%f0, %f1, %f2, %f3}}, %d1, %d1, %p2, 1, 1, 0, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
+      {{%f0, %f1, %f2, %f3}}, %d1, %d1, %p2, 1, 1, 0, 0;
     wgmma.commit_group.sync.aligned;
     wgmma.wait_group.sync.aligned 0;
     """

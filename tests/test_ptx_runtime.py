@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 
-import ptx
 import pytest
 
 SOURCE = """
@@ -68,12 +67,10 @@ def arch(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def library(arch, ptx_runtime, tmp_path_factory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("runtime")
-    source = folder / "count.cu"
+def library(arch, link_ptx, tmp_path_factory) -> ctypes.CDLL:
+    source = tmp_path_factory.mktemp("source") / "count.cu"
     source.write_text(SOURCE)
-    objects = ptx.compile_kernels(folder, arch, [source])
-    library = ctypes.CDLL(str(ptx.link(ptx_runtime + objects, folder, arch)))
+    library = ctypes.CDLL(str(link_ptx(arch, source)))
     library.settle_machine(3, ctypes.c_bool(arch == "sm_90a"), 0)
     library.run.restype = library.map.restype = ctypes.c_char_p
     return library

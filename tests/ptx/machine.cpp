@@ -30,36 +30,41 @@ void PhaseBarrier::settle() {
 Warp::Warp(Block& b, int i, uint32_t lanes, Agent a)
     : block(b), index(i), alive(lanes), agent(std::move(a)) {
   const Kernel& k = b.grid.kernel;
-  registers.assign((k.registers + k.constants.size()) * kWarp, 0xFFFFFFFFFFFFFFFF);
   locked.assign(k.registers + k.constants.size(), 0);
+  auto& unused = b.grid.unused_registers;
+  if (unused.empty()) {
+    registers.assign(locked.size() * kWarp, 0xFFFFFFFFFFFFFFFF);
+  } else {  // as they were left, as on a GPU
+    registers = std::move(unused.back());
+    unused.pop_back();
+  }
   load_constants();
 }
+
+Warp::~Warp() { block.grid.unused_registers.push_back(std::move(registers)); }
 
 void Warp::load_constants() {
   const Grid& grid = block.grid;
   for (size_t c = 0; c < grid.kernel.constants.size(); ++c) {
     const Constant& constant = grid.kernel.constants[c];
-    for (int lane = 0; lane < kWarp; ++lane) {
-      uint64_t v = constant.value;
-      if (constant.kind == Constant::special) v = special(constant.name, lane);
-      if (constant.kind == Constant::shared)  // the dynamic memory follows the static
-        v = kSharedBase + (static_cast<int64_t>(v) >= 0 ? v : (grid.kernel.static_shared + 1023) &
-                                                                  ~int64_t{1023});
-      registers[(grid.kernel.registers + c) * kWarp + lane] = v;
-    }
+    uint64_t* lanes = &registers[(grid.kernel.registers + c) * kWarp];
+    const auto value = static_cast<int64_t>(constant.value);
+    if (constant.kind == Constant::special)
+      special(constant.name, lanes);
+    else if (constant.kind == Constant::shared)  // the dynamic memory follows the static
+      std::fill_n(lanes, kWarp, kSharedBase + (value < 0 ? block.dynamic() : value));
+    else
+      std::fill_n(lanes, kWarp, constant.value);
   }
 }
 
-uint64_t Warp::special(const std::string& name, int lane) const {
+void Warp::special(const std::string& name, uint64_t* lanes) const {
   const Grid& grid = block.grid;
-  const uint32_t thread = index * kWarp + lane;
-  const auto workspace = reinterpret_cast<uint64_t>(grid.workspace.data());
-  const std::map<std::string, uint64_t> values = {
-      {"%tid.x", thread % grid.threads[0]},
-      {"%tid.y", thread / grid.threads[0] % grid.threads[1]},
-      {"%tid.z", thread / grid.threads[0] / grid.threads[1]},
-      {"%ntid.x", grid.threads[0]},
-      {"%ntid.y", grid.threads[1]},
+  const uint32_t x = grid.threads[0], y = grid.threads[1];
+  const uint64_t workspace = grid.together ? reinterpret_cast<uint64_t>(grid.workspace.data()) : 0;
+  const std::map<std::string, uint64_t> same = {
+      {"%ntid.x", x},
+      {"%ntid.y", y},
       {"%ntid.z", grid.threads[2]},
       {"%ctaid.x", block.x},
       {"%ctaid.y", block.y},
@@ -67,14 +72,26 @@ uint64_t Warp::special(const std::string& name, int lane) const {
       {"%nctaid.x", grid.blocks[0]},
       {"%nctaid.y", grid.blocks[1]},
       {"%nctaid.z", grid.blocks[2]},
-      {"%laneid", lane},
       {"%warpid", index},
-      {"%envreg1", grid.together ? workspace >> 32 : 0},
-      {"%envreg2", grid.together ? workspace & 0xFFFFFFFF : 0},
+      {"%envreg1", workspace >> 32},
+      {"%envreg2", workspace & 0xFFFFFFFF},
   };
-  const auto found = values.find(name);
-  if (found == values.end()) throw std::runtime_error("PTX: no special register " + name);
-  return found->second;
+  const auto found = same.find(name);
+  for (uint32_t lane = 0; lane < kWarp; ++lane) {
+    const uint32_t thread = index * kWarp + lane;
+    if (found != same.end())
+      lanes[lane] = found->second;
+    else if (name == "%tid.x")
+      lanes[lane] = thread % x;
+    else if (name == "%tid.y")
+      lanes[lane] = thread / x % y;
+    else if (name == "%tid.z")
+      lanes[lane] = thread / x / y;
+    else if (name == "%laneid")
+      lanes[lane] = lane;
+    else
+      throw std::runtime_error("PTX: no special register " + name);
+  }
 }
 
 bool Warp::run(int most) {
@@ -159,7 +176,8 @@ void Warp::check_locks(const Instruction& i) const {
   for (const Operand& o : i.operands) {
     bool hit = (o.reg >= 0 && locked[o.reg]) || (o.second >= 0 && locked[o.second]);
     for (const int reg : o.list) hit |= reg >= 0 && locked[reg];
-    if (hit) throw std::runtime_error("a register that a product in flight writes: " + place(*this, i));
+    if (hit)
+      throw std::runtime_error("a register that a product in flight writes: " + place(*this, i));
   }
 }
 
@@ -172,7 +190,7 @@ Block::Block(Grid& g, int64_t i, unsigned char* shared)
       y(static_cast<uint32_t>(i / g.blocks[0] % g.blocks[1])),
       z(static_cast<uint32_t>(i / g.blocks[0] / g.blocks[1])),
       memory(shared),
-      bytes(((g.kernel.static_shared + 1023) & ~1023) + g.shared) {
+      bytes(dynamic() + g.shared) {
   memset(memory, 0xFF, bytes);
   grid.races.forget(memory, bytes);
   const int threads = g.threads_of_block(), warps_here = g.warps_of_block();
@@ -204,7 +222,8 @@ void Block::require_landed() const {
 
 PhaseBarrier& Block::phase_barrier(uint64_t address) {
   const auto found = phase_barriers.find(address);
-  if (found == phase_barriers.end()) throw std::runtime_error("an mbarrier that was not initialised");
+  if (found == phase_barriers.end())
+    throw std::runtime_error("an mbarrier that was not initialised");
   return found->second;
 }
 
@@ -230,7 +249,8 @@ void Grid::run() {
     }
     bool any = false;
     const size_t start = random();
-    for (size_t i = 0; i < resident.size(); ++i) any |= turn(*resident[(start + i) % resident.size()]);
+    for (size_t i = 0; i < resident.size(); ++i)
+      any |= turn(*resident[(start + i) % resident.size()]);
     if (!any) fail_waiting(resident);
     for (const auto& b : resident)
       if (b->is_done()) b->require_landed(), unused.push_back(b->memory);
@@ -262,8 +282,7 @@ void Grid::fail_waiting(const std::vector<std::unique_ptr<Block>>& resident) con
   for (const auto& b : resident)
     for (const auto& w : b->warps)
       if (w->alive)
-        throw std::runtime_error("it waits for ever: " +
-                                 place(*w, kernel.code[w->where()]));
+        throw std::runtime_error("it waits for ever: " + place(*w, kernel.code[w->where()]));
   throw std::runtime_error(kernel.name + " has nothing left that runs");
 }
 

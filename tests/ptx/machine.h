@@ -86,7 +86,7 @@ struct Warp {
   Block& block;
   int index;
   std::vector<uint64_t> registers;  // [register][lane]
-  int together = 0;  // where all lanes are; -1: each where `pc` says
+  int together = 0;                 // where all lanes are; -1: each where `pc` says
   std::array<int, kWarp> pc{};
   uint32_t alive, parked = 0;  // parked: at an instruction of the whole warp
   Agent agent;
@@ -104,6 +104,7 @@ struct Warp {
   int locks = 0;
 
   Warp(Block& b, int i, uint32_t lanes, Agent a);
+  ~Warp();
 
   // Of its first lane
   int where() const { return together >= 0 ? together : pc[__builtin_ctz(alive)]; }
@@ -127,20 +128,18 @@ struct Warp {
   // Of a register that has the same value in all lanes.
   uint64_t uniform(int reg) const { return get<uint64_t>(reg, 0); }
 
-  // The bytes at an operand's address; checked, and followed by the race detector.
+  // The bytes at an operand's address; checked, and followed by the race detector. `written`: what
+  // an ordinary store puts there.
   unsigned char* access(const Instruction& i, int operand, int lane, int bytes, bool write,
-                        bool strong = false);
+                        const void* written = nullptr);
   unsigned char* shared(uint64_t address, int64_t bytes) const;
-  Access accessed(const Instruction& i, int lane, bool write, bool strong = false) const {
-    return {agent, write, strong, false, lane, step, syncs, i.line};
-  }
 
  private:
   bool step_once();
   uint32_t next(int& at);
   void move(uint32_t lanes, int at);
   void load_constants();
-  uint64_t special(const std::string& name, int lane) const;
+  void special(const std::string& name, uint64_t* lanes) const;
   void check_locks(const Instruction& i) const;
 };
 
@@ -158,6 +157,8 @@ struct Block {
   Block(Grid& g, int64_t i, unsigned char* shared);
   ~Block();
 
+  // Where the dynamic memory begins, behind the static.
+  int64_t dynamic() const;
   bool is_done() const;
   void require_landed() const;
   PhaseBarrier& phase_barrier(uint64_t address);
@@ -166,15 +167,26 @@ struct Block {
 
 struct Grid {
   const Kernel& kernel;
-  std::array<uint32_t, 3> blocks, threads;
-  int64_t shared;
-  bool together;
+  const std::array<uint32_t, 3> blocks, threads;
+  const int64_t shared;
+  const bool together;
   std::vector<unsigned char> arguments;
   std::mt19937 random;
   Races races;
-  std::unordered_map<uintptr_t, Clocks> released;  // by atomics, per address
+  std::unordered_map<uintptr_t, Clocks> released;   // by atomics, per address
   alignas(16) std::array<uint32_t, 4> workspace{};  // of cooperative groups
-  int64_t steps = 0;                                // so far
+  std::vector<std::vector<uint64_t>> unused_registers;
+  int64_t steps = 0;  // so far
+
+  Grid(const Kernel& k, const uint32_t* grid, const uint32_t* block, int64_t dynamic_shared,
+       bool at_once, uint32_t seed)
+      : kernel(k),
+        blocks{grid[0], grid[1], grid[2]},
+        threads{block[0], block[1], block[2]},
+        shared(dynamic_shared),
+        together(at_once),
+        arguments(k.parameter_bytes + 1),
+        random(seed) {}
 
   void run();
 
@@ -187,6 +199,8 @@ struct Grid {
   bool turn(Block& block);
   [[noreturn]] void fail_waiting(const std::vector<std::unique_ptr<Block>>& resident) const;
 };
+
+inline int64_t Block::dynamic() const { return (grid.kernel.static_shared + 1023) & ~1023; }
 
 template <class F>
 void each(uint32_t mask, const F& f) {

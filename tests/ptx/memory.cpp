@@ -8,18 +8,17 @@ namespace ptx {
 
 namespace {
 
-enum Space { kGeneric, kGlobal, kShared, kParameter };
-
 Space space_of(const Instruction& i) {
-  if (i.has("global")) return kGlobal;
-  if (i.has("shared") || i.has("shared::cta") || i.has("shared::cluster")) return kShared;
-  if (i.has("param")) return kParameter;
-  return kGeneric;
+  if (i.words[0] == "cp") return Space::copy;
+  if (i.has("global")) return Space::global;
+  if (i.has("shared") || i.has("shared::cta") || i.has("shared::cluster")) return Space::shared;
+  return i.has("param") ? Space::parameter : Space::generic;
 }
 
 bool is_strong(const Instruction& i) {
-  return i.has("relaxed") || i.has("acquire") || i.has("release") || i.has("acq_rel") ||
-         i.has("volatile") || i.words[0] == "atom" || i.words[0] == "red";
+  for (const char* word : {"relaxed", "acquire", "release", "acq_rel", "volatile", "atom", "red"})
+    if (i.has(word)) return true;
+  return false;
 }
 
 // What others have released at an address, and what this warp releases there.
@@ -41,40 +40,35 @@ void release(Warp& w, const Instruction& i, const void* at, bool adds) {
     join(there.seen, w.agent.fenced);
 }
 
-int elements(const Instruction& i) { return i.has("v4") ? 4 : i.has("v2") ? 2 : 1; }
-
 int register_at(const Operand& o, int element) { return o.list.empty() ? o.reg : o.list[element]; }
 
 template <class T>
 Outcome load(Warp& w, const Instruction& i, uint32_t lanes) {
-  const int count = elements(i);
-  const bool strong = is_strong(i);
+  const int count = i.variant;
   each(lanes, [&](int l) {
-    const unsigned char* from = w.access(i, 1, l, count * sizeof(T), false, strong);
+    const unsigned char* from = w.access(i, 1, l, count * sizeof(T), false);
     for (int e = 0; e < count; ++e) {
       T v;
       memcpy(&v, from + e * sizeof(T), sizeof v);
       const int to = register_at(i.operands[0], e);
       if (to >= 0) w.put<T>(to, l, v);
     }
-    if (strong) acquire(w, i, from);
+    if (i.strong) acquire(w, i, from);
   });
   return Outcome::done;
 }
 
 template <class T>
 Outcome store(Warp& w, const Instruction& i, uint32_t lanes) {
-  const int count = elements(i);
-  const bool strong = is_strong(i);
+  const int count = i.variant;
   each(lanes, [&](int l) {
-    unsigned char* to = w.access(i, 0, l, count * sizeof(T), true, strong);
-    for (int e = 0; e < count; ++e) {
-      const T v = w.get<T>(register_at(i.operands[1], e), l);
-      memcpy(to + e * sizeof(T), &v, sizeof v);
-    }
-    if (strong) release(w, i, to, false);
+    T v[4];
+    for (int e = 0; e < count; ++e) v[e] = w.get<T>(register_at(i.operands[1], e), l);
+    unsigned char* to = w.access(i, 0, l, count * sizeof(T), true, v);
+    memcpy(to, v, count * sizeof(T));
+    if (i.strong) release(w, i, to, false);
   });
-  if (strong) w.agent.tick();
+  if (i.strong) w.agent.tick();
   return Outcome::done;
 }
 
@@ -99,7 +93,7 @@ Outcome atomic(Warp& w, const Instruction& i, uint32_t lanes) {
   const int at = i.words[0] == "atom";  // red gives nothing
   const std::string how = kUpdates[i.variant];
   each(lanes, [&](int l) {
-    unsigned char* p = w.access(i, at, l, sizeof(T), true, true);
+    unsigned char* p = w.access(i, at, l, sizeof(T), true);
     T old;
     memcpy(&old, p, sizeof old);
     const T b = w.get<T>(i.operands[at + 1].reg, l);
@@ -188,35 +182,32 @@ unsigned char* Warp::shared(uint64_t address, int64_t bytes) const {
 }
 
 unsigned char* Warp::access(const Instruction& i, int operand, int lane, int bytes, bool write,
-                            bool strong) {
+                            const void* written) {
   const Operand& o = i.operands[operand];
-  Space space = space_of(i);
-  // cp.async.shared.global names both
-  if (i.words[0] == "cp") space = operand == 0 ? kShared : kGlobal;
-  uint64_t address = space == kShared ? get<uint32_t>(o.reg, lane) : get<uint64_t>(o.reg, lane);
-  address += o.offset;
+  const Space space = i.space != Space::copy ? i.space : operand ? Space::global : Space::shared;
+  const bool is_shared = space == Space::shared;
+  const uint64_t address =
+      (is_shared ? get<uint32_t>(o.reg, lane) : get<uint64_t>(o.reg, lane)) + o.offset;
   if (address % bytes) throw std::runtime_error("a misaligned access");
-  const auto& arguments = block.grid.arguments;
-  if (space == kParameter) {
+  auto& arguments = block.grid.arguments;
+  if (space == Space::parameter) {
     if (address + bytes > arguments.size()) throw std::runtime_error("outside of the parameters");
-    return const_cast<unsigned char*>(arguments.data()) + address;
+    return arguments.data() + address;
   }
-  auto* at = space == kShared ? shared(address, bytes)
-                              : reinterpret_cast<unsigned char*>(address);
-  if (space == kGlobal && block.contains(at))
+  auto* at = is_shared ? shared(address, bytes) : reinterpret_cast<unsigned char*>(address);
+  if (space == Space::global && block.contains(at))
     throw std::runtime_error("shared memory, taken for global");
   if (at >= arguments.data() && at < arguments.data() + arguments.size()) return at;
-  const Access access{agent, write, strong, false, lane, step, syncs, i.line};
-  if (!write && block.contains(at))
-    for (int b = 0; b < bytes; ++b)
-      if (!block.grid.races.is_written(at + b))
-        throw std::runtime_error("shared memory that nobody has written");
-  block.grid.races.touch(at, bytes, access);
+  Races& races = block.grid.races;
+  if (!write && block.contains(at)) races.require_written(at, bytes);
+  const bool changes = !written || memcmp(at, written, bytes);
+  races.touch(at, bytes, {agent, write, i.strong, false, lane, step, syncs, i.line, changes});
   return at;
 }
 
 Handler memory(Instruction& i) {
   const std::string &op = i.words[0], &type = i.words.back();
+  i.space = space_of(i), i.strong = is_strong(i);
   if (op == "cvta") return convert_address;
   if (op == "prefetch") return nothing;
   if (op == "cp") {
@@ -224,15 +215,16 @@ Handler memory(Instruction& i) {
     if (i.has("wait_group")) return wait_copies;
     return i.has("bulk") || i.has("mbarrier") ? nullptr : copy_async;
   }
-  if (op == "ld" || op == "st")
+  if (op == "ld" || op == "st") {
+    i.variant = i.has("v4") ? 4 : i.has("v2") ? 2 : 1;
     return with_number(type, [&](auto t) -> Handler {
       using T = typename decltype(t)::type;
       return op == "ld" ? load<T> : store<T>;
     });
+  }
   for (i.variant = 0; i.variant < 8 && !i.has(kUpdates[i.variant]);) ++i.variant;
   if (i.variant == 8) return nullptr;
-  return with_integer(type,
-                      [](auto t) -> Handler { return atomic<typename decltype(t)::type>; });
+  return with_integer(type, [](auto t) -> Handler { return atomic<typename decltype(t)::type>; });
 }
 
 }  // namespace ptx

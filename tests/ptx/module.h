@@ -15,6 +15,9 @@ struct Instruction;
 
 enum class Outcome { done, jumped, wait };
 
+// copy: the first operand's shared, the second's global
+enum class Space { generic, global, shared, parameter, copy };
+
 // Runs an instruction for the lanes of a mask.
 using Handler = Outcome (*)(Warp&, const Instruction&, uint32_t mask);
 
@@ -35,7 +38,9 @@ struct Instruction {
   bool aligned = false;  // by all lanes at once
   bool members = false;  // by all lanes of its last operand at once
   int target = -1;       // of a branch
-  int variant = 0;       // what a handler has made of the words
+  int variant = 0;       // what decode has made of the words, for the handler
+  Space space = Space::generic;
+  bool strong = false;  // relaxed, volatile and stronger
   int line = 0;
   std::string text;
 

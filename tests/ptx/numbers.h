@@ -81,7 +81,8 @@ auto with_any(const std::string& name, const F& f) {
 }
 
 inline int bytes_of(const std::string& type) {
-  return with_any(type, [](auto t) { return static_cast<int>(sizeof(typename decltype(t)::type)); });
+  return with_any(type,
+                  [](auto t) { return static_cast<int>(sizeof(typename decltype(t)::type)); });
 }
 
 }  // namespace ptx

@@ -97,21 +97,12 @@ const char* ptx_launch(void* module, const char* kernel, const uint32_t grid[3],
                        const void* const* arguments) {
   return guarded([&] {
     const Kernel& k = kernel_of(module, kernel);
-    const auto launch = std::make_unique<Grid>(Grid{k,
-                                                    {grid[0], grid[1], grid[2]},
-                                                    {block[0], block[1], block[2]},
-                                                    dynamic_shared,
-                                                    together,
-                                                    std::vector<unsigned char>(k.parameter_bytes + 1),
-                                                    std::mt19937(seed),
-                                                    {},
-                                                    {},
-                                                    {}});
+    Grid launch(k, grid, block, dynamic_shared, together, seed);
     for (size_t i = 0; i < k.parameters.size(); ++i)
-      memcpy(launch->arguments.data() + k.parameters[i].offset, arguments[i], k.parameters[i].bytes);
-    if (launch->threads_of_block() > k.most_threads)
+      memcpy(launch.arguments.data() + k.parameters[i].offset, arguments[i], k.parameters[i].bytes);
+    if (launch.threads_of_block() > k.most_threads)
       throw std::runtime_error(k.name + ": more threads than it was compiled for");
-    launch->run();
+    launch.run();
   });
 }
 

@@ -13,7 +13,8 @@ void ptx_unload(void* module);
 // kernel.
 int ptx_parameter_bytes(void* module, const char* kernel, int i);
 
-// Threads of a block that the kernel asks for by .reqntid or .maxntid, and its static shared memory.
+// Threads of a block that the kernel asks for by .reqntid or .maxntid, and its static shared
+// memory.
 int ptx_most_threads(void* module, const char* kernel);
 int ptx_static_shared(void* module, const char* kernel);
 

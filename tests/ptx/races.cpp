@@ -61,32 +61,42 @@ void Races::forget(const void* at, int64_t bytes) {
   }
 }
 
-bool Races::is_written(const void* at) {
-  return shadow(reinterpret_cast<uintptr_t>(at)).write.agent >= 0;
+void Races::require_written(const void* at, int bytes) {
+  for (int i = 0; i < bytes; ++i)
+    if (shadow(reinterpret_cast<uintptr_t>(at) + i).write.agent < 0)
+      throw std::runtime_error("shared memory that nobody has written");
 }
 
 // Lanes of a warp are ordered by its barriers alone, and by being one access.
 bool Races::before(const Touch& earlier, const Access& now) {
   if (earlier.agent < 0 || (earlier.strong && now.strong)) return true;
   if (earlier.agent != now.agent.id) return now.agent.seen[earlier.agent] >= earlier.time;
-  return earlier.lane == now.lane || earlier.lane < 0 || now.lane < 0 ||
-         earlier.step == now.step || earlier.syncs != now.syncs;
+  return earlier.lane == now.lane || earlier.lane < 0 || now.lane < 0 || earlier.step == now.step ||
+         earlier.syncs != now.syncs;
 }
 
 void Races::touch(const void* at, int bytes, const Access& now) {
   const auto from = reinterpret_cast<uintptr_t>(at);
-  const Touch mine{now.agent.seen[now.agent.id], now.step, now.syncs, now.line,
-                   static_cast<int16_t>(now.agent.id), static_cast<int8_t>(now.lane), now.strong,
+  const Touch mine{now.agent.seen[now.agent.id],
+                   now.step,
+                   now.syncs,
+                   now.line,
+                   static_cast<int16_t>(now.agent.id),
+                   static_cast<int8_t>(now.lane),
+                   now.strong,
                    now.async};
   for (int i = 0; i < bytes; ++i) {
     Shadow& s = shadow(from + i);
-    if (!before(s.write, now)) fail(s.write, true, now, "at the same time");
+    if (!before(s.write, now)) {
+      if (!now.changes) continue;
+      fail(s.write, true, now, "at the same time");
+    }
     if (now.async && s.write.agent >= 0 && !s.write.async &&
         now.agent.published[s.write.agent] < s.write.time)
       fail(s.write, true, now, "without a proxy fence between");
     if (now.write) {
       for (Touch& read : s.reads) {
-        if (!before(read, now)) fail(read, false, now, "at the same time");
+        if (!before(read, now) && now.changes) fail(read, false, now, "at the same time");
         read.agent = -1;
       }
       s.write = mine;
@@ -107,7 +117,8 @@ void Races::fail(const Touch& earlier, bool wrote, const Access& now, const char
            ")";
   };
   throw std::runtime_error("a race: " + told(wrote, earlier.line, earlier.agent, earlier.lane) +
-                           " and " + told(now.write, now.line, now.agent.id, now.lane) + ", " + how);
+                           " and " + told(now.write, now.line, now.agent.id, now.lane) + ", " +
+                           how);
 }
 
 }  // namespace ptx

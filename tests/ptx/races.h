@@ -38,6 +38,8 @@ struct Access {
   uint32_t step;   // the instruction's run, of which all lanes are one access
   uint32_t syncs;  // of the warp, so far
   int line;        // of the PTX
+  // Of a write, other bytes than are there: who writes the same as another does no harm
+  bool changes = true;
 };
 
 class Races {
@@ -53,7 +55,7 @@ class Races {
   void touch(const void* at, int bytes, const Access& access);
   // Nobody has touched these bytes yet.
   void forget(const void* at, int64_t bytes);
-  bool is_written(const void* at);
+  void require_written(const void* at, int bytes);
 
  private:
   struct Touch {
@@ -72,7 +74,8 @@ class Races {
 
   Shadow& shadow(uintptr_t at);
   static bool before(const Touch& earlier, const Access& now);
-  [[noreturn]] static void fail(const Touch& earlier, bool wrote, const Access& now, const char* how);
+  [[noreturn]] static void fail(const Touch& earlier, bool wrote, const Access& now,
+                                const char* how);
 
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   uintptr_t last_key_ = 0;

@@ -82,6 +82,9 @@ Outcome fence_proxy(Warp& w, const Instruction&, uint32_t) {
 
 // ---- among the lanes of a warp ----
 
+enum Shuffle { kUp, kDown, kBfly, kIdx };
+const char* const kShuffles[] = {"up", "down", "bfly", "idx"};
+
 Outcome shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
   const auto& o = i.operands;
   std::array<uint32_t, kWarp> from{};
@@ -91,12 +94,11 @@ Outcome shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
     const uint32_t c = w.get<uint32_t>(o[3].reg, l);
     const int segment = c >> 8 & 0x1F, clamp = c & 0x1F;
     const int most = (l & segment) | (clamp & ~segment), least = l & segment;
-    int source = l;
-    bool inside = false;
-    if (i.has("up")) source = l - b, inside = source >= most;
-    if (i.has("down")) source = l + b, inside = source <= most;
-    if (i.has("bfly")) source = l ^ b, inside = source <= most;
-    if (i.has("idx")) source = least | (b & ~segment), inside = source <= most;
+    int source = i.variant == kUp     ? l - b
+                 : i.variant == kDown ? l + b
+                 : i.variant == kBfly ? l ^ b
+                                      : least | (b & ~segment);
+    const bool inside = i.variant == kUp ? source >= most : source <= most;
     if (!inside) source = l;
     if (!(lanes >> source & 1)) throw std::runtime_error("a shuffle from a lane that is not there");
     w.put(o[0].reg, l, from[source]);
@@ -154,7 +156,8 @@ uint64_t address(const Warp& w, const Operand& o, int lane) {
 // Its eight bytes are written to by init, and by nobody else but barriers' own instructions.
 void touch(Warp& w, const Instruction& i, uint64_t at, int lane, bool strong) {
   if (at % 8) throw std::runtime_error("a misaligned mbarrier");
-  w.block.grid.races.touch(w.shared(at, 8), 8, w.accessed(i, lane, true, strong));
+  w.block.grid.races.touch(w.shared(at, 8), 8,
+                           {w.agent, true, strong, false, lane, w.step, w.syncs, i.line});
 }
 
 Outcome init(Warp& w, const Instruction& i, uint32_t lanes) {
@@ -238,7 +241,10 @@ Handler synchronisation(Instruction& i) {
     return i.has("arrive") || i.has("expect_tx") ? arrive : nullptr;
   }
   i.members = true;
-  if (op == "shfl") return shuffle;
+  if (op == "shfl") {
+    while (!i.has(kShuffles[i.variant])) ++i.variant;
+    return shuffle;
+  }
   if (op == "elect") return elect;
   if (op == "vote") return vote;
   return with_integer(i.words.back(),

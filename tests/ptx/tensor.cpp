@@ -111,8 +111,8 @@ struct Matrix {
   // Of 16 bytes: 8 columns
   uint64_t address(int row, int eighth) const {
     if (!swizzle) return start + row / 8 * group + row % 8 * 16 + eighth * leading;
-    return swizzled(start + row / 8 * group + static_cast<uint64_t>(row % 8 * swizzle + eighth * 16),
-                    swizzle);
+    return swizzled(
+        start + row / 8 * group + static_cast<uint64_t>(row % 8 * swizzle + eighth * 16), swizzle);
   }
 };
 
@@ -265,10 +265,12 @@ Outcome copy_box(Warp& w, const Instruction& i, uint32_t lanes) {
 
 Handler tensor(Instruction& i) {
   const std::string& op = i.words[0];
-  if (op == "cp") return i.has("tensor") && i.has("mbarrier::complete_tx::bytes") ? copy_box : nullptr;
+  if (op == "cp")
+    return i.has("tensor") && i.has("mbarrier::complete_tx::bytes") ? copy_box : nullptr;
   i.aligned = true;
   if (op == "ldmatrix" || op == "stmatrix") {
     if (!i.has("m8n8") || !i.has("b16")) return nullptr;
+    i.space = i.has("shared") || i.has("shared::cta") ? Space::shared : Space::generic;
     return op == "ldmatrix" ? load_matrices : store_matrices;
   }
   if (op == "mma") {
