@@ -36,15 +36,17 @@ gpu:
 	  || { echo "make gpu: $(PYTHON) has no PyTorch that sees a CUDA device" >&2; exit 1; }
 	$(PYTHON) -m bench.gpu $(if $(OUT),--out $(OUT))
 
+LAID_OUT = $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests bench -type f))
+
 lint: $(BUILT)
 	$(RUN) ruff check
 	$(RUN) ruff format --check
-	.venv/bin/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	.venv/bin/clang-format --dry-run -Werror $(LAID_OUT)
 
 fmt: $(BUILT)
 	$(RUN) ruff check --fix
 	$(RUN) ruff format
-	.venv/bin/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	.venv/bin/clang-format -i $(LAID_OUT)
 
 clean:
 	rm -rf .venv build dist *.egg-info saesteer_fast/*.so saesteer_fast/triton_kernels saesteer-demo

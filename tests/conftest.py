@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import emulator
 import ptx
 import pytest
 import torch
+from ptx import cuda
 from ptx.executor import Executor
 from safetensors.torch import load_file
 from torch import Tensor
@@ -121,24 +120,6 @@ def model(make_phi3) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="session")
-def emulated_kernels(tmp_path_factory) -> dict[str, Path]:
-    """csrc/cuda compiled for the emulated GPU: object files by source."""
-    if emulator.COMPILER is None:
-        pytest.skip("the emulated GPU needs g++ and an x86-64 processor")
-    return emulator.compile_kernels(tmp_path_factory.mktemp("emulated"), emulator.COMPILER)
-
-
-@pytest.fixture(scope="session")
-def emulated_library(emulated_kernels, tmp_path_factory) -> Path:
-    return emulator.link(emulated_kernels, tmp_path_factory.mktemp("emulated"), emulator.COMPILER)
-
-
-@pytest.fixture(scope="session")
-def emulated_gpu(emulated_library) -> emulator.Machine:
-    return emulator.Machine(emulated_library)
-
-
-@pytest.fixture(scope="session")
 def executor_library(tmp_path_factory) -> Path:
     if ptx.COMPILER is None:
         pytest.skip("running PTX needs g++ and an x86-64 processor")
@@ -151,19 +132,19 @@ def ptx_executor(executor_library) -> Executor:
 
 
 @pytest.fixture(scope="session")
-def link_ptx(executor_library, tmp_path_factory) -> Callable[..., Path]:
-    """A library of CUDA sources, csrc/cuda unless others are named, whose PTX runs on the CPU."""
-    if ptx.NVCC is None:
-        pytest.skip("running CUDA sources as PTX needs nvcc")
-    runtime = ptx.compile_runtime(tmp_path_factory.mktemp("cudart"))
+def compile_cuda(executor_library, tmp_path_factory) -> Callable[..., Path]:
+    """Makes a library of CUDA sources, csrc/cuda's unless others are named, for the CPU."""
+    if cuda.NVCC is None:
+        pytest.skip("running CUDA sources on the CPU needs nvcc")
+    return lambda *sources: cuda.compile_library(
+        tmp_path_factory.mktemp("cuda"), executor_library, sources or cuda.OPS
+    )
 
-    @cache
-    def linked(arch: str, *sources: Path) -> Path:
-        folder = tmp_path_factory.mktemp(arch)
-        objects = ptx.compile_kernels(folder, arch, sources or ptx.OPS)
-        return ptx.link(runtime + objects, executor_library, folder, arch)
 
-    return linked
+@pytest.fixture(scope="session")
+def cuda_machine(compile_cuda) -> cuda.Machine:
+    """csrc/cuda's ops, on the CPU."""
+    return cuda.Machine(compile_cuda())
 
 
 @pytest.fixture(scope="module")

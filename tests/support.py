@@ -124,7 +124,7 @@ def support_table(on_gpu: str) -> str:
             "",
             f"{legend}: with the error kept / dropped, each in fp32, bf16 and fp16. – is refused "
             f"by name: {refused}. Every cell is run against an fp64 truth by "
-            "`tests/test_support.py`; `triton` in Triton's interpreter and `cuda` on an emulated "
-            f"GPU: {on_gpu}.",
+            "`tests/test_support.py`; `triton` in Triton's interpreter, `cuda` as PTX that a CPU "
+            f"runs: {on_gpu}.",
         ]
     )

@@ -1,6 +1,5 @@
-"""The CUDA kernels against the fp64 truth, every path: on the emulated GPU of tests/emulator, as
-the PTX that nvcc makes of them (tests/ptx) and, where there is one, on a real GPU. What only that
-can show is in test_gpu.py."""
+"""The CUDA kernels against the fp64 truth, every path: as the PTX that nvcc makes of them, run by
+tests/ptx, and, where there is one, on a real GPU. What only a real one can show is in test_gpu.py."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from emulator import COMPILER, CSRC, Machine, compile_kernels, link
 from ops_cases import (
     DTYPES,
     Case,
@@ -57,28 +55,11 @@ def there(t):
     return torch.cat([t.new_zeros(off), t.flatten()]).cuda()[off:].view(t.shape)
 
 
-HOPPER = {"ampere": False, "hopper": True, "ptx-sm_80": False, "ptx-sm_90a": True}
-
-
-def simulated_gpu(request) -> Machine:
-    name = request.param
-    if name.startswith("ptx-"):
-        library = request.getfixturevalue("link_ptx")(name.removeprefix("ptx-"))
-    else:
-        library = request.getfixturevalue("emulated_library")
-    return Machine(library, hopper=HOPPER[name]).settle()
-
-
-@pytest.fixture(params=HOPPER)
-def simulated(request) -> Machine:
-    """Launches are counted, and the multiprocessors and the order of threads can be set."""
-    return simulated_gpu(request)
-
-
-@pytest.fixture(params=[*HOPPER, pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["ampere", "hopper", pytest.param("gpu", marks=pytest.mark.gpu)])
 def machine(request):
     if request.param != "gpu":
-        return simulated_gpu(request)
+        cuda_machine = request.getfixturevalue("cuda_machine")
+        return cuda_machine.settle(hopper=request.param == "hopper")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return Gpu()
@@ -113,10 +94,10 @@ NUMBERS = [NAN, INF, -INF, 0.0, -0.0, 2.0**-149, 2.0**-148, 2.0**-126, -1.0, 1.0
 NUMBERS += [1 - 2.0**-24, 3.4028234e38, -3.4028234e38]
 
 
-def test_beats_is_the_order_of_the_reference(emulated_gpu):
+def test_beats_is_the_order_of_the_reference(cuda_machine):
     """Every pair of numbers, with the other latent before and after f."""
     for p_j, p_f, before in product(NUMBERS, NUMBERS, (True, False)):
-        if not emulated_gpu.pure("is_undecided", ctypes.c_bool, ctypes.c_float(p_f)):
+        if not cuda_machine.pure("is_undecided", ctypes.c_bool, ctypes.c_float(p_f)):
             assert not (p_f > 0 and math.isfinite(p_f))
             continue
         assert p_f > 0 and math.isfinite(p_f)
@@ -124,34 +105,34 @@ def test_beats_is_the_order_of_the_reference(emulated_gpu):
         f = 1 if before else 0
         expected = reference.rank(pair, torch.tensor([f])).item() == 1
         numbers = ctypes.c_float(p_j), ctypes.c_float(p_f)
-        beats = emulated_gpu.pure("is_beaten", ctypes.c_bool, numbers[0], 1 - f, numbers[1], f)
-        side = emulated_gpu.pure(
+        beats = cuda_machine.pure("is_beaten", ctypes.c_bool, numbers[0], 1 - f, numbers[1], f)
+        side = cuda_machine.pure(
             "is_beaten_from_one_side", ctypes.c_bool, *numbers, ctypes.c_bool(before)
         )
         assert beats == side == expected, (p_j, p_f, before)
-        assert not emulated_gpu.pure("is_beaten", ctypes.c_bool, numbers[0], f, numbers[1], f)
+        assert not cuda_machine.pure("is_beaten", ctypes.c_bool, numbers[0], f, numbers[1], f)
 
 
-def test_what_is_settled(emulated_gpu):
+def test_what_is_settled(cuda_machine):
     def settled(p: float, beaten: int) -> float:
         rank = ctypes.c_int64(beaten), ctypes.c_int64(4)
-        return emulated_gpu.pure("settled", ctypes.c_float, ctypes.c_float(p), *rank)
+        return cuda_machine.pure("settled", ctypes.c_float, ctypes.c_float(p), *rank)
 
     assert settled(2.5, 3) == 2.5 and settled(2.5, 4) == 0 == settled(-1.0, 0) == settled(0.0, 0)
     assert all(math.isnan(settled(p, n)) for p in (NAN, INF, -INF) for n in (0, 4))
 
 
-def test_keys_sort_as_the_reference_does(emulated_gpu):
+def test_keys_sort_as_the_reference_does(cuda_machine):
     p = torch.tensor([*NUMBERS, *NUMBERS], dtype=torch.float32)
     keys = [
-        emulated_gpu.pure("key_of", ctypes.c_uint64, ctypes.c_float(v), ctypes.c_uint32(i))
+        cuda_machine.pure("key_of", ctypes.c_uint64, ctypes.c_float(v), ctypes.c_uint32(i))
         for i, v in enumerate(p.tolist())
     ]
     ours = sorted(range(len(p)), key=keys.__getitem__, reverse=True)
     assert ours == p.sort(descending=True, stable=True).indices.tolist()
     for i, key in enumerate(keys):
-        assert emulated_gpu.pure("index_of", ctypes.c_int64, ctypes.c_uint64(key)) == i
-        value = emulated_gpu.pure("preact_of", ctypes.c_float, ctypes.c_uint64(key))
+        assert cuda_machine.pure("index_of", ctypes.c_int64, ctypes.c_uint64(key)) == i
+        value = cuda_machine.pure("preact_of", ctypes.c_float, ctypes.c_uint64(key))
         assert value == p[i] or (math.isnan(value) and p[i].isnan())
 
 
@@ -238,15 +219,16 @@ def test_rows_in_another_order_change_no_bit(machine, dtype, T):
     assert unsaid == 2
 
 
-def test_scans_can_be_left_out(simulated, monkeypatch):
+def test_scans_can_be_left_out(cuda_machine, monkeypatch):
     """What each of them gives alone: how one that is wrong is found, and done without."""
     case = integer_case(150, 200, 300, 20, 3, BF16, BF16)
+    cuda_machine.settle(hopper=True)
     for only in ("", "mma", "simt"):
         monkeypatch.setenv("SAESTEER_SCAN", only)
-        assert same_bits(simulated.steer(*case.edit) + 0.0, case.truth().to(BF16) + 0.0)
+        assert same_bits(cuda_machine.steer(*case.edit) + 0.0, case.truth().to(BF16) + 0.0)
     monkeypatch.setenv("SAESTEER_SCAN", "wgmm")
     with pytest.raises(RuntimeError, match="SAESTEER_SCAN is 'wgmm'; accepted: mma, simt"):
-        simulated.steer(*case.edit)
+        cuda_machine.steer(*case.edit)
 
 
 def test_every_latent_may_be_live(machine):
@@ -349,12 +331,10 @@ def at_once(op, machine: Machine, case: Case, monkeypatch) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("simulated", [name for name in HOPPER if name != "hopper"], indirect=True)
 @pytest.mark.parametrize("F", [1, 4, 17])
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 16, 17, 64])
-def test_one_launch_gives_the_bits_of_three(simulated, monkeypatch, T, F):
-    """All settled by L0, some, none; each dtype, and what no tensor core takes. The same source on
-    Ampere and on Hopper."""
+def test_one_launch_gives_the_bits_of_three(cuda_machine, monkeypatch, T, F):
+    """All settled by L0, some, none; each dtype, and what no tensor core takes."""
     pairs = [(BF16, BF16), (F16, F16), (F32, F32), (BF16, F32)]
     for (dtype, weights), d in product(pairs, (64, 67)):
         case = random_case(T, d, 140, 8, F, dtype, weights, per_token=d == 67, masked=T > 3)
@@ -362,22 +342,22 @@ def test_one_launch_gives_the_bits_of_three(simulated, monkeypatch, T, F):
         for push in (-1e4, 0.0, 1e4):
             pushed = case.but(b_enc=torch.where(rest, case.b_enc, case.b_enc + push))
             for stored in (pushed, pushed.stored(permutation(140))):
-                machine = simulated.settle(multiprocessors=1 + T % 4, seed=T + d)
+                machine = cuda_machine.settle(multiprocessors=1 + T % 4, seed=T + d)
                 y, a = (at_once(op, machine, stored, monkeypatch) for op in (steered, acts))
                 assert y.isfinite().all() and (push == 0 or (a > 0).any() == (push > 0))
 
 
-def test_what_one_launch_does_not_take_goes_in_steps(simulated, monkeypatch):
+def test_what_one_launch_does_not_take_goes_in_steps(cuda_machine, monkeypatch):
     """Directions of another dtype than what tensor cores multiply."""
     case = random_case(3, 64, 140, 8, 2, BF16, BF16)
     edit = list(case.edit)
     edit[3] = edit[3].float()
-    before = simulated.launches()
-    assert same_bits(simulated.steer(*edit), steered(simulated, case))
-    assert simulated.launches() == before + 4
+    before = cuda_machine.settle().launches()
+    assert same_bits(cuda_machine.steer(*edit), steered(cuda_machine, case))
+    assert cuda_machine.launches() == before + 4
     monkeypatch.setenv("SAESTEER_LADDER", "step")
     with pytest.raises(RuntimeError, match="SAESTEER_LADDER is 'step'; accepted: steps"):
-        steered(simulated, case)
+        steered(cuda_machine, case)
 
 
 def growing(T: int, dtype: torch.dtype) -> Case:
@@ -387,9 +367,9 @@ def growing(T: int, dtype: torch.dtype) -> Case:
     return case.but(b_enc=b_enc, W_dec=case.W_enc, values=torch.full((2,), 1e4))
 
 
-def test_in_place_no_block_measures_what_another_wrote(simulated):
+def test_in_place_no_block_measures_what_another_wrote(cuda_machine):
     for T, dtype, seed in product((1, 2, 5, 50), (F32, BF16), range(3)):
-        machine, case = simulated.settle(multiprocessors=5, seed=seed), growing(T, dtype)
+        machine, case = cuda_machine.settle(multiprocessors=5, seed=seed), growing(T, dtype)
         y = steered(machine, case)
         again = machine.project(y, case.W_enc[case.features], case.b_enc[case.features])
         assert (acts(machine, case) == 0).all() and (again > 0).all()
@@ -420,17 +400,21 @@ def test_in_place_by_every_scan(machine, scan, F, monkeypatch):
 
 
 @pytest.mark.fault(31)
-def test_the_same_however_the_work_is_cut(simulated):
+def test_the_same_however_the_work_is_cut(cuda_machine):
     """More or fewer blocks, other orders of threads, tokens alone: no bit changes."""
     for dtype in (F32, BF16):
         case = random_case(150, 72, 700, 8, 3, dtype, dtype, per_token=True, masked=True)
-        whole, *others = (
-            simulated.settle(multiprocessors=m, seed=s).steer(*case.edit, case.mask)
-            for m, s in ((1, 1), (5, 2), (100, 3))
-        )
-        assert all(same_bits(y, whole) for y in others)
+        for hopper in (False, True):
+            ys = [
+                cuda_machine.settle(hopper=hopper, multiprocessors=m, seed=s).steer(
+                    *case.edit, case.mask
+                )
+                for m, s in ((1, 1), (5, 2), (100, 3))
+            ]
+            assert same_bits(ys[0], ys[1]) and same_bits(ys[0], ys[2])
+        whole = cuda_machine.steer(*case.edit, case.mask)
         parts = [case.rows(slice(a, b)) for a, b in pairwise([0, 1, 17, 80, 150])]
-        pieces = torch.cat([simulated.steer(*part.edit, part.mask) for part in parts])
+        pieces = torch.cat([cuda_machine.steer(*part.edit, part.mask) for part in parts])
         settled = ~case.undecided().any(-1)
         assert same_bits(whole[settled], pieces[settled])
 
@@ -445,10 +429,10 @@ def test_more_tokens_than_the_workspace_holds(machine):
     assert same_bits(y[case.mask], machine.steer(*case.rows(case.mask).edit))
 
 
-def test_the_workspace_is_at_most_a_megabyte(emulated_gpu):
+def test_the_workspace_is_at_most_a_megabyte(cuda_machine):
     for tokens, F in product((1, 64, 10**3, 10**6, 10**9), (0, 1, 4, 16, 1000)):
         assert (
-            emulated_gpu._workspace("ladder_workspace", min(tokens, 10**6), F).numel() <= 2**20 + 16
+            cuda_machine._workspace("ladder_workspace", min(tokens, 10**6), F).numel() <= 2**20 + 16
         )
 
 
@@ -504,73 +488,3 @@ def test_decode_is_the_truth(machine, dtype, shape):
         size = (values.double().abs()[..., None] * rows.abs()).sum(-2) + bias.abs()
         bound = rounded(truth, gamma(k + 1) * size, y.dtype)
         assert y.dtype == b_dec.dtype and ((y.double() - truth).abs() <= bound).all()
-
-
-# ---- mistakes that the emulator must see ----
-
-MISTAKES = {
-    "a stage read before its copies land": (
-        "scan_mma.h",
-        "wait_copies<P::kStages - 2>();",
-        "wait_copies<P::kStages - 1>();",
-    ),
-    "a stage handed over before its copies land": (
-        "scan_wgmma.cu",
-        "wait_copies<kBehind>();",
-        "wait_copies<kBehind + 1>();",
-    ),
-    "ordinary writes without a fence": ("scan_wgmma.cu", "publish_writes();", ""),
-    "a stage freed before its products are taken": ("scan_wgmma.cu", "products_wait<1>();", ""),
-    "fewer arrivals than there are warps": ("scan_wgmma.cu", "2 * kGroup / 32", "2"),
-    "a token written before its scan": (
-        "ladder.h",
-        "if (open || c.acts) return;",
-        "if (c.acts) return;",
-    ),
-    "a barrier in a branch": (
-        "ladder.h",
-        "    add_to_token(c.x[token]",
-        "    if (threadIdx.x) add_to_token(c.x[token]",
-    ),
-    "a barrier of the grid in a branch": (
-        "ladder_once.cu",
-        "if (sharing.each_all && !open) return;",
-        "if (!open) return;",
-    ),
-    "counting before all is measured": (
-        "ladder_once.cu",
-        "return;\n  sync_grid();",
-        "return;",
-    ),
-    "settling before all is counted": (
-        "ladder_once.cu",
-        "S::scan(s);\n  sync_grid();",
-        "S::scan(s);",
-    ),
-    "directions read before they land": ("ladder_once.cu", "wait_copies<0>();", ""),
-    "a token measured after it was written": ("ladder_once.cu", "c.y.data != c.x.data && ", ""),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_show(emulated_kernels, tmp_path, mistake):
-    name, right, wrong = MISTAKES[mistake]
-    text = (CSRC / "cuda" / name).read_text()
-    assert text.count(right) == 1
-    changed = compile_kernels(tmp_path, COMPILER, {name: text.replace(right, wrong)})
-    library = link(emulated_kernels | changed, tmp_path, COMPILER)
-    ampere, hopper = (Machine(library, hopper=hopper) for hopper in (False, True))
-    case = integer_case(150, 392, 300, 20, 3, BF16, BF16)
-    small = growing(1, BF16)
-    with pytest.raises((AssertionError, RuntimeError)):
-        for seed in range(4):
-            ampere.settle(multiprocessors=5, seed=seed)
-            y = steered(ampere, small)
-            assert same_bits(ampere.steer_(*small.edit), y)
-        for machine in (ampere, hopper):
-            machine.settle()
-            for steer in (machine.steer, machine.steer_):
-                assert same_bits(steer(*case.edit) + 0.0, case.truth().to(BF16) + 0.0)
-            for rows in (slice(0, 3), slice(0, 9), slice(0, 60)):
-                few = case.rows(rows)
-                assert same_bits(machine.steer(*few.edit) + 0.0, few.truth().to(BF16) + 0.0)

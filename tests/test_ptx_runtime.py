@@ -61,19 +61,24 @@ PLAIN = (48 << 10) - 4
 MOST = {"sm_80": (163 << 10) - 4, "sm_90a": (227 << 10) - 4}
 
 
-@pytest.fixture(scope="module", params=MOST)
+@pytest.fixture(scope="module")
+def compiled(compile_cuda, tmp_path_factory) -> ctypes.CDLL:
+    source = tmp_path_factory.mktemp("source") / "count.cu"
+    source.write_text(SOURCE)
+    library = ctypes.CDLL(str(compile_cuda(source)))
+    library.run.restype = library.map.restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture(params=MOST)
 def arch(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def library(arch, link_ptx, tmp_path_factory) -> ctypes.CDLL:
-    source = tmp_path_factory.mktemp("source") / "count.cu"
-    source.write_text(SOURCE)
-    library = ctypes.CDLL(str(link_ptx(arch, source)))
-    library.settle_machine(3, ctypes.c_bool(arch == "sm_90a"), 0)
-    library.run.restype = library.map.restype = ctypes.c_char_p
-    return library
+@pytest.fixture
+def library(arch, compiled) -> ctypes.CDLL:
+    compiled.settle_machine(3, ctypes.c_bool(arch == "sm_90a"), 0)
+    return compiled
 
 
 def run(library, blocks=2, block=64, shared=0, allowed=0, together=False) -> None:

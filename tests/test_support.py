@@ -33,11 +33,11 @@ RUN_HERE = [impl for impl in IMPLEMENTATIONS if (impl == "triton") == INTERPRETE
 
 @pytest.fixture(params=RUN_HERE)
 def impl(request, monkeypatch) -> str:
-    """An implementation; the CUDA kernels take tensors on the CPU, and run on the emulated GPU."""
+    """An implementation; the CUDA kernels take tensors on the CPU, and run as PTX."""
     if request.param == "cuda":
-        machine = request.getfixturevalue("emulated_gpu")
+        machine = request.getfixturevalue("cuda_machine").settle()
 
-        def emulated(name):
+        def run_by(name):
             def run(*arguments):
                 given = list(arguments)
                 while given[-1] is None:  # its signatures end where the defaults begin
@@ -46,7 +46,7 @@ def impl(request, monkeypatch) -> str:
 
             return run
 
-        by_machine = SimpleNamespace(**{name: emulated(name) for name in ops._NAMES})
+        by_machine = SimpleNamespace(**{name: run_by(name) for name in ops._NAMES})
         monkeypatch.setitem(ops._BY, "cuda", by_machine)
         monkeypatch.setattr(ops, "_runs", lambda *_: True)
     return request.param

@@ -1,10 +1,6 @@
 // How kernels are launched, and what has to be known of the device for it. Host code.
 #pragma once
 
-#ifndef __CUDACC__
-#include <emulator.h>
-#else
-
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -125,5 +121,3 @@ inline TensorMap tensor_map(const void* matrix, bool is_bf16, int64_t rows, int6
 }
 
 }  // namespace saesteer::cuda
-
-#endif

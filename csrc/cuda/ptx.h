@@ -1,10 +1,5 @@
-// The GPU's own instructions, each under a name. Elsewhere <emulator.h> gives them a meaning, so
-// that the kernels can be run and tested without a GPU.
+// The GPU's own instructions, each under a name.
 #pragma once
-
-#ifndef __CUDACC__
-#include <emulator.h>
-#else
 
 #include <cooperative_groups.h>
 #include <cuda.h>
@@ -260,5 +255,3 @@ __device__ inline void multiply_group(float (&c)[128], uint64_t a, uint64_t b, b
 #endif
 
 }  // namespace saesteer::cuda
-
-#endif

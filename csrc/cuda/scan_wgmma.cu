@@ -23,7 +23,7 @@ struct Ring {
 };
 constexpr int64_t kShared = kStages * kStageBytes + sizeof(Ring);
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 // A place in the ring, and the parity of its phase.
 struct Place {

@@ -343,8 +343,7 @@ Handler of_predicates(const std::string& op) {
 template <class T>
 Outcome move(Warp& w, const Instruction& i, uint32_t lanes) {
   const Operand &to = i.operands[0], &from = i.operands[1];
-  if (to.list.empty() && from.list.empty())
-    return unary<T, T>(w, i, lanes, [](T v) { return v; });
+  if (to.list.empty() && from.list.empty()) return unary<T, T>(w, i, lanes, [](T v) { return v; });
   each(lanes, [&](int l) {
     uint64_t v = 0;
     if (from.list.empty()) v = static_cast<uint64_t>(w.get<std::make_unsigned_t<T>>(from.reg, l));

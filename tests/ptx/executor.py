@@ -72,6 +72,17 @@ class Executor:
             )
         )
 
+    def leave_out(self, kernel: str | None, words: str = "", which: int = 0) -> None:
+        """Of kernels with this in their name, the which-th instruction that begins so is not run
+        from here on; without a kernel, all are."""
+        name = None if kernel is None else kernel.encode()
+        self._library.ptx_leave_out(name, words.encode(), which)
+
+    def left_out(self) -> int:
+        """How often it was passed over, in launches that came to their end; -1 if no kernel that
+        was launched had it."""
+        return self._library.ptx_left_out()
+
     def tensor_map(
         self,
         address: int,

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kSharedBytes = 228 << 10;
 // Instructions: a launch that takes more does not end.
-constexpr int64_t kMost = int64_t{1} << 26;
+constexpr int64_t kMost = int64_t{1} << 24;
 
 std::string place(const Warp& w, const Instruction& i) {
   return w.block.grid.kernel.name + ", block " + std::to_string(w.block.index) + ", warp " +
@@ -138,6 +138,7 @@ bool Warp::step_once() {
   }
   const Instruction& i = code[at];
   uint32_t runs = here;
+  if (at == block.grid.left_out) runs = 0, ++block.grid.times_left_out;
   if (i.guard >= 0)
     each(here, [&](int lane) {
       if ((get<uint8_t>(i.guard, lane) & 1) == i.guard_negated) runs &= ~(1u << lane);

@@ -177,6 +177,8 @@ struct Grid {
   alignas(16) std::array<uint32_t, 4> workspace{};  // of cooperative groups
   std::vector<std::vector<uint64_t>> unused_registers;
   int64_t steps = 0;  // so far
+  int left_out = -1;  // an instruction that is not run
+  int64_t times_left_out = 0;
 
   Grid(const Kernel& k, const uint32_t* grid, const uint32_t* block, int64_t dynamic_shared,
        bool at_once, uint32_t seed)

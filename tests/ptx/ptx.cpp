@@ -1,6 +1,6 @@
 #include "ptx.h"
 
-#include <new>
+#include <algorithm>
 #include <set>
 
 #include "machine.h"
@@ -12,6 +12,22 @@ namespace {
 
 std::string error;
 uint32_t seed = 0;
+
+struct {
+  std::string kernel, words;
+  int which;
+  bool wanted = false;
+  int64_t count = -1;
+} omission;
+
+// Its place in the code, or -1.
+int left_out(const Kernel& k) {
+  if (!omission.wanted || k.name.find(omission.kernel) == std::string::npos) return -1;
+  int which = omission.which;
+  for (size_t at = 0; at < k.code.size(); ++at)
+    if (k.code[at].text.rfind(omission.words, 0) == 0 && which-- == 0) return static_cast<int>(at);
+  return -1;
+}
 
 const std::map<Handler (*)(Instruction&), std::set<std::string>> kWords = {
     {memory, {"ld", "st", "atom", "red", "cp", "cvta", "prefetch"}},
@@ -67,6 +83,12 @@ const char* ptx_error() { return error.c_str(); }
 
 void ptx_settle(uint32_t value) { seed = value; }
 
+void ptx_leave_out(const char* kernel, const char* words, int which) {
+  omission = {kernel ? kernel : "", words ? words : "", which, kernel != nullptr, -1};
+}
+
+int ptx_left_out() { return static_cast<int>(omission.count); }
+
 void* ptx_load(const char* text) {
   void* module = nullptr;
   guarded([&] { module = new Module(parse(text)); });
@@ -102,7 +124,10 @@ const char* ptx_launch(void* module, const char* kernel, const uint32_t grid[3],
       memcpy(launch.arguments.data() + k.parameters[i].offset, arguments[i], k.parameters[i].bytes);
     if (launch.threads_of_block() > k.most_threads)
       throw std::runtime_error(k.name + ": more threads than it was compiled for");
+    launch.left_out = left_out(k);
+    if (launch.left_out >= 0) omission.count = std::max<int64_t>(omission.count, 0);
     launch.run();
+    omission.count += launch.times_left_out;
   });
 }
 

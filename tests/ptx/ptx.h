@@ -29,6 +29,12 @@ const char* ptx_error();
 // The order in which warps take turns, and what lands late.
 void ptx_settle(uint32_t seed);
 
+// From here on, of kernels whose name has `kernel` in it, the which-th instruction that begins with
+// `words` is not run; null: all are. ptx_left_out() tells how often it was passed over, -1 if no
+// kernel that was launched had it.
+void ptx_leave_out(const char* kernel, const char* words, int which);
+int ptx_left_out();
+
 // Writes a tensor map, 128 bytes aligned to 64, under the driver's rules. Dimensions run from the
 // innermost; strides are in bytes, from the second dimension on; swizzle: 0, 32, 64 or 128 bytes.
 // Returns null, or what is wrong.

@@ -1,5 +1,7 @@
 // Which accesses to memory come before which, by vector clocks, so that two of which neither does
-// are found in any order that the warps happen to take: the PTX memory model, a warp at a time.
+// are found in any order that the warps happen to take: the PTX memory model. A warp is one agent,
+// so that what a lane releases it releases for all; among its lanes, barriers of the warp give
+// order.
 #pragma once
 
 #include <array>

@@ -201,11 +201,12 @@ Outcome try_wait(Warp& w, const Instruction& i, uint32_t lanes) {
   const auto& o = i.operands;
   each(lanes, [&](int l) {
     const uint64_t at = address(w, o[1], l);
-    touch(w, i, at, l, true);
     const PhaseBarrier& b = w.block.phase_barrier(at);
     const bool ended = b.phase != (w.get<uint32_t>(o[2].reg, l) & 1);
     w.put(o[0].reg, l, Predicate{ended});
-    if (ended) w.agent.take(b.completed.seen, b.completed.published);
+    if (!ended) return;
+    touch(w, i, at, l, true);
+    w.agent.take(b.completed.seen, b.completed.published);
   });
   return Outcome::done;
 }

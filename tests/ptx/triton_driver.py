@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import torch
 import triton
-from emulator import fenced
 from torch import Tensor
 from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
@@ -22,6 +21,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptx.executor import Executor, Kernel
+from ptx.memory import fenced
 from saesteer_fast import ops
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}

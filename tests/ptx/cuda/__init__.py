@@ -1,80 +1,61 @@
-"""csrc/cuda on a CPU: the kernels, compiled against emulator.h, with the signatures of the ops.
+"""csrc/cuda on a CPU, as nvcc compiles it: its host code over cudart.cpp, its PTX by ptx.h.
 
-Every tensor that a kernel gets ends at a page that nobody may touch, so that reading or writing
-past its end kills the process; outputs start out as NaN.
+Every tensor that a kernel gets ends at a page that nobody may touch; outputs start out as NaN.
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
-import platform
+import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .. import COMPILER, EXACT, compile_all
+from ..memory import fenced
+
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-COMPILER = shutil.which("g++") if platform.machine() == "x86_64" else None
+CSRC = HERE.parents[2] / "csrc"
+OPS = [p for p in sorted((CSRC / "cuda").glob("*.cu")) if p.stem != "probe"] + [HERE / "ops.cpp"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+def _nvcc() -> str | None:
+    """Where setup.py looks for it."""
+    home = os.environ.get("CUDA_HOME")
+    usual = "/usr/local/cuda/bin/nvcc"
+    candidates = (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", usual)
+    return next((path for c in candidates if c and (path := shutil.which(c))), None)
+
+
+NVCC = _nvcc()
+
+# As CMakeLists.txt has them for a release; PTX and no machine code, as text.
+_KERNELS = "-gencode=arch=compute_90a,code=compute_90a", "-O3", "-DNDEBUG", "-DSAESTEER_SM90A"
+# Two such libraries in one process share nothing.
+_HOST = "-fPIC", "-fno-gnu-unique"
+
+
+def compile_library(folder: Path, executor: Path, sources: Sequence[Path] = OPS) -> Path:
+    """The sources as a library; its kernels are run by the executor, and know of sm_90a."""
+    host = NVCC, "-O2", "-Xcompiler", ",".join(_HOST + EXACT)
+    kernels = NVCC, *_KERNELS, "--no-compress", "-I", CSRC, "-Xcompiler", ",".join(_HOST)
+    objects = compile_all(host, [HERE / "cudart.cpp"], folder) + compile_all(
+        kernels, sources, folder
+    )
+    # A CUDA runtime that PyTorch brought must not take the calls.
+    command = [COMPILER, "-shared", "-Wl,-Bsymbolic", f"-Wl,-rpath,{executor.parent}"]
+    library = folder / "libcuda_on_cpu.so"
+    subprocess.run([*command, *objects, executor, "-o", library], check=True)
+    return library
 
 
 class _Matrix(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("width", ctypes.c_int64))
-
-
-def compile_kernels(
-    folder: Path, compiler: str, changed: dict[str, str] | None = None
-) -> dict[str, Path]:
-    """Object files by source; with `changed`, texts by file, only of what these are part of."""
-    sources = folder / "cuda"
-    shutil.copytree(CSRC / "cuda", sources)
-    for header in ("keys.h", "views.h"):
-        shutil.copy(CSRC / header, folder)
-    for name, text in (changed or {}).items():
-        (sources / name).write_text(text)
-    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-mfma", "-fPIC", "-DSAESTEER_SM90A"]
-    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-I", HERE, "-I", folder]
-
-    def compiled(source: Path) -> Path:
-        target = folder / f"{source.name}.o"
-        subprocess.run([compiler, "-x", "c++", *flags, "-c", source, "-o", target], check=True)
-        return target
-
-    wanted = [p for p in sorted(sources.glob("*.cu")) if p.stem != "probe"]
-    if changed:
-        parts = [*changed, *(f'#include "{name}"' for name in changed)]
-        wanted = [p for p in wanted if any(part in p.name + p.read_text() for part in parts)]
-    else:
-        wanted += [HERE / "library.cpp", HERE / "machine.cpp"]
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip((p.name for p in wanted), pool.map(compiled, wanted), strict=True))
-
-
-def link(objects: dict[str, Path], folder: Path, compiler: str) -> Path:
-    library = folder / "libemulated.so"
-    subprocess.run([compiler, "-shared", *objects.values(), "-o", library], check=True)
-    return library
-
-
-def fenced(t: Tensor) -> Tensor:
-    """A copy of t, packed, as far from 16-byte alignment as t, right before a forbidden page."""
-    size, page = t.numel() * t.element_size(), mmap.PAGESIZE
-    pages = -(-(size + 32) // page) * page
-    memory = mmap.mmap(-1, pages + page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert _libc.mprotect(address + pages, page, 0) == 0
-    off = t.data_ptr() % 16
-    start = (pages - size - off) // 16 * 16 + off
-    whole = torch.frombuffer(memory, dtype=torch.uint8, count=pages)
-    return whole[start : start + size].view(t.dtype).view(t.shape).copy_(t)
 
 
 def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -87,11 +68,10 @@ def _matrix(t: Tensor) -> _Matrix:
 
 
 class Machine:
-    """The ops of a library that has library.cpp, and a GPU for its kernels that is no real one."""
+    """The ops, of a library that has ops.cpp."""
 
-    def __init__(self, library: Path, *, hopper: bool = False):
+    def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
-        self._hopper = hopper
         for name in ("ladder_workspace", "encode_workspace", "index_of"):
             getattr(self._library, name).restype = ctypes.c_int64
 
@@ -100,9 +80,9 @@ class Machine:
         function.restype = result
         return function(*arguments)
 
-    def settle(self, *, multiprocessors: int = 3, seed: int = 0) -> Machine:
-        """`seed` chooses the order in which threads take turns."""
-        self._library.settle_machine(multiprocessors, ctypes.c_bool(self._hopper), seed)
+    def settle(self, *, multiprocessors: int = 3, hopper: bool = False, seed: int = 0) -> Machine:
+        """`hopper`: of compute capability 9.0, not 8.0; `seed`: the order in which warps run."""
+        self._library.settle_machine(multiprocessors, ctypes.c_bool(hopper), seed)
         return self
 
     def launches(self) -> int:

@@ -10,7 +10,7 @@
 #include <string>
 #include <utility>
 
-#include "ptx.h"
+#include "../ptx.h"
 
 namespace {
 
