@@ -1,5 +1,5 @@
 """The CUDA kernels against the fp64 truth, every path: as the PTX that nvcc makes of them, run by
-tests/ptx, and, where there is one, on a real GPU. What only a real one can show is in test_gpu.py."""
+tests/ptx, and, where there is one, on a real GPU. What only that can show is in test_gpu.py."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ops_cases import (
     rounded,
     same_bits,
 )
+from ptx.cuda import Machine
 
 from saesteer_fast import reference
 
