@@ -1,6 +1,7 @@
 """The Triton kernels, compiled for GPUs and run on the CPU by tests/ptx, in processes of their own.
 
 A choice of test_triton_kernels.py: every kernel and kind of tile. SAESTEER_PTX=all runs all of it.
+And test_triton_traffic.py.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def test_kernels_compiled_for(architecture, executor_library, tmp_path):
     chosen = [f"{KERNELS}::{test}" for test in tests]
     if os.environ.get("SAESTEER_PTX") == "all":
         chosen = [KERNELS]
+    chosen.append(KERNELS.with_name("test_triton_traffic.py"))
     clean = {k: v for k, v in os.environ.items() if k not in ("SAESTEER_IMPL", "TRITON_INTERPRET")}
     here = {"PTX_ARCHITECTURE": str(architecture), "PTX_LIBRARY": str(executor_library)}
     here |= {"CUDA_VISIBLE_DEVICES": "", "SAESTEER_TILES": str(tmp_path / "none.json")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
@@ -20,13 +20,39 @@ class Kernel(NamedTuple):
     """Of its parameters, in bytes."""
 
 
+SECTOR = 32
+
+
+class Traffic(NamedTuple):
+    """Of one instruction, a warp at a time."""
+
+    kernel: str
+    line: int
+    kind: str
+    """read or written: global memory, in sectors; shared, in passes over its banks."""
+    runs: int
+    bytes: int
+    parts: int
+    """Sectors or passes; at least `fewest`."""
+    fewest: int
+
+
+def assert_rows_move_whole(traffic: list[Traffic]) -> None:
+    """Of what a warp moves 8 bytes a lane or more at a time, no part of a sector is left over, and
+    no lane waits for another's bank."""
+    wide = [t for t in traffic if t.bytes >= 256 * t.runs]
+    assert wide
+    for t in wide:
+        assert t.parts == t.fewest, t
+
+
 class Executor:
     """Kernels of PTX, whose memory is the CPU's. A parameter is a tensor of what it holds."""
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
         self._library.ptx_load.restype = ctypes.c_void_p
-        for name in ("ptx_launch", "ptx_error", "ptx_tensor_map"):
+        for name in ("ptx_launch", "ptx_error", "ptx_tensor_map", "ptx_traffic"):
             getattr(self._library, name).restype = ctypes.c_char_p
         self._seeds = count()
 
@@ -82,6 +108,21 @@ class Executor:
         """How often it was passed over, in launches that came to their end; -1 if no kernel that
         was launched had it."""
         return self._library.ptx_left_out()
+
+    def traffic(self, work: Callable[[], object]) -> list[Traffic]:
+        """What the kernels that `work` launches move."""
+        self._library.ptx_count_traffic(ctypes.c_bool(True))
+        try:
+            work()
+            told = self._library.ptx_traffic().decode()
+        finally:
+            self._library.ptx_count_traffic(ctypes.c_bool(False))
+        kinds = "read", "written", "shared"
+        rows = [line.split() for line in told.splitlines()]
+        return [
+            Traffic(kernel, int(line), kinds[int(kind)], *map(int, numbers))
+            for kernel, line, kind, *numbers in rows
+        ]
 
     def tensor_map(
         self,

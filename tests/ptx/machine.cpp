@@ -163,6 +163,7 @@ bool Warp::step_once() {
     throw std::runtime_error(std::string(e.what()) + "; at " + place(*this, i));
   }
   if (outcome == Outcome::wait) return false;
+  block.grid.traffic->end(block.grid.kernel.name, i.line);
   if (outcome == Outcome::jumped && runs == here) {
     move(here, i.target);
   } else {

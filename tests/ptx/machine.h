@@ -18,6 +18,7 @@
 
 #include "module.h"
 #include "races.h"
+#include "traffic.h"
 
 namespace ptx {
 
@@ -176,6 +177,7 @@ struct Grid {
   std::unordered_map<uintptr_t, Clocks> released;   // by atomics, per address
   alignas(16) std::array<uint32_t, 4> workspace{};  // of cooperative groups
   std::vector<std::vector<uint64_t>> unused_registers;
+  Traffic* traffic = nullptr;
   int64_t steps = 0;  // so far
   int left_out = -1;  // an instruction that is not run
   int64_t times_left_out = 0;

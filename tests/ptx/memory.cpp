@@ -198,6 +198,11 @@ unsigned char* Warp::access(const Instruction& i, int operand, int lane, int byt
   if (space == Space::global && block.contains(at))
     throw std::runtime_error("shared memory, taken for global");
   if (at >= arguments.data() && at < arguments.data() + arguments.size()) return at;
+  Traffic& traffic = *block.grid.traffic;
+  if (block.contains(at))
+    traffic.lane(Traffic::shared, at, bytes);
+  else
+    traffic.lane(write ? Traffic::write : Traffic::read, at, bytes);
   Races& races = block.grid.races;
   if (!write && block.contains(at)) races.require_written(at, bytes);
   const bool changes = !written || memcmp(at, written, bytes);

@@ -20,6 +20,8 @@ struct {
   int64_t count = -1;
 } omission;
 
+Traffic traffic;
+
 // Its place in the code, or -1.
 int left_out(const Kernel& k) {
   if (!omission.wanted || k.name.find(omission.kernel) == std::string::npos) return -1;
@@ -87,6 +89,17 @@ void ptx_leave_out(const char* kernel, const char* words, int which) {
   omission = {kernel ? kernel : "", words ? words : "", which, kernel != nullptr, -1};
 }
 
+void ptx_count_traffic(bool on) {
+  traffic.on = on;
+  traffic.clear();
+}
+
+const char* ptx_traffic() {
+  static std::string told;
+  told = traffic.told();
+  return told.c_str();
+}
+
 int ptx_left_out() { return static_cast<int>(omission.count); }
 
 void* ptx_load(const char* text) {
@@ -124,6 +137,7 @@ const char* ptx_launch(void* module, const char* kernel, const uint32_t grid[3],
       memcpy(launch.arguments.data() + k.parameters[i].offset, arguments[i], k.parameters[i].bytes);
     if (launch.threads_of_block() > k.most_threads)
       throw std::runtime_error(k.name + ": more threads than it was compiled for");
+    launch.traffic = &traffic;
     launch.left_out = left_out(k);
     if (launch.left_out >= 0) omission.count = std::max<int64_t>(omission.count, 0);
     launch.run();

@@ -35,6 +35,12 @@ void ptx_settle(uint32_t seed);
 void ptx_leave_out(const char* kernel, const char* words, int which);
 int ptx_left_out();
 
+// From here on memory traffic is counted, from nothing; ptx_traffic() tells a line for each
+// instruction that had some: the kernel, its line, 0 read, 1 written or 2 shared, how often it ran,
+// bytes, in how many parts they came, and the fewest parts that they could come in.
+void ptx_count_traffic(bool on);
+const char* ptx_traffic();
+
 // Writes a tensor map, 128 bytes aligned to 64, under the driver's rules. Dimensions run from the
 // innermost; strides are in bytes, from the second dimension on; swizzle: 0, 32, 64 or 128 bytes.
 // Returns null, or what is wrong.

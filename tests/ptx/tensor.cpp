@@ -204,6 +204,7 @@ void land(Warp& w, const Instruction& i, const Flight& flight, const TensorMap& 
           std::array<int, 5> corner, uint64_t to) {
   const int inner = map.box[0] * map.element_bytes;
   Races& races = w.block.grid.races;
+  Traffic& traffic = *w.block.grid.traffic;
   each_row(map, [&](int64_t row) {
     auto from = map.base;
     bool inside = true;
@@ -225,12 +226,14 @@ void land(Warp& w, const Instruction& i, const Flight& flight, const TensorMap& 
       };
       races.touch(target, map.element_bytes, access(true));
       if (there) races.touch(source, map.element_bytes, access(false));
+      if (there) traffic.lane(Traffic::read, source, map.element_bytes);
       if (there)
         memcpy(target, source, map.element_bytes);
       else
         memset(target, 0, map.element_bytes);
     }
   });
+  traffic.end(w.block.grid.kernel.name, i.line);
 }
 
 Outcome copy_box(Warp& w, const Instruction& i, uint32_t lanes) {

@@ -1,0 +1,37 @@
+"""What the CUDA kernels move between memories, counted where tests/ptx runs them."""
+
+from __future__ import annotations
+
+import pytest
+from ops_cases import DTYPES, integer_case
+from ptx.executor import SECTOR, assert_rows_move_whole
+
+_, *HALVES = DTYPES
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("hopper", [False, True], ids=["ampere", "hopper"])
+@pytest.mark.parametrize("T", [1, 40, 160])
+def test_rows_move_in_whole_sectors_without_bank_conflicts(
+    cuda_machine, ptx_executor, T, hopper, dtype
+):
+    case = integer_case(T, 512, 300, 20, 2, dtype, dtype)
+    machine, few = cuda_machine.settle(hopper=hopper), case.rows(slice(0, 8))
+    assert_rows_move_whole(ptx_executor.traffic(lambda: machine.steer(*case.edit)))
+    assert_rows_move_whole(ptx_executor.traffic(lambda: machine.encode(*few.encoder, 20)))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("ladder", ["", "steps"])
+def test_a_tokens_whole_scan_reads_the_encoder_once(
+    cuda_machine, ptx_executor, monkeypatch, ladder, dtype
+):
+    monkeypatch.setenv("SAESTEER_LADDER", ladder)
+    case = integer_case(1, 512, 1024, 1023, 1, dtype, dtype)
+    case.W_enc[case.features] = case.x
+    machine = cuda_machine.settle(multiprocessors=2)
+    act = []
+    work = lambda: act.append(machine.feature_acts(*case.encoder, case.features, case.k))  # noqa: E731
+    read = sum(SECTOR * t.parts for t in ptx_executor.traffic(work) if t.kind == "read")
+    encoder = case.W_enc.nbytes + case.b_enc.nbytes
+    assert act[0].item() > 0 and encoder <= read <= 1.1 * encoder
