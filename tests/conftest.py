@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import ptx
 import pytest
 import torch
+from filelock import FileLock
 from ptx import cuda
 from ptx.executor import Executor
 from safetensors.torch import load_file
@@ -18,6 +20,12 @@ from torch import Tensor
 import saesteer_fast as sf
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+LONGEST = "test_cuda_host", "test_triton", "test_build", "test_demo", "test_triton_ptx"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that no process is left with it at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture
@@ -120,10 +128,28 @@ def model(make_phi3) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="session")
-def executor_library(tmp_path_factory) -> Path:
+def built_once(tmp_path_factory) -> Callable[[str, Callable[[Path], Path]], Path]:
+    """Builds in a folder of this name what all processes of a test run share."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def once(name: str, build: Callable[[Path], Path]) -> Path:
+        folder, told = base / name, base / f"{name}.built"
+        with FileLock(base / f"{name}.lock"):
+            if not told.exists():
+                folder.mkdir(exist_ok=True)
+                told.write_text(str(build(folder)))
+        return Path(told.read_text())
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def executor_library(built_once) -> Path:
     if ptx.COMPILER is None:
         pytest.skip("running PTX needs g++ and an x86-64 processor")
-    return ptx.compile_executor(tmp_path_factory.mktemp("ptx"))
+    return built_once("ptx", ptx.compile_executor)
 
 
 @pytest.fixture(scope="session")
@@ -132,19 +158,19 @@ def ptx_executor(executor_library) -> Executor:
 
 
 @pytest.fixture(scope="session")
-def compile_cuda(executor_library, tmp_path_factory) -> Callable[..., Path]:
-    """Makes a library of CUDA sources, csrc/cuda's unless others are named, for the CPU."""
+def compile_cuda(executor_library) -> Callable[..., Path]:
+    """Makes a library of CUDA sources in a folder, csrc/cuda's unless others are named."""
     if cuda.NVCC is None:
         pytest.skip("running CUDA sources on the CPU needs nvcc")
-    return lambda *sources: cuda.compile_library(
-        tmp_path_factory.mktemp("cuda"), executor_library, sources or cuda.OPS
+    return lambda folder, *sources: cuda.compile_library(
+        folder, executor_library, sources or cuda.OPS
     )
 
 
 @pytest.fixture(scope="session")
-def cuda_machine(compile_cuda) -> cuda.Machine:
+def cuda_machine(compile_cuda, built_once) -> cuda.Machine:
     """csrc/cuda's ops, on the CPU."""
-    return cuda.Machine(compile_cuda())
+    return cuda.Machine(built_once("cuda", compile_cuda))
 
 
 @pytest.fixture(scope="module")

@@ -63,9 +63,10 @@ MOST = {"sm_80": (163 << 10) - 4, "sm_90a": (227 << 10) - 4}
 
 @pytest.fixture(scope="module")
 def compiled(compile_cuda, tmp_path_factory) -> ctypes.CDLL:
-    source = tmp_path_factory.mktemp("source") / "count.cu"
+    folder = tmp_path_factory.mktemp("count")
+    source = folder / "count.cu"
     source.write_text(SOURCE)
-    library = ctypes.CDLL(str(compile_cuda(source)))
+    library = ctypes.CDLL(str(compile_cuda(folder, source)))
     library.run.restype = library.map.restype = ctypes.c_char_p
     return library
 

@@ -1,10 +1,9 @@
 """The ops in Triton, for GPUs without the CUDA library and beside it.
 
-Tested in Triton's interpreter and compiled for sm_80, sm_90, sm_100 and gfx942; not yet run on a
-GPU, and its tiles not yet measured.
+Tested in Triton's interpreter and, for sm_80 and sm_90, as the PTX that Triton makes of it;
+compiled for sm_100 and gfx942 too. Not yet run on a GPU, and its tiles not yet measured.
 
     launch.py      the ops: memory and launches
-    check.py       what their arguments must be
     project.py     L0: p_f, and x' of the tokens that this settles
     count.py       L1, L2: how many latents beat each f that is still open
     add.py         x' of the tokens that had to be counted for; add_directions

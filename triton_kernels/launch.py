@@ -24,6 +24,9 @@ from .topk import topk
 MOST_K = 256
 """Latents that a pass of `encode` finds: so many for each of 16 tokens are held in registers."""
 
+FUSED = {"enable_fp_fusion": True}
+"""A product and a sum are rounded once, whatever this Triton does if nobody asks."""
+
 DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -189,6 +192,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Ten
                 candidates,
                 BLOCK=block,
                 num_warps=_warps(block),
+                **FUSED,
             )
     return values.reshape(shape), indices.reshape(shape)
 
@@ -215,6 +219,7 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
             k,
             BLOCK_D=block,
             num_warps=_warps(block),
+            **FUSED,
         )
     return y
 
@@ -269,6 +274,7 @@ def _project(
         ROWS=configs.ROWS,
         BLOCK_D=width,
         num_warps=_warps(width),
+        **FUSED,
     )
 
 
@@ -350,6 +356,7 @@ def _add(x: Tensor, F: int, k: int, edit: _Edit, measured: Measured) -> None:
         k,
         BLOCK_D=width,
         num_warps=_warps(width),
+        **FUSED,
     )
 
 
@@ -380,6 +387,7 @@ def _product(x: Tensor, W_enc: Tensor, tile: Tile) -> tuple[Tensor | TensorDescr
         BLOCK_K=tile.BLOCK_K,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **FUSED,
     )
 
 
