@@ -515,7 +515,7 @@ cvt.u64.u32 %d1, %r2;
 shr.u64 %d1, %d1, 4;
 or.b64 %d1, %d1, 0x4000004000010000;
 add.s64 %d2, %d1, 512;
-wgmma.fence.sync.aligned;
+{fence}
 setp.ne.s32 %p2, 0, 0;
 {products}
 wgmma.commit_group.sync.aligned;
@@ -536,14 +536,16 @@ waiting: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%memory], 0;
 FINISH = "wgmma.wait_group.sync.aligned 0;"
 
 
-def groups_product(run, tensor_map, source, wait=WAIT, finish=FINISH) -> Tensor:
+def groups_product(
+    run, tensor_map, source, wait=WAIT, fence="wgmma.fence.sync.aligned;", finish=FINISH
+) -> Tensor:
     """Of 64 rows and 8 more, 64 columns each, which one copy brings."""
     products = "".join(
         f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{{ACCUMULATORS}}}, %d1, %d2,"
         f" %p2, 1, 1, 0, 0; add.s64 %d1, %d1, 2; add.s64 %d2, %d2, 2; setp.eq.s32 %p2, 0, 0;"
         for _ in range(4)
     )
-    body = GROUPS_PRODUCT.format(wait=wait, products=products, finish=finish)
+    body = GROUPS_PRODUCT.format(wait=wait, fence=fence, products=products, finish=finish)
     launch = dict(threads=128, shared=1024 + 9216, tensor_map=tensor_map)
     return run(body, source, torch.zeros(64, 8), **launch)
 
@@ -570,6 +572,9 @@ def test_tensor_copies_and_products_are_waited_for(run, boxed):
         groups_product(run, tensor_map, source, wait="")
     with pytest.raises(RuntimeError, match="a product in flight writes"):
         groups_product(run, tensor_map, source, finish="")
+    for fence in ("", "wgmma.fence.sync.aligned; mov.f32 %f0, %f1;"):
+        with pytest.raises(RuntimeError, match=r"used since the last wgmma.fence"):
+            groups_product(run, tensor_map, source, fence=fence)
 
 
 def test_products_of_ordinary_writes_need_a_fence(run):

@@ -30,10 +30,11 @@ void PhaseBarrier::settle() {
 Warp::Warp(Block& b, int i, uint32_t lanes, Agent a)
     : block(b), index(i), alive(lanes), agent(std::move(a)) {
   const Kernel& k = b.grid.kernel;
-  locked.assign(k.registers + k.constants.size(), 0);
+  const size_t count = k.registers + k.constants.size();
+  if (k.multiplies) locked.assign(count, 0), used.assign(count, 1);
   auto& unused = b.grid.unused_registers;
   if (unused.empty()) {
-    registers.assign(locked.size() * kWarp, 0xFFFFFFFFFFFFFFFF);
+    registers.assign(count * kWarp, 0xFFFFFFFFFFFFFFFF);
   } else {  // as they were left, as on a GPU
     registers = std::move(unused.back());
     unused.pop_back();
@@ -155,7 +156,7 @@ bool Warp::step_once() {
   }
   ++step;
   if (++block.grid.steps > kMost) throw std::runtime_error("it does not end: " + place(*this, i));
-  if (locks) check_locks(i);
+  if (!used.empty() && i.words[0] != "wgmma") follow(i);
   Outcome outcome = Outcome::done;
   try {
     if (runs) outcome = i.run(*this, i, runs);
@@ -173,13 +174,17 @@ bool Warp::step_once() {
   return true;
 }
 
-void Warp::check_locks(const Instruction& i) const {
-  if (i.words[0] == "wgmma") return;
-  for (const Operand& o : i.operands) {
-    bool hit = (o.reg >= 0 && locked[o.reg]) || (o.second >= 0 && locked[o.second]);
-    for (const int reg : o.list) hit |= reg >= 0 && locked[reg];
-    if (hit)
+// Registers of products: they are not used in flight, and after a use a fence comes first.
+void Warp::follow(const Instruction& i) {
+  const auto use = [&](int reg) {
+    if (reg < 0) return;
+    if (locked[reg])
       throw std::runtime_error("a register that a product in flight writes: " + place(*this, i));
+    used[reg] = step;
+  };
+  for (const Operand& o : i.operands) {
+    use(o.reg), use(o.second);
+    for (const int reg : o.list) use(reg);
   }
 }
 

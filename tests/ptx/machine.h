@@ -101,8 +101,11 @@ struct Warp {
   std::shared_ptr<Flight> multiplying;
   std::vector<Product> products;
   std::deque<ProductGroup> product_groups;
-  std::vector<uint8_t> locked;  // by register: products in flight write it
-  int locks = 0;
+  // By register, in kernels that have wgmma: whether a product in flight writes it, and the step
+  // that used it last
+  std::vector<uint8_t> locked;
+  std::vector<uint32_t> used;
+  uint32_t fenced = 0;  // the step of the last wgmma.fence
 
   Warp(Block& b, int i, uint32_t lanes, Agent a);
   ~Warp();
@@ -141,7 +144,7 @@ struct Warp {
   void move(uint32_t lanes, int at);
   void load_constants();
   void special(const std::string& name, uint64_t* lanes) const;
-  void check_locks(const Instruction& i) const;
+  void follow(const Instruction& i);
 };
 
 struct Block {

@@ -278,6 +278,7 @@ class Parser {
     need(";");
     for (size_t t = from; t < at_ - 1; ++t) i.text += (t > from ? " " : "") + tokens_[t].text;
     decode(i);
+    kernel_.multiplies |= i.words[0] == "wgmma";
     kernel_.code.push_back(std::move(i));
   }
 

@@ -65,7 +65,8 @@ struct Kernel {
   int parameter_bytes = 0;
   int most_threads = 1024;
   int static_shared = 0;
-  int registers = 0;  // constants come after them
+  int registers = 0;        // constants come after them
+  bool multiplies = false;  // by wgmma
   std::vector<Constant> constants;
   std::vector<Instruction> code;
 };

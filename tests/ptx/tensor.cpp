@@ -134,7 +134,7 @@ void gather(Warp& w, const Instruction& i, const Agent& agent, const Matrix& fro
 void take(Warp& w, std::vector<Product>& products) {
   for (const Product& p : products) {
     p.work();
-    for (const int reg : p.registers) w.locks -= std::exchange(w.locked[reg], 0);
+    for (const int reg : p.registers) w.locked[reg] = 0;
   }
   products.clear();
 }
@@ -152,7 +152,11 @@ Outcome multiply_group(Warp& w, const Instruction& i, uint32_t) {
   flight->agent.take(w.agent.seen, w.agent.published);
   const Matrix left(w.uniform(o[1].reg)), right(w.uniform(o[2].reg));
   const bool adds = w.get<uint8_t>(o[3].reg, 0) & 1;
-  for (const int reg : c) w.locks += !std::exchange(w.locked[reg], 1);
+  for (const int reg : c) {
+    if (w.used[reg] > w.fenced)
+      throw std::runtime_error("a sum's register, used since the last wgmma.fence");
+    w.locked[reg] = 1;
+  }
   const auto work = [&w, &i, flight, left, right, adds, c] {
     const int width = static_cast<int>(c.size()) * 2;
     std::vector<float> a(16 * 16), b(width * 16);
@@ -177,6 +181,7 @@ Outcome multiply_group(Warp& w, const Instruction& i, uint32_t) {
 }
 
 Outcome products(Warp& w, const Instruction& i, uint32_t) {
+  if (i.has("fence")) w.fenced = w.step;
   if (i.has("commit_group")) {
     w.product_groups.push_back({std::exchange(w.multiplying, nullptr), std::move(w.products)});
     w.products.clear();
