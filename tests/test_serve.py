@@ -246,7 +246,7 @@ def test_more_tokens_than_said_are_refused(sae):
     [
         ({"edits": [STRONG, {}]}, r"steerings\[0\]\.edits: an engine makes its own batches"),
         ({"edits": TABLE, "rows": ["strong"]}, r"steerings\[0\]\.rows: an engine makes its own"),
-        ({"scope": torch.ones(1, 4, dtype=torch.bool)}, r"scope: a mask is for the rows of one"),
+        ({"scope": torch.ones(1, 4, dtype=torch.bool)}, r"scope: an engine makes its own"),
         ({"when": sf.gate({3: 1.0})}, "when: a gate reads whole prompts"),
     ],
 )
