@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ..conditions import split
 from ..recipe import Recipe, Steering, named
-from ..scopes import NotTokens, follows_prompts, parts
+from ..scopes import NotTokens, parts, starts_at_turn, turn
+
+
+class Prefixes(NamedTuple):
+    """By what requests that begin with the same tokens may be steered differently there."""
+
+    configuration: bool
+    """By the one that each asks for, from the first token on."""
+    turn: int | None
+    """By that and by where their prompts end, from this place on, counted from there."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether by nothing."""
+        return not self.configuration and self.turn is None
+
+    def keys(self, configuration: int, prompt: int) -> Iterator[tuple[int, object]]:
+        """What tells a request of `prompt` tokens from others, each from one of its tokens on."""
+        if self.configuration:
+            yield 0, configuration
+        if self.turn is not None:
+            yield max(0, prompt + self.turn), (configuration, prompt)
 
 
 def names(recipe: Recipe) -> tuple[str, ...]:
@@ -38,9 +60,11 @@ def tells_tokens_apart(recipe: Recipe) -> bool:
     return any(step.is_table or set(parts(step.scope)) != {"all"} for step in recipe.steerings)
 
 
-def shares_prefixes(recipe: Recipe) -> bool:
-    """Whether requests that begin with the same tokens are steered there in the same way."""
-    return not any(step.is_table or follows_prompts(step.scope) for step in recipe.steerings)
+def prefixes(recipe: Recipe) -> Prefixes:
+    """A condition on latents reads the stream alone, which those tokens have in common."""
+    early = any(step.is_table and not starts_at_turn(step.scope) for step in recipe.steerings)
+    turns = [place for step in recipe.steerings if (place := turn(step.scope)) is not None]
+    return Prefixes(early, min(turns, default=None))
 
 
 def reads_ids(recipe: Recipe) -> bool:
