@@ -42,6 +42,8 @@ from vllm.v1.worker.gpu.sample.logits_processor import loader  # noqa: E402
 from saesteer_fast.serve import vllm as served  # noqa: E402
 
 TABLE = {"default": {}, "strong": {219: 25.0}, "weak": {219: 12.0}, "other": {5: 9.0}}
+LAYER = 2
+"""An early one, on whose steering later layers' keys and values depend."""
 NEW = 20
 BLOCK, SYSTEM = 32, 64
 """Tokens of a block of the cache, and of what prompts have in common."""
@@ -78,7 +80,8 @@ def engine(folder, recipe, model=mini.ASSETS, **options):
 
 
 def recipe(edits, **arguments) -> sf.Recipe:
-    return sf.Recipe([sf.Steering(str(mini.ASSETS / "layers.5"), edits, **arguments)])
+    given = {"layer": LAYER} | arguments
+    return sf.Recipe([sf.Steering(str(mini.ASSETS / "layers.5"), edits, **given)])
 
 
 def asking(asked: str | None, **options) -> vllm.SamplingParams:
@@ -95,7 +98,7 @@ def expected(shipped, prompts, edits, **arguments) -> list[list[int]]:
     """From transformers, one prompt at a time; `edits` a prompt."""
     found = []
     for prompt, one in zip(prompts, edits, strict=True):
-        with sf.steering(shipped.model, shipped.sae, one, **{"layer": 5} | arguments):
+        with sf.steering(shipped.model, shipped.sae, one, **{"layer": LAYER} | arguments):
             ids = shipped.model.generate(torch.tensor([prompt]), max_new_tokens=NEW)
         found.append(ids[0, len(prompt) :].tolist())
     return found
@@ -143,10 +146,30 @@ def test_prefixes_are_shared_where_all_are_steered_alike(tmp_path, shipped, prom
         assert counted(llm, "vllm:prefix_cache_hits") > 0
 
 
-def ask(llm, prompt, asked, **options) -> tuple[list[int], int]:
-    """What is generated, and how many tokens of the prompt were cached."""
-    (found,) = llm.generate({"prompt_token_ids": prompt} | options, asking(asked))
-    return list(found.outputs[0].token_ids), found.num_cached_tokens
+def check(llm, prompt, asked, wanted, cached, **options) -> None:
+    """That `wanted` is generated, as probable as in transformers, from so many cached tokens."""
+    given = {"prompt_token_ids": prompt} | options
+    (found,) = llm.generate(given, asking(asked, logprobs=1))
+    ids, probable = wanted
+    assert (list(found.outputs[0].token_ids), found.num_cached_tokens) == (ids, cached)
+    torch.testing.assert_close(logprobs(found), probable, rtol=0, atol=1e-3)
+
+
+def logprobs(output) -> torch.Tensor:
+    """Of the tokens that were generated."""
+    ids, places = output.outputs[0].token_ids, output.outputs[0].logprobs
+    return torch.tensor([at[token].logprob for at, token in zip(places, ids, strict=True)])
+
+
+def scored(shipped, prompts, edits, scope) -> list[tuple[list[int], torch.Tensor]]:
+    """What is generated from each prompt in transformers, and its log-probabilities."""
+    found, arguments = [], {"layer": LAYER, "scope": scope}
+    for prompt, one in zip(prompts, edits, strict=True):
+        (ids,) = expected(shipped, [prompt], [one], **arguments)
+        with sf.steering(shipped.model, shipped.sae, one, **arguments) as handle:
+            with handle.prompt(len(prompt)):
+                found.append((ids, score(shipped.model, prompt, ids)))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -169,21 +192,22 @@ def test_prefixes_are_shared_by_requests_that_are_steered_alike(
     asked = ["strong", "weak", None, "strong", "other", None, "weak"]
     edits = [TABLE[name or "default"] for name in asked]
     first = [system + prompt for prompt in prompts[:7]]
-    answers = expected(shipped, first, edits, scope=scope)
-    second = [one + two + prompts[0] for one, two in zip(first, answers, strict=True)]
-    wanted = expected(shipped, second, edits, scope=scope)
+    answers = scored(shipped, first, edits, scope)
+    ended = [prompt + ids for prompt, (ids, _) in zip(first, answers, strict=True)]
+    second = [conversation + prompts[0] for conversation in ended]
+    wanted = scored(shipped, second, edits, scope)
+    assert max(map(whole_blocks, ended)) > SYSTEM
     room = {"block_size": BLOCK, "max_model_len": 256, "kv_cache_memory_bytes": 32 << 20}
     with engine(tmp_path, recipe(TABLE, scope=scope), **room) as llm:
         for i, name in enumerate(asked):
             seen = name in asked[:i] if early else i > 0
-            assert ask(llm, first[i], name) == (answers[i], SYSTEM if seen else 0)
+            check(llm, first[i], name, answers[i], cached=SYSTEM if seen else 0)
         for i, name in enumerate(asked):
-            cached = SYSTEM if ends else whole_blocks(first[i] + answers[i])
-            assert ask(llm, second[i], name) == (wanted[i], cached)
-            assert ask(llm, second[i], name) == (wanted[i], whole_blocks(second[i]))
+            cached = SYSTEM if ends else whole_blocks(ended[i])
+            check(llm, second[i], name, wanted[i], cached)
+            check(llm, second[i], name, wanted[i], whole_blocks(second[i]))
         for salt, cached in (("one", 0), ("other", 0), ("one", whole_blocks(first[0]))):
-            assert ask(llm, first[0], asked[0], cache_salt=salt) == (answers[0], cached)
-    assert max(whole_blocks(one + two) for one, two in zip(first, answers, strict=True)) > SYSTEM
+            check(llm, first[0], asked[0], answers[0], cached, cache_salt=salt)
 
 
 def whole_blocks(tokens: list[int]) -> int:
@@ -294,8 +318,7 @@ def test_families(tmp_path, make_sae, name):
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters)
     changed = 0
     for prompt, output in zip(prompts, outputs, strict=True):
-        made, places = list(output.outputs[0].token_ids), output.outputs[0].logprobs
-        found = torch.tensor([at[token].logprob for at, token in zip(places, made, strict=True)])
+        made, found = list(output.outputs[0].token_ids), logprobs(output)
         unsteered = score(model, prompt, made)
         with sf.steering(model, sae, edits, scope="generated") as handle:
             with handle.prompt(len(prompt)):
