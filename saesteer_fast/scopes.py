@@ -180,12 +180,29 @@ def parts(scope: Scope) -> list:
 
 def follows_prompts(scope: Scope) -> bool:
     """Whether it depends on where a prompt ends."""
+    return turn(scope) is not None
+
+
+def turn(scope: Scope) -> int | None:
+    """From which place on it depends on where a prompt ends, counted from there."""
+    turns = [place for part in parts(scope) if (place := _turn(part)) is not None]
+    return min(turns, default=None)
+
+
+def starts_at_turn(scope: Scope) -> bool:
+    """Whether no token before that is in it."""
     return any(
-        min(part.places) < 0
+        max(part.places) < 0
         if isinstance(part, Positions)
-        else isinstance(part, str) and part != "all"
+        else isinstance(part, str) and part == "generated"
         for part in parts(scope)
     )
+
+
+def _turn(part) -> int | None:
+    if isinstance(part, Positions):
+        return min(part.places) if min(part.places) < 0 else None
+    return 0 if isinstance(part, str) and part != "all" else None
 
 
 def _of_the_prompt(part) -> bool:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 import saesteer_fast as sf
+from saesteer_fast.scopes import Scoped
 from saesteer_fast.serve import recipes, steered
-from saesteer_fast.serve.requests import Span, configuration
+from saesteer_fast.serve.requests import Packed, Span, configuration
 from saesteer_fast.serve.steered import Steered
 
 D, SIZE, VOCABULARY = 32, 40, 20
@@ -246,7 +247,7 @@ def test_more_tokens_than_said_are_refused(sae):
     [
         ({"edits": [STRONG, {}]}, r"steerings\[0\]\.edits: an engine makes its own batches"),
         ({"edits": TABLE, "rows": ["strong"]}, r"steerings\[0\]\.rows: an engine makes its own"),
-        ({"scope": torch.ones(1, 4, dtype=torch.bool)}, r"scope: a mask is for the rows of one"),
+        ({"scope": torch.ones(1, 4, dtype=torch.bool)}, r"scope: an engine makes its own"),
         ({"when": sf.gate({3: 1.0})}, "when: a gate reads whole prompts"),
     ],
 )
@@ -269,23 +270,71 @@ def test_tables_must_have_the_same_names(sae):
 
 
 @pytest.mark.parametrize(
-    "arguments, apart, shared, ids",
+    "arguments, apart, prefixes, ids",
     [
-        ({}, False, True, False),
-        ({"scope": ["all"]}, False, True, False),
-        ({"scope": sf.not_tokens([1])}, True, True, True),
-        ({"scope": ["prompt", sf.not_tokens([1])]}, True, False, True),
-        ({"scope": sf.positions(0)}, True, True, False),
-        ({"scope": sf.positions(-1)}, True, False, False),
-        ({"scope": "generated"}, True, False, False),
-        ({"edits": TABLE}, True, False, False),
+        ({}, False, (False, None), False),
+        ({"scope": ["all"]}, False, (False, None), False),
+        ({"scope": sf.not_tokens([1])}, True, (False, None), True),
+        ({"scope": ["prompt", sf.not_tokens([1])]}, True, (False, 0), True),
+        ({"scope": sf.positions(0)}, True, (False, None), False),
+        ({"scope": sf.positions(-1)}, True, (False, -1), False),
+        ({"scope": "generated"}, True, (False, 0), False),
+        ({"edits": TABLE}, True, (True, None), False),
+        ({"edits": TABLE, "scope": sf.positions(0)}, True, (True, None), False),
+        ({"edits": TABLE, "scope": "prompt"}, True, (True, 0), False),
+        ({"edits": TABLE, "scope": "generated"}, True, (False, 0), False),
+        ({"edits": TABLE, "scope": ["generated", sf.not_tokens([1])]}, True, (False, 0), True),
+        ({"edits": TABLE, "scope": sf.positions(0, -3)}, True, (True, -3), False),
+        ({"edits": TABLE, "scope": ["prompt", sf.positions(-3, -1)]}, True, (False, -3), False),
     ],
 )
-def test_what_an_engine_must_know(sae, arguments, apart, shared, ids):
+def test_what_an_engine_must_know(sae, arguments, apart, prefixes, ids):
     given = recipe(sae, **arguments)
     assert recipes.reads_ids(given) is ids
     assert recipes.tells_tokens_apart(given) is apart
-    assert recipes.shares_prefixes(given) is shared
+    assert recipes.prefixes(given) == prefixes
+    assert recipes.prefixes(given).shared is (prefixes == (False, None))
+
+
+def test_prefixes_of_several_steerings(sae):
+    late = sf.Steering(sae, TABLE, scope="generated")
+    early = sf.Steering(sae, STRONG, scope=sf.positions(0, -2))
+    assert recipes.prefixes(sf.Recipe([late, early])) == (False, -2)
+    assert recipes.prefixes(sf.Recipe([late, sf.Steering(sae, TABLE)])) == (True, 0)
+
+
+@pytest.mark.parametrize("scope", [*INSIDE, "the last", "late"])
+def test_what_is_told_alike_is_steered_alike(sae, scope):
+    """Of the same tokens that begin two requests, up to any of them."""
+    given = {"the last": sf.positions(-3, -1), "late": ["generated", sf.not_tokens([1, 2])]}
+    given = given | SCOPES
+    made = recipe(sae, TABLE, scope=given.get(scope, scope))
+    ids = torch.randint(0, VOCABULARY, (12,), generator=torch.Generator().manual_seed(1))
+    inside = Scoped(made.steerings[0].scope, torch.device("cpu"))
+    requests = [*itertools.product(range(len(TABLE)), range(1, 12))]
+    shared = 0
+    for (one, first), (other, second) in itertools.combinations(requests, 2):
+        told = [*zip(told_apart(made, one, first), told_apart(made, other, second), strict=True)]
+        same = next((place for place, (a, b) in enumerate(told) if a != b), len(ids))
+        masks = [steered_tokens(inside, ids, prompt)[:same] for prompt in (first, second)]
+        assert torch.equal(*masks)
+        assert one == other or not masks[0].any()
+        shared += same
+    assert shared
+
+
+def told_apart(made, configuration, prompt) -> list[object]:
+    """By what each token's block would be, if it held one token."""
+    told = [None] * 12
+    for start, key in recipes.prefixes(made).keys(configuration, prompt):
+        told[start:] = [key] * (12 - start)
+    return told
+
+
+def steered_tokens(inside, ids, prompt) -> torch.Tensor:
+    packed = Packed(torch.arange(12)[None], torch.full((1, 12), prompt), ids[None])
+    found = inside(packed)
+    return torch.ones(12, dtype=torch.bool) if found is True else found[0]
 
 
 def test_names_are_chosen_or_refused():

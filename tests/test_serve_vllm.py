@@ -29,6 +29,11 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.config import KVTransferConfig  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.exceptions import VLLMValidationError  # noqa: E402
+from vllm.utils.hashing import sha256  # noqa: E402
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash  # noqa: E402
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: E402
+from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
+from vllm.v1.request import Request  # noqa: E402
 from vllm.v1.sample.logits_processor import (  # noqa: E402
     validate_logits_processors_parameters,
 )
@@ -37,7 +42,11 @@ from vllm.v1.worker.gpu.sample.logits_processor import loader  # noqa: E402
 from saesteer_fast.serve import vllm as served  # noqa: E402
 
 TABLE = {"default": {}, "strong": {219: 25.0}, "weak": {219: 12.0}, "other": {5: 9.0}}
+LAYER = 2
+"""An early one, on whose steering later layers' keys and values depend."""
 NEW = 20
+BLOCK, SYSTEM = 32, 64
+"""Tokens of a block of the cache, and of what prompts have in common."""
 ENGINE = {
     "dtype": "float32",
     "max_model_len": 128,
@@ -71,7 +80,8 @@ def engine(folder, recipe, model=mini.ASSETS, **options):
 
 
 def recipe(edits, **arguments) -> sf.Recipe:
-    return sf.Recipe([sf.Steering(str(mini.ASSETS / "layers.5"), edits, **arguments)])
+    given = {"layer": LAYER} | arguments
+    return sf.Recipe([sf.Steering(str(mini.ASSETS / "layers.5"), edits, **given)])
 
 
 def asking(asked: str | None, **options) -> vllm.SamplingParams:
@@ -88,7 +98,7 @@ def expected(shipped, prompts, edits, **arguments) -> list[list[int]]:
     """From transformers, one prompt at a time; `edits` a prompt."""
     found = []
     for prompt, one in zip(prompts, edits, strict=True):
-        with sf.steering(shipped.model, shipped.sae, one, **{"layer": 5} | arguments):
+        with sf.steering(shipped.model, shipped.sae, one, **{"layer": LAYER} | arguments):
             ids = shipped.model.generate(torch.tensor([prompt]), max_new_tokens=NEW)
         found.append(ids[0, len(prompt) :].tolist())
     return found
@@ -136,6 +146,138 @@ def test_prefixes_are_shared_where_all_are_steered_alike(tmp_path, shipped, prom
         assert counted(llm, "vllm:prefix_cache_hits") > 0
 
 
+def check(llm, prompt, asked, wanted, cached, **options) -> None:
+    """That `wanted` is generated, as probable as in transformers, from so many cached tokens."""
+    given = {"prompt_token_ids": prompt} | options
+    (found,) = llm.generate(given, asking(asked, logprobs=1))
+    ids, probable = wanted
+    assert (list(found.outputs[0].token_ids), found.num_cached_tokens) == (ids, cached)
+    torch.testing.assert_close(logprobs(found), probable, rtol=0, atol=1e-3)
+
+
+def logprobs(output) -> torch.Tensor:
+    """Of the tokens that were generated."""
+    ids, places = output.outputs[0].token_ids, output.outputs[0].logprobs
+    return torch.tensor([at[token].logprob for at, token in zip(places, ids, strict=True)])
+
+
+def scored(shipped, prompts, edits, scope) -> list[tuple[list[int], torch.Tensor]]:
+    """What is generated from each prompt in transformers, and its log-probabilities."""
+    found, arguments = [], {"layer": LAYER, "scope": scope}
+    for prompt, one in zip(prompts, edits, strict=True):
+        (ids,) = expected(shipped, [prompt], [one], **arguments)
+        with sf.steering(shipped.model, shipped.sae, one, **arguments) as handle:
+            with handle.prompt(len(prompt)):
+                found.append((ids, score(shipped.model, prompt, ids)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "scope, early, ends",
+    [
+        ("all", True, False),
+        (sf.not_tokens([20, 3]), True, False),
+        ("prompt", True, True),
+        (sf.positions(0, -1), True, True),
+        (sf.positions(-1), False, True),
+        ("generated", False, True),
+    ],
+)
+def test_prefixes_are_shared_by_requests_that_are_steered_alike(
+    tmp_path, shipped, prompts, scope, early, ends
+):
+    """`early`: configurations differ from the first token on; `ends`: it matters where prompts
+    end, so that an answer is steered differently in the next prompt."""
+    system = (prompts[15] + prompts[11] + prompts[23])[:SYSTEM]
+    asked = ["strong", "weak", None, "strong", "other", None, "weak"]
+    edits = [TABLE[name or "default"] for name in asked]
+    first = [system + prompt for prompt in prompts[:7]]
+    answers = scored(shipped, first, edits, scope)
+    ended = [prompt + ids for prompt, (ids, _) in zip(first, answers, strict=True)]
+    second = [conversation + prompts[0] for conversation in ended]
+    wanted = scored(shipped, second, edits, scope)
+    assert max(map(whole_blocks, ended)) > SYSTEM
+    room = {"block_size": BLOCK, "max_model_len": 256, "kv_cache_memory_bytes": 32 << 20}
+    with engine(tmp_path, recipe(TABLE, scope=scope), **room) as llm:
+        for i, name in enumerate(asked):
+            seen = name in asked[:i] if early else i > 0
+            check(llm, first[i], name, answers[i], cached=SYSTEM if seen else 0)
+        for i, name in enumerate(asked):
+            cached = SYSTEM if ends else whole_blocks(ended[i])
+            check(llm, second[i], name, wanted[i], cached)
+            check(llm, second[i], name, wanted[i], whole_blocks(second[i]))
+        for salt, cached in (("one", 0), ("other", 0), ("one", whole_blocks(first[0]))):
+            check(llm, first[0], asked[0], answers[0], cached, cache_salt=salt)
+
+
+def whole_blocks(tokens: list[int]) -> int:
+    """How many of them can be found again: the last one is always computed anew."""
+    return (len(tokens) - 1) // BLOCK * BLOCK
+
+
+def test_prefixes_in_one_process():
+    """One of the tests before, with an engine that has no process of its own."""
+    again("-k", "by_requests and generated", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+@pytest.fixture
+def scheduler(tmp_path, monkeypatch):
+    """Ours, of blocks of four tokens, without a cache."""
+
+    def make(scope, ahead=False) -> Scheduler:
+        recipe(TABLE, scope=scope).save(tmp_path / "steering.json")
+        options = ENGINE | served.options(tmp_path / "steering.json")
+        config = EngineArgs(str(mini.ASSETS), **options).create_engine_config()
+        config.scheduler_config.async_scheduling = ahead  # which vLLM turns off on CPUs
+        made = config.scheduler_config.get_scheduler_cls()(vllm_config=config)
+        made.hash_block_size = 4
+        return made
+
+    for kind in (Scheduler, AsyncScheduler):
+        monkeypatch.setattr(kind, "__init__", lambda self, vllm_config: None)
+    monkeypatch.setattr(Scheduler, "add_request", lambda self, request: None)
+    init_none_hash(sha256)
+    return make
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_scheduler_is_the_one_that_vllm_would_have_chosen(scheduler, ahead):
+    assert isinstance(scheduler("all", ahead), AsyncScheduler) is ahead
+
+
+def hashes(scheduler, asked, prompt=9, name="one", caching=True, **options) -> list[bytes]:
+    """Of the first 16 tokens, in blocks, for a prompt of so many of them."""
+    hasher = get_request_block_hasher(4, sha256) if caching else None
+    request = Request(name, [*range(prompt)], asking(asked), None, block_hasher=hasher, **options)
+    scheduler.add_request(request)
+    for token in range(prompt, 16):
+        request.append_output_token_ids(token)
+    return request.block_hashes
+
+
+def test_blocks_that_are_steered_differently_have_different_hashes(scheduler):
+    early, late = scheduler("all"), scheduler("generated")
+    strong, weak = hashes(early, "strong"), hashes(early, "weak")
+    assert len(strong) == 4 and not {*strong} & {*weak}
+    assert hashes(early, "strong", 16) == hashes(early, "strong", name="other") == strong
+    assert hashes(early, None) == hashes(early, "default")
+    strong, weak = hashes(late, "strong"), hashes(late, "weak")
+    assert strong[:2] == weak[:2] and not {*strong[2:]} & {*weak[2:]}
+    assert strong[:2] == hashes(late, "strong", 16)[:2]
+    assert not {*strong[2:]} & ({*hashes(late, "strong", 16)} | {*hashes(late, "strong", 10)})
+    for made in (early, late):
+        plain = hashes(made, "strong")
+        assert not {*plain} & {*hashes(made, "strong", cache_salt="salt")}
+        assert hashes(made, "strong", caching=False) == []
+
+
+def test_prompts_that_grow_share_no_prefix(scheduler):
+    """They may ask for another configuration when they do."""
+    late = scheduler("generated")
+    one, other = (hashes(late, None, name=name, resumable=True) for name in ("one", "other"))
+    assert not {*one} & ({*other} | {*hashes(late, None)})
+
+
 def test_strengths_change_while_an_engine_runs(tmp_path, shipped, prompts):
     given = {"enable_prefix_caching": False, "enforce_eager": False}
     with engine(tmp_path, recipe({219: 12.0}), **given) as llm:
@@ -176,8 +318,7 @@ def test_families(tmp_path, make_sae, name):
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters)
     changed = 0
     for prompt, output in zip(prompts, outputs, strict=True):
-        made, places = list(output.outputs[0].token_ids), output.outputs[0].logprobs
-        found = torch.tensor([at[token].logprob for at, token in zip(places, made, strict=True)])
+        made, found = list(output.outputs[0].token_ids), logprobs(output)
         unsteered = score(model, prompt, made)
         with sf.steering(model, sae, edits, scope="generated") as handle:
             with handle.prompt(len(prompt)):
@@ -202,9 +343,9 @@ def test_what_cannot_be_served_is_refused_before_vllm_starts(tmp_path):
 @pytest.mark.parametrize(
     "edits, scope, given, message",
     [
-        (TABLE, "all", {"enable_prefix_caching": True}, "enable_prefix_caching: leave it out"),
+        (TABLE, "all", {"scheduler_cls": None}, "scheduler_cls: got None; 'saesteer_fast.serve.*'"),
         (TABLE, "all", {"logits_processors": None}, "logits_processors: .*Choice"),
-        ({5: 1.0}, "generated", {"enable_prefix_caching": True}, "enable_prefix_caching"),
+        ({5: 1.0}, "generated", {"scheduler_cls": "some.other"}, "scheduler_cls: got 'some.other'"),
         ({5: 1.0}, "all", {"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         (
             {5: 1.0},
@@ -233,6 +374,15 @@ def test_settings_that_steer_otherwise_are_refused(tmp_path, edits, scope, given
     config = EngineArgs(str(mini.ASSETS), **options | given).create_engine_config()
     with pytest.raises(ValueError, match=message):
         served._require_servable(made, config)
+
+
+def test_without_cached_prefixes_any_scheduler_serves(tmp_path):
+    made = recipe(TABLE)
+    made.save(tmp_path / "steering.json")
+    options = ENGINE | served.options(tmp_path / "steering.json")
+    given = {"scheduler_cls": None, "enable_prefix_caching": False}
+    config = EngineArgs(str(mini.ASSETS), **options | given).create_engine_config()
+    served._require_servable(made, config)
 
 
 @pytest.mark.parametrize(
@@ -269,9 +419,14 @@ except ImportError:
 def test_the_second_model_runner(tmp_path):
     """Requests as they asked, once more, by the model runner that vLLM has on GPUs."""
     (tmp_path / "sitecustomize.py").write_text(INTERPRETED)
-    test = f"{__file__}::{test_each_request_is_steered_as_it_asked.__name__}"
-    changed = {"PYTHONPATH": str(tmp_path), "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    subprocess.run([sys.executable, "-m", "pytest", test], env=os.environ | changed, check=True)
+    tests = f"{test_each_request_is_steered_as_it_asked.__name__} or (by_requests and generated)"
+    again("-k", tests, PYTHONPATH=str(tmp_path), VLLM_USE_V2_MODEL_RUNNER="1")
+
+
+def again(*chosen: str, **environment: str) -> None:
+    """Run tests of this file in another environment."""
+    command = [sys.executable, "-m", "pytest", __file__, *chosen]
+    subprocess.run(command, env=os.environ | environment, check=True)
 
 
 def test_other_model_runners_are_refused():
@@ -297,11 +452,12 @@ def test_names_are_checked_for_both_model_runners(tmp_path):
 
 
 def test_the_server(tmp_path, shipped, prompts):
-    recipe(TABLE, scope="generated").save(tmp_path / "steering.json")
+    recipe(TABLE).save(tmp_path / "steering.json")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = "--dtype float32 --max-model-len 128 --enforce-eager --kv-cache-memory-bytes 16777216"
+    flags += f" --block-size {BLOCK} --enable-prompt-tokens-details"
     command = ["-m", "saesteer_fast.serve.vllm", tmp_path / "steering.json", "serve", mini.ASSETS]
     # vLLM's command looks for its own version, which its build for CPUs keeps by another name.
     version = f"{vllm.__version__.partition('+')[0]}+cpu"
@@ -315,12 +471,15 @@ def test_the_server(tmp_path, shipped, prompts):
     )
     try:
         wait_for(f"http://localhost:{port}/health", server)
-        edits = [{}, {219: 25.0}, {5: 9.0}]
-        wanted = expected(shipped, prompts[:3], edits, scope="generated")
-        for prompt, asked, ids in zip(prompts, (None, "strong", "other"), wanted, strict=False):
-            answer = complete(port, prompt, {} if asked is None else {"saesteer": asked})
-            text = shipped.tokenizer.decode(ids, skip_special_tokens=True)
-            assert answer["choices"][0]["text"] == text
+        long = [prompts[11] + prompt for prompt in prompts[:3]]
+        wanted = expected(shipped, long, [{}, {219: 25.0}, {5: 9.0}])
+        for known in (False, True):
+            for prompt, asked, ids in zip(long, (None, "strong", "other"), wanted, strict=True):
+                answer = complete(port, prompt, {} if asked is None else {"saesteer": asked})
+                text = shipped.tokenizer.decode(ids, skip_special_tokens=True)
+                assert answer["choices"][0]["text"] == text
+                cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+                assert cached == known * whole_blocks(prompt) and len(prompts[11]) == BLOCK
         with pytest.raises(urllib.error.HTTPError) as refused:
             complete(port, prompts[0], {"saesteer": "strnog"})
         assert refused.value.code == 400

@@ -11,9 +11,7 @@ model or name, steering=file or Recipe) goes wherever lm_eval takes an LM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
-from torch import Tensor
+from collections.abc import Iterator
 
 try:
     from lm_eval.api.registry import register_model
@@ -25,7 +23,7 @@ except ModuleNotFoundError as error:
 
 from ..conditions import split
 from ..recipe import Recipe, load_steering
-from ..scopes import follows_prompts, parts
+from ..scopes import follows_prompts
 
 
 @register_model("saesteer")
@@ -68,12 +66,9 @@ class SteeredHF(HFLM):
 def _of_a_batch(recipe: Recipe) -> Iterator[str]:
     """What names rows of a batch, by its place."""
     for place, step in enumerate(recipe.steerings):
-        if step.rows is not None:
-            yield f"steerings[{place}].rows"
-        if not isinstance(step.edits, Mapping) or any(isinstance(key, str) for key in step.edits):
+        yield from (f"steerings[{place}].{name}" for name in step.of_a_batch())
+        if step.is_table:
             yield f"steerings[{place}].edits"
-        if any(isinstance(part, Tensor) for part in parts(step.scope)):
-            yield f"steerings[{place}].scope"
 
 
 def _of_prompts(recipe: Recipe) -> Iterator[str]:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..attach import Handle, steering
 from ..conditions import Condition
 from ..edits import Edits
 from ..errors import nearest_file
 from ..sae import SAE
-from ..scopes import Scope
+from ..scopes import Scope, parts
 from ..steering import Rows
 
 
@@ -39,6 +39,20 @@ class Steering:
         """Of sf.steering, by keyword: all but the model, the SAE and the edits."""
         names = ("layer", "scope", "rows", "when", "error", "measure", "impl")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its edits are configurations by name."""
+        return any(isinstance(key, str) for key in self.edits)
+
+    def of_a_batch(self) -> Iterator[str]:
+        """The arguments that are for the rows of one batch."""
+        if self.rows is not None:
+            yield "rows"
+        if not isinstance(self.edits, Mapping):
+            yield "edits"
+        if any(isinstance(part, Tensor) for part in parts(self.scope)):
+            yield "scope"
 
 
 @dataclass(frozen=True, eq=False)

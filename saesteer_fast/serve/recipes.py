@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
-from torch import Tensor
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from ..conditions import split
 from ..recipe import Recipe, Steering, named
-from ..scopes import NotTokens, follows_prompts, parts
+from ..scopes import NotTokens, parts, starts_at_turn, turn
+
+
+class Prefixes(NamedTuple):
+    """By what requests that begin with the same tokens may be steered differently there."""
+
+    configuration: bool
+    """By the one that each asks for, from the first token on."""
+    turn: int | None
+    """By that and by where their prompts end, from this place on, counted from there."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether by nothing."""
+        return not self.configuration and self.turn is None
+
+    def keys(self, configuration: int, prompt: int) -> Iterator[tuple[int, object]]:
+        """What tells a request of `prompt` tokens from others, each from one of its tokens on."""
+        if self.configuration:
+            yield 0, configuration
+        if self.turn is not None:
+            yield max(0, prompt + self.turn), (configuration, prompt)
 
 
 def names(recipe: Recipe) -> tuple[str, ...]:
@@ -24,7 +44,7 @@ def names(recipe: Recipe) -> tuple[str, ...]:
         with named(f"steerings[{place}]."):
             for reason in _refused(step):
                 raise ValueError(reason)
-        if _is_table(step):
+        if step.is_table:
             tables.setdefault(tuple(sorted(step.edits)), place)
     if len(tables) > 1:
         (one, first), (other, second) = [*tables.items()][:2]
@@ -37,12 +57,14 @@ def names(recipe: Recipe) -> tuple[str, ...]:
 
 def tells_tokens_apart(recipe: Recipe) -> bool:
     """Whether a token's place or its request matters, not its stream alone."""
-    return any(_is_table(step) or set(parts(step.scope)) != {"all"} for step in recipe.steerings)
+    return any(step.is_table or set(parts(step.scope)) != {"all"} for step in recipe.steerings)
 
 
-def shares_prefixes(recipe: Recipe) -> bool:
-    """Whether requests that begin with the same tokens are steered there in the same way."""
-    return not any(_is_table(step) or follows_prompts(step.scope) for step in recipe.steerings)
+def prefixes(recipe: Recipe) -> Prefixes:
+    """A condition on latents reads the stream alone, which those tokens have in common."""
+    early = any(step.is_table and not starts_at_turn(step.scope) for step in recipe.steerings)
+    turns = [place for step in recipe.steerings if (place := turn(step.scope)) is not None]
+    return Prefixes(early, min(turns, default=None))
 
 
 def reads_ids(recipe: Recipe) -> bool:
@@ -50,21 +72,12 @@ def reads_ids(recipe: Recipe) -> bool:
     return any(isinstance(p, NotTokens) for step in recipe.steerings for p in parts(step.scope))
 
 
-def _is_table(step: Steering) -> bool:
-    return any(isinstance(key, str) for key in step.edits)
-
-
 def _refused(step: Steering) -> Iterator[str]:
-    if step.rows is not None or not isinstance(step.edits, Mapping):
-        what = "edits" if step.rows is None else "rows"
+    for name in step.of_a_batch():
         yield (
-            f"{what}: an engine makes its own batches; name configurations, "
-            '{"one": {...}, "other": {...}}, and each request chooses one'
-        )
-    if any(isinstance(part, Tensor) for part in parts(step.scope)):
-        yield (
-            "scope: a mask is for the rows of one batch; accepted are all, prompt, generated, "
-            "positions, not_tokens"
+            f"{name}: an engine makes its own batches; accepted are configurations by name, "
+            '{"one": {...}, "other": {...}}, of which each request chooses one, and the scopes '
+            "all, prompt, generated, positions, not_tokens"
         )
     if split(step.when)[1] is not None:
         yield "when: a gate reads whole prompts, which an engine cuts; accepted is active"

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,8 @@ try:
     from vllm import __version__
     from vllm.config import CompilationMode, VllmConfig
     from vllm.platforms import current_platform
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher
     from vllm.v1.sample.logits_processor import LogitsProcessor as FirstProcessor
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondProcessor
 
@@ -48,14 +51,14 @@ KEY = "saesteer"
 """Of a request's extra_args, its configuration's name; of vLLM's additional_config, ours."""
 
 _WORKER, _CHOICE = f"{__spec__.name}.Worker", f"{__spec__.name}:Choice"
+_SCHEDULER = f"{__spec__.name}.scheduler"
 
 
 def options(steering: str | os.PathLike[str]) -> dict[str, object]:
     """Arguments of vllm.LLM, and of `vllm serve` with dashes, under which `steering` is served.
 
-    They name classes of this module. The file's name goes into the environment, where vLLM's
-    processes find it, so that a process can have one steered engine. Prefix caching is turned off
-    where one request's prefix may be steered otherwise than another's.
+    They name what is in this module. The file's name goes into the environment, where vLLM's
+    processes find it, so that a process can have one steered engine.
 
     Raises what load_steering does, and ValueError, naming the place, for what no engine can serve.
     """
@@ -63,8 +66,8 @@ def options(steering: str | os.PathLike[str]) -> dict[str, object]:
     recipe = load_steering(path)
     recipes.names(recipe)
     chosen = {"worker_cls": _WORKER, "logits_processors": [_CHOICE]}
-    if not recipes.shares_prefixes(recipe):
-        chosen["enable_prefix_caching"] = False
+    if not recipes.prefixes(recipe).shared:
+        chosen["scheduler_cls"] = _SCHEDULER
     os.environ[VARIABLE] = str(path)
     return chosen
 
@@ -94,6 +97,47 @@ class Choice(FirstProcessor, SecondProcessor):
 
     def apply(self, logits: Tensor, *_) -> Tensor:
         return logits
+
+
+def scheduler(vllm_config: VllmConfig, **arguments):
+    """The scheduler that vLLM would have chosen, whose requests find cached tokens only where
+    those were steered as their own are."""
+    config = copy(vllm_config.scheduler_config)
+    config.scheduler_cls = None
+    kind = type("Scheduler", (_Apart, config.get_scheduler_cls()), {})
+    return kind(vllm_config=vllm_config, **arguments)
+
+
+class _Apart:
+    """vLLM finds a block of tokens again by its hash, and hashes each block with the one before:
+    what is mixed into one tells all that follow apart."""
+
+    def __init__(self, vllm_config: VllmConfig, **arguments):
+        super().__init__(vllm_config=vllm_config, **arguments)
+        recipe = load_steering(_file())
+        self._names, self._prefixes = recipes.names(recipe), recipes.prefixes(recipe)
+        self._hash = get_hash_fn_by_name(vllm_config.cache_config.prefix_caching_hash_algo)
+
+    def add_request(self, request) -> None:
+        if request._block_hasher is not None:
+            for start, key in self._keys(request):
+                self._mix(request, start, key)
+        super().add_request(request)
+
+    def _keys(self, request) -> Iterable[tuple[int, object]]:
+        if request.resumable:  # its prompt grows, and another configuration may be asked for
+            return [(0, request.request_id)]
+        asked = _asked(request.sampling_params)
+        chosen = configuration(self._names, asked) if self._names else 0
+        return self._prefixes.keys(chosen, request.num_prompt_tokens)
+
+    def _mix(self, request, start: int, key: object) -> None:
+        """Hash blocks anew that have tokens from `start` on, those to come too."""
+        del request.block_hashes[start // self.hash_block_size :]
+        request._block_hasher = get_request_block_hasher(
+            self.hash_block_size, lambda block: self._hash((key, block))
+        )
+        request.update_block_hashes()
 
 
 class Worker(PlatformWorker):
@@ -139,7 +183,7 @@ class Worker(PlatformWorker):
         if self.cache_config.enable_prefix_caching:
             raise ValueError(
                 "enable_prefix_caching: strengths change only where it is off, since it keeps what "
-                "was steered before"
+                "was steered before; start vLLM with enable_prefix_caching=False"
             )
         self._steered.layers[steering].plan.table.set(edits)
 
@@ -205,11 +249,6 @@ def _require_servable(recipe: Recipe, config: VllmConfig) -> None:
             "keys and values from elsewhere may be steered otherwise",
         ),
     }
-    if not recipes.shares_prefixes(recipe):
-        refused["enable_prefix_caching"] = (
-            config.cache_config.enable_prefix_caching,
-            "one request's prefix is steered otherwise than another's",
-        )
     if recipes.tells_tokens_apart(recipe):
         refused |= {
             "speculative_config": (
@@ -229,6 +268,12 @@ def _require_servable(recipe: Recipe, config: VllmConfig) -> None:
             raise ValueError(f"{name}: leave it out under this steering file; {reason}")
     if names and _CHOICE not in (model.logits_processors or ()):
         raise ValueError(f"logits_processors: {_CHOICE!r} must be among them, which checks names")
+    given, shared = config.scheduler_config.scheduler_cls, recipes.prefixes(recipe).shared
+    if config.cache_config.enable_prefix_caching and given != _SCHEDULER and not shared:
+        raise ValueError(
+            f"scheduler_cls: got {given!r}; {_SCHEDULER!r} is needed, which keeps requests apart "
+            "that are steered differently, or enable_prefix_caching=False"
+        )
 
 
 def _file() -> str:
