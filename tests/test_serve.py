@@ -296,6 +296,20 @@ def test_what_an_engine_must_know(sae, arguments, apart, prefixes, ids):
     assert recipes.prefixes(given).shared is (prefixes == (False, None))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "late"),
+    [
+        ({}, set()),
+        ({"scope": "generated"}, {"default", "strong"}),
+        ({"scope": ["generated", sf.not_tokens([1])], "edits": TABLE}, {"strong"}),
+        ({"scope": "prompt", "edits": TABLE}, set()),
+    ],
+)
+def test_which_configurations_one_token_cannot_show(sae, arguments, late):
+    given = recipe(sae, **arguments)
+    assert {name for name in ("default", "strong") if recipes.begins_late(given, name)} == late
+
+
 def test_prefixes_of_several_steerings(sae):
     late = sf.Steering(sae, TABLE, scope="generated")
     early = sf.Steering(sae, STRONG, scope=sf.positions(0, -2))

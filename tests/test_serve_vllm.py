@@ -86,7 +86,8 @@ def recipe(edits, **arguments) -> sf.Recipe:
 
 def asking(asked: str | None, **options) -> vllm.SamplingParams:
     extra = None if asked is None else {"saesteer": asked}
-    return vllm.SamplingParams(temperature=0, max_tokens=NEW, extra_args=extra, **options)
+    options = {"max_tokens": NEW} | options
+    return vllm.SamplingParams(temperature=0, extra_args=extra, **options)
 
 
 def generate(llm, prompts, parameters) -> list[list[int]]:
@@ -445,10 +446,28 @@ def test_names_are_checked_for_both_model_runners(tmp_path):
         check(asking(None))
         with pytest.raises(VLLMValidationError, match="no configuration 'strnog'"):
             check(asking("strnog"))
+        check(asking("strong", max_tokens=1))
     (choice,) = loader._cached_load_v2_logitsprocs(tuple(given))
     logits = torch.randn(2, 3)
     assert choice(None, None).apply(logits, None) is logits
     assert not choice(None, None).add_request(0, asking("strong"))
+
+
+@pytest.mark.parametrize(
+    ("edits", "asked", "refused"),
+    [({219: 5.0}, None, True), (TABLE, "strong", True), (TABLE, None, False)],
+)
+def test_one_token_is_refused_where_it_would_be_unsteered(tmp_path, edits, asked, refused):
+    """As a beam search asks for them."""
+    recipe(edits, scope="generated").save(tmp_path / "steering.json")
+    given = served.options(tmp_path / "steering.json")["logits_processors"]
+    check = loader.build_custom_logits_processors_params_validator(given)
+    check(asking(asked, max_tokens=2))
+    if refused:
+        with pytest.raises(VLLMValidationError, match="max_tokens: got 1"):
+            check(asking(asked, max_tokens=1))
+    else:
+        check(asking(asked, max_tokens=1))
 
 
 def test_the_server(tmp_path, shipped, prompts):

@@ -67,6 +67,15 @@ def prefixes(recipe: Recipe) -> Prefixes:
     return Prefixes(early, min(turns, default=None))
 
 
+def begins_late(recipe: Recipe, name: str) -> bool:
+    """Whether it steers, under this configuration, what only a second token can show: tokens that
+    were generated before."""
+    return any(
+        "generated" in parts(step.scope) and (step.edits[name] if step.is_table else step.edits)
+        for step in recipe.steerings
+    )
+
+
 def reads_ids(recipe: Recipe) -> bool:
     """Whether the ids of tokens matter, which a model that is given embeddings has not."""
     return any(isinstance(p, NotTokens) for step in recipe.steerings for p in parts(step.scope))

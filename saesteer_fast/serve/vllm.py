@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
 
 from ..recipe import Recipe, load_steering
 from . import recipes
-from .requests import Span, configuration
+from .requests import DEFAULT, Span, configuration
 from .steered import Steered
 
 VARIABLE = "SAESTEER_STEERING"
@@ -73,7 +73,8 @@ def options(steering: str | os.PathLike[str]) -> dict[str, object]:
 
 
 class Choice(FirstProcessor, SecondProcessor):
-    """Refuses requests for a configuration that is not there, before they run.
+    """Refuses requests for a configuration that is not there, or of which no token would be
+    steered, before they run.
 
     Logits stay what they are: it is that vLLM asks these processors about a request's parameters.
     Each of its two model runners has a kind of its own; this is both.
@@ -81,7 +82,13 @@ class Choice(FirstProcessor, SecondProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params) -> None:
-        configuration(_names(_file()), _asked(sampling_params))
+        path, asked = _file(), _asked(sampling_params)
+        configuration(_names(path), asked)
+        if sampling_params.max_tokens == 1 and _begins_late(path, asked or DEFAULT):
+            raise ValueError(
+                "max_tokens: got 1; accepted are 2 and more, since with the scope generated none "
+                "is steered before the first is there (beam search asks for one at a time)"
+            )
 
     def __init__(self, vllm_config: VllmConfig, *_):
         pass
@@ -286,6 +293,11 @@ def _file() -> str:
 @cache
 def _names(path: str) -> tuple[str, ...]:
     return recipes.names(load_steering(path))
+
+
+@cache
+def _begins_late(path: str, name: str) -> bool:
+    return recipes.begins_late(load_steering(path), name)
 
 
 def _asked(sampling_params) -> str | None:
