@@ -409,6 +409,11 @@ def test_fences_order_blocks(run):
     assert run(released, torch.zeros(1), integers(4), **TWO).tolist() == [7, 7, 1, 0]
 
 
+def test_shared_memory_has_an_end(run):
+    with pytest.raises(RuntimeError, match="more shared memory"):
+        run("", torch.zeros(1), integers(1), shared=229 << 10)
+
+
 def test_blocks_that_never_meet_race(run):
     """Though one may end before the other begins."""
     with pytest.raises(RuntimeError, match="a race"):

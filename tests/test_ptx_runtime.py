@@ -8,6 +8,7 @@ import pytest
 
 SOURCE = """
 #include "cuda/launch.h"
+#include "guarded.h"
 
 using namespace saesteer::cuda;
 
@@ -17,18 +18,6 @@ __global__ void __launch_bounds__(256) count(int* threads) {
   if (threadIdx.x == 0) kept = blockDim.x;
   __syncthreads();
   if (threadIdx.x == 1) atomicAdd(threads, kept);
-}
-
-template <class F>
-const char* guarded(const F& work) {
-  static std::string error;
-  try {
-    work();
-    return nullptr;
-  } catch (const std::exception& e) {
-    error = e.what();
-    return error.c_str();
-  }
 }
 }  // namespace
 

@@ -129,6 +129,29 @@ void Warp::move(uint32_t lanes, int at) {
   each(lanes, [&](int lane) { pc[lane] = at; });
 }
 
+// Of these lanes, those that run the instruction.
+uint32_t Warp::guarded(const Instruction& i, uint32_t lanes) const {
+  uint32_t runs = lanes;
+  if (i.guard >= 0)
+    each(lanes, [&](int lane) {
+      if ((get<uint8_t>(i.guard, lane) & 1) == i.guard_negated) runs &= ~(1u << lane);
+    });
+  return runs;
+}
+
+// Whether all lanes that an instruction needs are here; if not, these wait for the others.
+bool Warp::meet(const Instruction& i, uint32_t here, uint32_t runs) {
+  const uint32_t needed =
+      i.aligned ? alive : get<uint32_t>(i.operands.back().reg, __builtin_ctz(here));
+  if (needed & ~here) {
+    parked |= here;
+    return false;
+  }
+  if (needed & ~runs) throw std::runtime_error("not by all lanes: " + place(*this, i));
+  parked &= ~needed;
+  return true;
+}
+
 bool Warp::step_once() {
   const auto& code = block.grid.kernel.code;
   int at;
@@ -138,22 +161,9 @@ bool Warp::step_once() {
     return true;
   }
   const Instruction& i = code[at];
-  uint32_t runs = here;
+  uint32_t runs = guarded(i, here);
   if (at == block.grid.left_out) runs = 0, ++block.grid.times_left_out;
-  if (i.guard >= 0)
-    each(here, [&](int lane) {
-      if ((get<uint8_t>(i.guard, lane) & 1) == i.guard_negated) runs &= ~(1u << lane);
-    });
-  if ((i.aligned || i.members) && runs) {
-    const uint32_t needed =
-        i.aligned ? alive : get<uint32_t>(i.operands.back().reg, __builtin_ctz(here));
-    if (needed & ~here) {
-      parked |= here;
-      return true;
-    }
-    if (needed & ~runs) throw std::runtime_error("not by all lanes: " + place(*this, i));
-    parked &= ~needed;
-  }
+  if ((i.aligned || i.members) && runs && !meet(i, here, runs)) return true;
   ++step;
   if (++block.grid.steps > kMost) throw std::runtime_error("it does not end: " + place(*this, i));
   if (!used.empty() && i.words[0] != "wgmma") follow(i);
@@ -190,14 +200,16 @@ void Warp::follow(const Instruction& i) {
 
 // ---- a block ----
 
-Block::Block(Grid& g, int64_t i, unsigned char* shared)
+Block::Block(Grid& g, int64_t i)
     : grid(g),
       index(i),
       x(static_cast<uint32_t>(i % g.blocks[0])),
       y(static_cast<uint32_t>(i / g.blocks[0] % g.blocks[1])),
       z(static_cast<uint32_t>(i / g.blocks[0] / g.blocks[1])),
-      memory(shared),
+      storage(static_cast<unsigned char*>(aligned_alloc(1024, kSharedBytes)), free),
+      memory(storage.get()),
       bytes(dynamic() + g.shared) {
+  if (bytes > kSharedBytes) throw std::runtime_error("more shared memory than a block can have");
   memset(memory, 0xFF, bytes);
   grid.races.forget(memory, bytes);
   const int threads = g.threads_of_block(), warps_here = g.warps_of_block();
@@ -208,8 +220,6 @@ Block::Block(Grid& g, int64_t i, unsigned char* shared)
     warps.push_back(std::make_unique<Warp>(*this, w, mask, g.races.warp(id)));
   }
 }
-
-Block::~Block() = default;
 
 bool Block::is_done() const {
   return std::all_of(warps.begin(), warps.end(), [](const auto& w) { return !w->alive; });
@@ -239,28 +249,17 @@ PhaseBarrier& Block::phase_barrier(uint64_t address) {
 void Grid::run() {
   races.begin(static_cast<int>(count() * warps_of_block()));
   const int64_t most = together ? count() : 1 + static_cast<int64_t>(random() % 4);
-  struct Freed {
-    void operator()(unsigned char* p) const { free(p); }
-  };
-  std::vector<std::unique_ptr<unsigned char, Freed>> memories;
-  std::vector<unsigned char*> unused;
   std::vector<std::unique_ptr<Block>> resident;
   for (int64_t next = 0; next < count() || !resident.empty();) {
-    while (next < count() && static_cast<int64_t>(resident.size()) < most) {
-      if (unused.empty()) {
-        memories.emplace_back(static_cast<unsigned char*>(aligned_alloc(1024, kSharedBytes)));
-        unused.push_back(memories.back().get());
-      }
-      resident.push_back(std::make_unique<Block>(*this, next++, unused.back()));
-      unused.pop_back();
-    }
+    while (next < count() && static_cast<int64_t>(resident.size()) < most)
+      resident.push_back(std::make_unique<Block>(*this, next++));
     bool any = false;
     const size_t start = random();
     for (size_t i = 0; i < resident.size(); ++i)
       any |= turn(*resident[(start + i) % resident.size()]);
     if (!any) fail_waiting(resident);
     for (const auto& b : resident)
-      if (b->is_done()) b->require_landed(), unused.push_back(b->memory);
+      if (b->is_done()) b->require_landed();
     resident.erase(std::remove_if(resident.begin(), resident.end(),
                                   [](const auto& b) { return b->is_done(); }),
                    resident.end());

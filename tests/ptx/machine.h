@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -141,6 +142,8 @@ struct Warp {
  private:
   bool step_once();
   uint32_t next(int& at);
+  uint32_t guarded(const Instruction& i, uint32_t lanes) const;
+  bool meet(const Instruction& i, uint32_t here, uint32_t runs);
   void move(uint32_t lanes, int at);
   void load_constants();
   void special(const std::string& name, uint64_t* lanes) const;
@@ -155,11 +158,11 @@ struct Block {
   std::vector<std::function<void()>> events;  // tensor copies
   std::map<uint64_t, Barrier> barriers;
   std::map<uint64_t, PhaseBarrier> phase_barriers;  // by address
-  unsigned char* memory;                            // shared
+  const std::unique_ptr<unsigned char, decltype(&free)> storage;
+  unsigned char* const memory;  // shared
   int64_t bytes;
 
-  Block(Grid& g, int64_t i, unsigned char* shared);
-  ~Block();
+  Block(Grid& g, int64_t i);
 
   // Where the dynamic memory begins, behind the static.
   int64_t dynamic() const;

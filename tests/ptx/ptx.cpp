@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <set>
 
+#include "guarded.h"
 #include "machine.h"
 #include "tensor_map.h"
 
@@ -10,7 +11,7 @@ namespace ptx {
 
 namespace {
 
-std::string error;
+const char* load_error = nullptr;
 uint32_t seed = 0;
 
 struct {
@@ -53,17 +54,6 @@ const Kernel& kernel_of(void* module, const char* name) {
   return found->second;
 }
 
-template <class F>
-const char* guarded(const F& work) {
-  try {
-    work();
-    return nullptr;
-  } catch (const std::exception& e) {
-    error = e.what();
-    return error.c_str();
-  }
-}
-
 }  // namespace
 
 void decode(Instruction& i) {
@@ -81,7 +71,7 @@ using namespace ptx;
 
 extern "C" {
 
-const char* ptx_error() { return error.c_str(); }
+const char* ptx_error() { return load_error; }
 
 void ptx_settle(uint32_t value) { seed = value; }
 
@@ -104,7 +94,7 @@ int ptx_left_out() { return static_cast<int>(omission.count); }
 
 void* ptx_load(const char* text) {
   void* module = nullptr;
-  guarded([&] { module = new Module(parse(text)); });
+  load_error = guarded([&] { module = new Module(parse(text)); });
   return module;
 }
 

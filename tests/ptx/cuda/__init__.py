@@ -34,19 +34,21 @@ def _nvcc() -> str | None:
 
 NVCC = _nvcc()
 
-# As CMakeLists.txt has them for a release; PTX and no machine code, as text.
-_KERNELS = "-gencode=arch=compute_90a,code=compute_90a", "-O3", "-DNDEBUG", "-DSAESTEER_SM90A"
 # Two such libraries in one process share nothing.
 _HOST = "-fPIC", "-fno-gnu-unique"
+_RUNTIME = "-O2", "-Xcompiler", ",".join(_HOST + EXACT)
+# As CMakeLists.txt has them for a release; PTX and no machine code, as text.
+_KERNELS = (
+    *("-gencode=arch=compute_90a,code=compute_90a", "--no-compress"),
+    *("-O3", "-DNDEBUG", "-DSAESTEER_SM90A", "-I", CSRC, "-I", HERE.parent),
+    *("-Xcompiler", ",".join(_HOST)),
+)
 
 
 def compile_library(folder: Path, executor: Path, sources: Sequence[Path] = OPS) -> Path:
     """The sources as a library; its kernels are run by the executor, and know of sm_90a."""
-    host = NVCC, "-O2", "-Xcompiler", ",".join(_HOST + EXACT)
-    kernels = NVCC, *_KERNELS, "--no-compress", "-I", CSRC, "-Xcompiler", ",".join(_HOST)
-    objects = compile_all(host, [HERE / "cudart.cpp"], folder) + compile_all(
-        kernels, sources, folder
-    )
+    objects = compile_all((NVCC, *_RUNTIME), [HERE / "cudart.cpp"], folder)
+    objects += compile_all((NVCC, *_KERNELS), sources, folder)
     # A CUDA runtime that PyTorch brought must not take the calls.
     command = [COMPILER, "-shared", "-Wl,-Bsymbolic", f"-Wl,-rpath,{executor.parent}"]
     library = folder / "libcuda_on_cpu.so"

@@ -1,28 +1,10 @@
 // The ops of csrc/cuda for ctypes, whatever runs their kernels. Every function returns an error's
 // text, or null.
-#include <exception>
-#include <string>
-
+#include "../guarded.h"
 #include "cuda/kernels.h"
 #include "cuda/rank.h"
 
 using namespace saesteer;
-
-namespace {
-
-template <class F>
-const char* guarded(const F& work) {
-  static std::string error;
-  try {
-    work();
-    return nullptr;
-  } catch (const std::exception& e) {
-    error = e.what();
-    return error.c_str();
-  }
-}
-
-}  // namespace
 
 extern "C" {
 
