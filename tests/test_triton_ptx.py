@@ -22,7 +22,10 @@ EVERY_TILE = {
 }
 """Numbers and widths that are loaded and multiplied in other ways."""
 OTHERS = {
-    80: ["test_in_place_is_bit_for_bit_the_same[20-4-bfloat16-bfloat16]"],
+    80: [
+        "test_in_place_is_bit_for_bit_the_same[20-4-bfloat16-bfloat16]",
+        "test_in_place_refuses_what_it_would_get_wrong",  # rows that several threads hold
+    ],
     90: [
         "test_any_dtypes[bfloat16-float32]",
         "test_rows_in_another_order_change_no_bit[20]",

@@ -58,4 +58,6 @@ def add(
         if y is None:
             finished &= moved > 0
             target = x
+            # Several threads may hold an element: all have read it before one writes it.
+            tl.debug_barrier()
         tl.store(target + t * d + c, written, mask=c < tl.where(finished, d, 0))

@@ -81,6 +81,8 @@ def project(
         if y is None:
             finished &= changed
             target = x
+            # Several threads may hold an element: all have read it before one writes it.
+            tl.debug_barrier()
         tl.store(target + t[:, None] * d + c[None, :], written, mask=inside & finished[:, None])
     if decided is not None:
         tl.store(decided + tl.program_id(0), 0)

@@ -18,7 +18,7 @@ Outcome unary(Warp& w, const Instruction& i, uint32_t lanes, const F& f) {
 template <class R, class T, class F>
 Outcome binary(Warp& w, const Instruction& i, uint32_t lanes, const F& f) {
   const int to = i.operands[0].reg, a = i.operands[1].reg, b = i.operands[2].reg;
-  each(lanes, [&](int l) { w.put<R>(to, l, f(w.get<T>(a, l), w.get<T>(b, l))); });
+  each(lanes, [&](int l) { w.put<R>(to, l, canonical<R>(f(w.get<T>(a, l), w.get<T>(b, l)))); });
   return Outcome::done;
 }
 
@@ -26,7 +26,9 @@ template <class R, class T, class F>
 Outcome ternary(Warp& w, const Instruction& i, uint32_t lanes, const F& f) {
   const int to = i.operands[0].reg, a = i.operands[1].reg, b = i.operands[2].reg,
             c = i.operands[3].reg;
-  each(lanes, [&](int l) { w.put<R>(to, l, f(w.get<T>(a, l), w.get<T>(b, l), w.get<R>(c, l))); });
+  each(lanes, [&](int l) {
+    w.put<R>(to, l, canonical<R>(f(w.get<T>(a, l), w.get<T>(b, l), w.get<R>(c, l))));
+  });
   return Outcome::done;
 }
 

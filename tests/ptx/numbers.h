@@ -42,6 +42,17 @@ struct BF16 {
   }
 };
 
+// A GPU has one NaN.
+template <class T>
+T canonical(T v) {
+  if constexpr (std::is_same_v<T, float>)
+    if (v != v) {
+      const uint32_t bits = 0x7FFFFFFF;
+      memcpy(&v, &bits, sizeof v);
+    }
+  return v;
+}
+
 // Registers hold a predicate as 0 or 1.
 struct Predicate {
   uint8_t on;

@@ -86,7 +86,7 @@ Outcome multiply(Warp& w, const Instruction& i, uint32_t) {
     for (int r = 0; r < 4; ++r) {
       const double c = w.get<float>(o[3].list[r], l);
       const double sum = sums[l / 4 + r / 2 * 8][l % 4 * 2 + r % 2];
-      w.put(o[0].list[r], l, static_cast<float>(c + sum));
+      w.put(o[0].list[r], l, canonical(static_cast<float>(c + sum)));
     }
   return Outcome::done;
 }
@@ -169,7 +169,7 @@ Outcome multiply_group(Warp& w, const Instruction& i, uint32_t) {
         double sum = adds ? w.get<float>(c[r], l) : 0;
         for (int k = 0; k < 16; ++k)
           sum += static_cast<double>(a[row * 16 + k]) * b[column * 16 + k];
-        w.put(c[r], l, static_cast<float>(sum));
+        w.put(c[r], l, canonical(static_cast<float>(sum)));
       }
   };
   w.products.push_back({work, c});
