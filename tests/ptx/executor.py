@@ -98,6 +98,11 @@ class Executor:
             )
         )
 
+    def take_as_tritons(self) -> None:
+        """Kernels are Triton's from here on, whose compiler does two things that others must not:
+        see ptx.h."""
+        self._library.ptx_take_as_tritons(ctypes.c_bool(True))
+
     def leave_out(self, kernel: str | None, words: str = "", which: int = 0) -> None:
         """Of kernels with this in their name, the which-th instruction that begins so is not run
         from here on; without a kernel, all are."""

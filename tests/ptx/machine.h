@@ -184,6 +184,7 @@ struct Grid {
   alignas(16) std::array<uint32_t, 4> workspace{};  // of cooperative groups
   std::vector<std::vector<uint64_t>> unused_registers;
   Traffic* traffic = nullptr;
+  bool is_tritons = false;
   int64_t steps = 0;  // so far
   int left_out = -1;  // an instruction that is not run
   int64_t times_left_out = 0;

@@ -22,6 +22,7 @@ struct {
 } omission;
 
 Traffic traffic;
+bool are_tritons = false;
 
 // Its place in the code, or -1.
 int left_out(const Kernel& k) {
@@ -74,6 +75,8 @@ extern "C" {
 const char* ptx_error() { return load_error; }
 
 void ptx_settle(uint32_t value) { seed = value; }
+
+void ptx_take_as_tritons(bool on) { are_tritons = on; }
 
 void ptx_leave_out(const char* kernel, const char* words, int which) {
   omission = {kernel ? kernel : "", words ? words : "", which, kernel != nullptr, -1};
@@ -128,6 +131,7 @@ const char* ptx_launch(void* module, const char* kernel, const uint32_t grid[3],
     if (launch.threads_of_block() > k.most_threads)
       throw std::runtime_error(k.name + ": more threads than it was compiled for");
     launch.traffic = &traffic;
+    launch.is_tritons = launch.races.copies_differ = are_tritons;
     launch.left_out = left_out(k);
     if (launch.left_out >= 0) omission.count = std::max<int64_t>(omission.count, 0);
     launch.run();

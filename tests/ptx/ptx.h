@@ -29,6 +29,11 @@ const char* ptx_error();
 // The order in which warps take turns, and what lands late.
 void ptx_settle(uint32_t seed);
 
+// From here on kernels are Triton's, or not. Its threads that hold copies of an element all write
+// them, though copies of what others change meanwhile may differ; and it moves sums behind
+// wgmma.fence, which the assembler puts right.
+void ptx_take_as_tritons(bool on);
+
 // From here on, of kernels whose name has `kernel` in it, the which-th instruction that begins with
 // `words` is not run; null: all are. ptx_left_out() tells how often it was passed over, -1 if no
 // kernel that was launched had it.

@@ -88,7 +88,7 @@ void Races::touch(const void* at, int bytes, const Access& now) {
   for (int i = 0; i < bytes; ++i) {
     Shadow& s = shadow(from + i);
     if (!before(s.write, now)) {
-      if (!now.changes) continue;
+      if (!now.changes || (copies_differ && now.write && s.write.line == now.line)) continue;
       fail(s.write, true, now, "at the same time");
     }
     if (now.async && s.write.agent >= 0 && !s.write.async &&

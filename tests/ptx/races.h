@@ -46,6 +46,9 @@ struct Access {
 
 class Races {
  public:
+  // Whether one instruction may write different things to one place.
+  bool copies_differ = false;
+
   void begin(int warps);
 
   Agent warp(int id) const;

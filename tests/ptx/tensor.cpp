@@ -154,7 +154,7 @@ Outcome multiply_group(Warp& w, const Instruction& i, uint32_t) {
   const Matrix left(w.uniform(o[1].reg)), right(w.uniform(o[2].reg));
   const bool adds = w.get<uint8_t>(o[3].reg, 0) & 1;
   for (const int reg : c) {
-    if (w.used[reg] > w.fenced)
+    if (w.used[reg] > w.fenced && !w.block.grid.is_tritons)
       throw std::runtime_error("a sum's register, used since the last wgmma.fence");
     w.locked[reg] = 1;
   }

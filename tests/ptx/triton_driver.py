@@ -37,6 +37,7 @@ def activate(library: str, architecture: int) -> Executor:
     """From here on this process has a GPU for Triton's kernels, whose memory is the CPU's."""
     backends["nvidia"] = Backend(PtxBackend, Driver)
     executor = Executor(library)
+    executor.take_as_tritons()
     triton.runtime.driver.set_active(Driver(executor, architecture))
     major, minor = divmod(architecture, 10)
     properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=3)
