@@ -99,8 +99,7 @@ class Executor:
         )
 
     def take_as_tritons(self) -> None:
-        """Kernels are Triton's from here on, whose compiler does two things that others must not:
-        see ptx.h."""
+        """Kernels are Triton's from here on, whose compiler may do more: see ptx.h."""
         self._library.ptx_take_as_tritons(ctypes.c_bool(True))
 
     def leave_out(self, kernel: str | None, words: str = "", which: int = 0) -> None:

@@ -29,9 +29,10 @@ const char* ptx_error();
 // The order in which warps take turns, and what lands late.
 void ptx_settle(uint32_t seed);
 
-// From here on kernels are Triton's, or not. Its threads that hold copies of an element all write
-// them, though copies of what others change meanwhile may differ; and it moves sums behind
-// wgmma.fence, which the assembler puts right.
+// From here on kernels are Triton's, or not. Threads of its that hold copies of an element all
+// write them, though copies of what others change meanwhile may differ; it moves sums behind
+// wgmma.fence, which the assembler puts right; and some releases put no fence before what wgmma
+// reads.
 void ptx_take_as_tritons(bool on);
 
 // From here on, of kernels whose name has `kernel` in it, the which-th instruction that begins with

@@ -123,7 +123,8 @@ void gather(Warp& w, const Instruction& i, const Agent& agent, const Matrix& fro
     for (int eighth = 0; eighth < 2; ++eighth) {
       const unsigned char* at = w.shared(from.address(first + row, eighth), 16);
       w.block.grid.races.require_written(at, 16);
-      w.block.grid.races.touch(at, 16, {agent, false, false, true, -1, w.step, w.syncs, i.line});
+      w.block.grid.races.touch(
+          at, 16, {agent, false, false, !w.block.grid.is_tritons, -1, w.step, w.syncs, i.line});
       for (int c = 0; c < 8; ++c) {
         T v;
         memcpy(&v.bits, at + 2 * c, 2);
