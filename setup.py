@@ -142,13 +142,16 @@ class CMakeBuild(build_ext):
             link.symlink_to(Path("..") / "triton_kernels")
 
 
-setup(
-    # As a top-level name triton_kernels would shadow the Triton project's own package.
-    packages=[
-        *find_packages(include=[PACKAGE, f"{PACKAGE}.*"], exclude=[f"{PACKAGE}.triton_kernels*"]),
-        f"{PACKAGE}.triton_kernels",
-    ],
-    package_dir={f"{PACKAGE}.triton_kernels": "triton_kernels"},
-    ext_modules=[Extension(f"{PACKAGE}._build", sources=["csrc/python/module.cpp"])],
-    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
-)
+if __name__ == "__main__":
+    setup(
+        # As a top-level name triton_kernels would shadow the Triton project's own package.
+        packages=[
+            *find_packages(
+                include=[PACKAGE, f"{PACKAGE}.*"], exclude=[f"{PACKAGE}.triton_kernels*"]
+            ),
+            f"{PACKAGE}.triton_kernels",
+        ],
+        package_dir={f"{PACKAGE}.triton_kernels": "triton_kernels"},
+        ext_modules=[Extension(f"{PACKAGE}._build", sources=["csrc/python/module.cpp"])],
+        cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
+    )

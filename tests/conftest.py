@@ -160,7 +160,7 @@ def ptx_executor(executor_library) -> Executor:
 @pytest.fixture(scope="session")
 def compile_cuda(executor_library) -> Callable[..., Path]:
     """Makes a library of CUDA sources in a folder, csrc/cuda's unless others are named."""
-    if cuda.NVCC is None:
+    if cuda.find_nvcc() is None:
         pytest.skip("running CUDA sources on the CPU needs nvcc")
     return lambda folder, *sources: cuda.compile_library(
         folder, executor_library, sources or cuda.OPS

@@ -207,7 +207,7 @@ def test_fp32_is_multiplied_as_fp32(architecture, place, tmp_path):
 )
 def test_the_others(architecture, kernel, absent, tmp_path):
     block = 8192 if kernel is merge else 1024 if kernel is decode else 4096
-    warps = launch._warps(block)
+    warps = launch._options(block)["num_warps"]
     sizes = {"ROWS": configs.ROWS, "BLOCK_D": block, "BLOCK": block}
     options = {name: size for name, size in sizes.items() if name in kernel.arg_names}
     binary = compiled(kernel, architecture, "bf16", absent, num_warps=warps, **options)

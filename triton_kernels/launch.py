@@ -191,8 +191,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Ten
                 size,
                 candidates,
                 BLOCK=block,
-                num_warps=_warps(block),
-                **FUSED,
+                **_options(block),
             )
     return values.reshape(shape), indices.reshape(shape)
 
@@ -218,8 +217,7 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
             d,
             k,
             BLOCK_D=block,
-            num_warps=_warps(block),
-            **FUSED,
+            **_options(block),
         )
     return y
 
@@ -273,8 +271,7 @@ def _project(
         F,
         ROWS=configs.ROWS,
         BLOCK_D=width,
-        num_warps=_warps(width),
-        **FUSED,
+        **_options(width),
     )
 
 
@@ -355,8 +352,7 @@ def _add(x: Tensor, F: int, k: int, edit: _Edit, measured: Measured) -> None:
         F,
         k,
         BLOCK_D=width,
-        num_warps=_warps(width),
-        **FUSED,
+        **_options(width),
     )
 
 
@@ -406,5 +402,6 @@ def _power_of_2(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
-def _warps(width: int) -> int:
-    return min(16, max(1, width // 256))
+def _options(width: int) -> dict:
+    """Of a kernel whose blocks hold so many elements."""
+    return {"num_warps": min(16, max(1, width // 256)), **FUSED}

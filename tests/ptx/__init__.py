@@ -1,8 +1,8 @@
 """A GPU's code on a CPU: PTX, run instruction by instruction, and followed by a race detector.
 
 executor.py is its Python; cuda/ runs csrc/cuda by it, triton_driver.py triton_kernels. What it
-has no meaning for is an error when it is loaded: clusters, sm_100's tensor memory, most roundings.
-It knows nothing of time, of registers, nor of what an assembler makes of PTX.
+has no meaning for is an error, mostly when it is loaded: clusters, sm_100's tensor memory, most
+roundings. It knows nothing of time, of registers, nor of what an assembler makes of PTX.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 // Instructions that touch registers alone.
 #include <limits>
+#include <utility>
 
 #include "machine.h"
 #include "numbers.h"
@@ -8,28 +9,20 @@ namespace ptx {
 
 namespace {
 
-template <class R, class T, class F>
-Outcome unary(Warp& w, const Instruction& i, uint32_t lanes, const F& f) {
-  const int to = i.operands[0].reg, a = i.operands[1].reg;
-  each(lanes, [&](int l) { w.put<R>(to, l, f(w.get<T>(a, l))); });
-  return Outcome::done;
-}
-
-template <class R, class T, class F>
-Outcome binary(Warp& w, const Instruction& i, uint32_t lanes, const F& f) {
-  const int to = i.operands[0].reg, a = i.operands[1].reg, b = i.operands[2].reg;
-  each(lanes, [&](int l) { w.put<R>(to, l, canonical<R>(f(w.get<T>(a, l), w.get<T>(b, l)))); });
-  return Outcome::done;
-}
-
-template <class R, class T, class F>
-Outcome ternary(Warp& w, const Instruction& i, uint32_t lanes, const F& f) {
-  const int to = i.operands[0].reg, a = i.operands[1].reg, b = i.operands[2].reg,
-            c = i.operands[3].reg;
+// R of operands of the types A. What computes with several numbers gives a GPU's NaN.
+template <class R, class... A, class F, size_t... kPlaces>
+Outcome apply(Warp& w, const Instruction& i, uint32_t lanes, const F& f,
+              std::index_sequence<kPlaces...>) {
+  const auto& o = i.operands;
   each(lanes, [&](int l) {
-    w.put<R>(to, l, canonical<R>(f(w.get<T>(a, l), w.get<T>(b, l), w.get<R>(c, l))));
+    const R v = f(w.get<A>(o[kPlaces + 1].reg, l)...);
+    w.put<R>(o[0].reg, l, sizeof...(A) > 1 ? canonical<R>(v) : v);
   });
   return Outcome::done;
+}
+template <class R, class... A, class F>
+Outcome apply(Warp& w, const Instruction& i, uint32_t lanes, const F& f) {
+  return apply<R, A...>(w, i, lanes, f, std::index_sequence_for<A...>());
 }
 
 // A sum, difference or product of integers wraps around.
@@ -49,22 +42,22 @@ T wrapped(T a, T b, const F& f) {
 template <class T>
 Handler of_numbers(const std::string& op) {
   if (op == "add")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) {
+    return PTX_HANDLER((apply<T, T, T>(w, i, lanes, [](T a, T b) {
       return wrapped(a, b, [](auto x, auto y) { return x + y; });
     })));
   if (op == "sub")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) {
+    return PTX_HANDLER((apply<T, T, T>(w, i, lanes, [](T a, T b) {
       return wrapped(a, b, [](auto x, auto y) { return x - y; });
     })));
   if (op == "neg")
-    return PTX_HANDLER((unary<T, T>(w, i, lanes, [](T a) {
+    return PTX_HANDLER((apply<T, T>(w, i, lanes, [](T a) {
       if constexpr (std::is_integral_v<T>)
         return static_cast<T>(-static_cast<uint64_t>(a));
       else
         return -a;
     })));
   if (op == "abs")
-    return PTX_HANDLER((unary<T, T>(w, i, lanes, [](T a) {
+    return PTX_HANDLER((apply<T, T>(w, i, lanes, [](T a) {
       if constexpr (std::is_integral_v<T>)
         return a < T{} ? static_cast<T>(-static_cast<uint64_t>(a)) : a;
       else
@@ -73,20 +66,22 @@ Handler of_numbers(const std::string& op) {
   // Of a number and NaN, the number
   if (op == "min")
     return PTX_HANDLER(
-        (binary<T, T>(w, i, lanes, [](T a, T b) { return a != a || b < a ? b : a; })));
+        (apply<T, T, T>(w, i, lanes, [](T a, T b) { return a != a || b < a ? b : a; })));
   if (op == "max")
     return PTX_HANDLER(
-        (binary<T, T>(w, i, lanes, [](T a, T b) { return a != a || b > a ? b : a; })));
+        (apply<T, T, T>(w, i, lanes, [](T a, T b) { return a != a || b > a ? b : a; })));
   return nullptr;
 }
 
 template <class T>
 Handler of_floats(const std::string& op) {
-  if (op == "mul") return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return a * b; })));
-  if (op == "div") return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return a / b; })));
+  if (op == "mul")
+    return PTX_HANDLER((apply<T, T, T>(w, i, lanes, [](T a, T b) { return a * b; })));
+  if (op == "div")
+    return PTX_HANDLER((apply<T, T, T>(w, i, lanes, [](T a, T b) { return a / b; })));
   if (op == "fma")
     return PTX_HANDLER(
-        (ternary<T, T>(w, i, lanes, [](T a, T b, T c) { return std::fma(a, b, c); })));
+        (apply<T, T, T, T>(w, i, lanes, [](T a, T b, T c) { return std::fma(a, b, c); })));
   return nullptr;
 }
 
@@ -102,16 +97,19 @@ T quotient(T a, T b) {
 template <class T>
 Handler of_integers(const std::string& op) {
   if (op == "and")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a & b); })));
+    return PTX_HANDLER(
+        (apply<T, T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a & b); })));
   if (op == "or")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a | b); })));
+    return PTX_HANDLER(
+        (apply<T, T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a | b); })));
   if (op == "xor")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a ^ b); })));
+    return PTX_HANDLER(
+        (apply<T, T, T>(w, i, lanes, [](T a, T b) { return static_cast<T>(a ^ b); })));
   if (op == "not")
-    return PTX_HANDLER((unary<T, T>(w, i, lanes, [](T a) { return static_cast<T>(~a); })));
-  if (op == "div") return PTX_HANDLER((binary<T, T>(w, i, lanes, quotient<T>)));
+    return PTX_HANDLER((apply<T, T>(w, i, lanes, [](T a) { return static_cast<T>(~a); })));
+  if (op == "div") return PTX_HANDLER((apply<T, T, T>(w, i, lanes, quotient<T>)));
   if (op == "rem")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) {
+    return PTX_HANDLER((apply<T, T, T>(w, i, lanes, [](T a, T b) {
       return static_cast<T>(a - static_cast<uint64_t>(quotient(a, b)) * b);
     })));
   return nullptr;
@@ -129,7 +127,7 @@ template <class T>
 Handler product(const Instruction& i) {
   if (i.has("hi")) {
     if (i.words[0] == "mad") return nullptr;
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) {
+    return PTX_HANDLER((apply<T, T, T>(w, i, lanes, [](T a, T b) {
       return static_cast<T>(static_cast<Wide<T>>(a) * b >> 8 * sizeof(T));
     })));
   }
@@ -139,16 +137,16 @@ Handler product(const Instruction& i) {
                                  std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
     if (i.words[0] == "mul")
       return PTX_HANDLER(
-          (binary<R, T>(w, i, lanes, [](T a, T b) { return static_cast<R>(a) * b; })));
-    return PTX_HANDLER((ternary<R, T>(w, i, lanes, [](T a, T b, R c) {
+          (apply<R, T, T>(w, i, lanes, [](T a, T b) { return static_cast<R>(a) * b; })));
+    return PTX_HANDLER((apply<R, T, T, R>(w, i, lanes, [](T a, T b, R c) {
       return static_cast<R>(static_cast<uint64_t>(static_cast<R>(a) * b) + c);
     })));
   }
   if (i.words[0] == "mul")
-    return PTX_HANDLER((binary<T, T>(w, i, lanes, [](T a, T b) {
+    return PTX_HANDLER((apply<T, T, T>(w, i, lanes, [](T a, T b) {
       return wrapped(a, b, [](auto x, auto y) { return x * y; });
     })));
-  return PTX_HANDLER((ternary<T, T>(w, i, lanes, [](T a, T b, T c) {
+  return PTX_HANDLER((apply<T, T, T, T>(w, i, lanes, [](T a, T b, T c) {
     return static_cast<T>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b) + c);
   })));
 }
@@ -159,23 +157,12 @@ template <class T>
 Handler shift(const std::string& op) {
   constexpr uint32_t kBits = 8 * sizeof(T);
   if (op == "shl")
-    return PTX_HANDLER((each(lanes,
-                             [&](int l) {
-                               const uint32_t by = w.get<uint32_t>(i.operands[2].reg, l);
-                               const auto a = static_cast<uint64_t>(w.get<T>(i.operands[1].reg, l));
-                               w.put<T>(i.operands[0].reg, l,
-                                        static_cast<T>(by < kBits ? a << by : 0));
-                             }),
-                        Outcome::done));
-  return PTX_HANDLER((
-      each(
-          lanes,
-          [&](int l) {
-            const uint32_t by = w.get<uint32_t>(i.operands[2].reg, l);
-            const T a = w.get<T>(i.operands[1].reg, l);
-            w.put<T>(i.operands[0].reg, l, static_cast<T>(by < kBits ? a >> by : a < T{} ? -1 : 0));
-          }),
-      Outcome::done));
+    return PTX_HANDLER((apply<T, T, uint32_t>(w, i, lanes, [](T a, uint32_t by) {
+      return static_cast<T>(by < kBits ? static_cast<uint64_t>(a) << by : 0);
+    })));
+  return PTX_HANDLER((apply<T, T, uint32_t>(w, i, lanes, [](T a, uint32_t by) {
+    return static_cast<T>(by < kBits ? a >> by : a < T{} ? -1 : 0);
+  })));
 }
 
 template <class T>
@@ -208,56 +195,34 @@ T inserted(T a, T into, uint32_t position, uint32_t length) {
 template <class T>
 Handler bits(const std::string& op) {
   if (op == "popc")
-    return PTX_HANDLER((unary<uint32_t, T>(w, i, lanes, [](T a) {
+    return PTX_HANDLER((apply<uint32_t, T>(w, i, lanes, [](T a) {
       return static_cast<uint32_t>(__builtin_popcountll(static_cast<std::make_unsigned_t<T>>(a)));
     })));
   if (op == "clz")
-    return PTX_HANDLER((unary<uint32_t, T>(w, i, lanes, [](T a) -> uint32_t {
+    return PTX_HANDLER((apply<uint32_t, T>(w, i, lanes, [](T a) -> uint32_t {
       const uint64_t u = static_cast<std::make_unsigned_t<T>>(a);
       return u ? __builtin_clzll(u) - (64 - 8 * sizeof(T)) : 8 * sizeof(T);
     })));
   if (op == "brev")
-    return PTX_HANDLER((unary<T, T>(w, i, lanes, [](T a) {
+    return PTX_HANDLER((apply<T, T>(w, i, lanes, [](T a) {
       T v = 0;
       for (size_t b = 0; b < 8 * sizeof(T); ++b) v = static_cast<T>(v << 1 | (a >> b & 1));
       return v;
     })));
-  if (op == "bfe")
-    return PTX_HANDLER((each(lanes,
-                             [&](int l) {
-                               const auto& o = i.operands;
-                               w.put<T>(
-                                   o[0].reg, l,
-                                   extracted(w.get<T>(o[1].reg, l), w.get<uint32_t>(o[2].reg, l),
-                                             w.get<uint32_t>(o[3].reg, l)));
-                             }),
-                        Outcome::done));
-  return PTX_HANDLER((each(lanes,
-                           [&](int l) {
-                             const auto& o = i.operands;
-                             w.put<T>(o[0].reg, l,
-                                      inserted(w.get<T>(o[1].reg, l), w.get<T>(o[2].reg, l),
-                                               w.get<uint32_t>(o[3].reg, l),
-                                               w.get<uint32_t>(o[4].reg, l)));
-                           }),
-                      Outcome::done));
+  if (op == "bfe") return PTX_HANDLER((apply<T, T, uint32_t, uint32_t>(w, i, lanes, extracted<T>)));
+  return PTX_HANDLER((apply<T, T, T, uint32_t, uint32_t>(w, i, lanes, inserted<T>)));
 }
 
-Outcome permute(Warp& w, const Instruction& i, uint32_t lanes) {
-  each(lanes, [&](int l) {
-    const uint64_t from = w.get<uint32_t>(i.operands[1].reg, l) |
-                          uint64_t{w.get<uint32_t>(i.operands[2].reg, l)} << 32;
-    const uint32_t chosen = w.get<uint32_t>(i.operands[3].reg, l);
-    uint32_t v = 0;
-    for (int byte = 0; byte < 4; ++byte) {
-      const uint32_t which = chosen >> 4 * byte & 0xF;
-      uint32_t b = from >> 8 * (which & 7) & 0xFF;
-      if (which & 8) b = b & 0x80 ? 0xFF : 0;
-      v |= b << 8 * byte;
-    }
-    w.put<uint32_t>(i.operands[0].reg, l, v);
-  });
-  return Outcome::done;
+uint32_t permuted(uint32_t a, uint32_t b, uint32_t chosen) {
+  const uint64_t from = a | uint64_t{b} << 32;
+  uint32_t v = 0;
+  for (int byte = 0; byte < 4; ++byte) {
+    const uint32_t which = chosen >> 4 * byte & 0xF;
+    uint32_t bits = from >> 8 * (which & 7) & 0xFF;
+    if (which & 8) bits = bits & 0x80 ? 0xFF : 0;
+    v |= bits << 8 * byte;
+  }
+  return v;
 }
 
 // ---- comparisons ----
@@ -307,28 +272,23 @@ Outcome set_predicate(Warp& w, const Instruction& i, uint32_t lanes) {
   return Outcome::done;
 }
 
-bool predicate(const Warp& w, const Operand& o, int lane) {
-  return w.get<uint8_t>(o.reg, lane) % 2 != o.negated;
-}
-
 template <class T>
 Outcome select(Warp& w, const Instruction& i, uint32_t lanes) {
   const auto& o = i.operands;
-  each(lanes, [&](int l) {
-    w.put<T>(o[0].reg, l, w.get<T>(predicate(w, o[3], l) ? o[1].reg : o[2].reg, l));
-  });
+  each(lanes,
+       [&](int l) { w.put<T>(o[0].reg, l, w.get<T>(w.holds(o[3], l) ? o[1].reg : o[2].reg, l)); });
   return Outcome::done;
 }
 
 Handler of_predicates(const std::string& op) {
-#define PTX_PREDICATE(of)                                                                      \
-  [](Warp& w, const Instruction& i, uint32_t lanes) {                                          \
-    each(lanes, [&](int l) {                                                                   \
-      const bool a = predicate(w, i.operands[1], l);                                           \
-      [[maybe_unused]] const bool b = i.operands.size() > 2 && predicate(w, i.operands[2], l); \
-      w.put(i.operands[0].reg, l, Predicate{of});                                              \
-    });                                                                                        \
-    return Outcome::done;                                                                      \
+#define PTX_PREDICATE(of)                                                                 \
+  [](Warp& w, const Instruction& i, uint32_t lanes) {                                     \
+    each(lanes, [&](int l) {                                                              \
+      const bool a = w.holds(i.operands[1], l);                                           \
+      [[maybe_unused]] const bool b = i.operands.size() > 2 && w.holds(i.operands[2], l); \
+      w.put(i.operands[0].reg, l, Predicate{of});                                         \
+    });                                                                                   \
+    return Outcome::done;                                                                 \
   }
   if (op == "and") return PTX_PREDICATE(a && b);
   if (op == "or") return PTX_PREDICATE(a || b);
@@ -345,7 +305,7 @@ Handler of_predicates(const std::string& op) {
 template <class T>
 Outcome move(Warp& w, const Instruction& i, uint32_t lanes) {
   const Operand &to = i.operands[0], &from = i.operands[1];
-  if (to.list.empty() && from.list.empty()) return unary<T, T>(w, i, lanes, [](T v) { return v; });
+  if (to.list.empty() && from.list.empty()) return apply<T, T>(w, i, lanes, [](T v) { return v; });
   each(lanes, [&](int l) {
     uint64_t v = 0;
     if (from.list.empty()) v = static_cast<uint64_t>(w.get<std::make_unsigned_t<T>>(from.reg, l));
@@ -393,10 +353,10 @@ Handler convert(Instruction& i) {
   // d = {a in its upper half, b in its lower}
   if (to == "bf16x2" || to == "f16x2") {
     if (to == "bf16x2")
-      return PTX_HANDLER((binary<uint32_t, float>(w, i, lanes, [](float a, float b) {
+      return PTX_HANDLER((apply<uint32_t, float, float>(w, i, lanes, [](float a, float b) {
         return uint32_t{BF16(a).bits} << 16 | BF16(b).bits;
       })));
-    return PTX_HANDLER((binary<uint32_t, float>(
+    return PTX_HANDLER((apply<uint32_t, float, float>(
         w, i, lanes, [](float a, float b) { return uint32_t{F16(a).bits} << 16 | F16(b).bits; })));
   }
   return with_any(to, [&](auto r) {
@@ -404,7 +364,7 @@ Handler convert(Instruction& i) {
       using R = typename decltype(r)::type;
       using T = typename decltype(t)::type;
       return PTX_HANDLER(
-          (unary<R, T>(w, i, lanes, [&i](T v) { return converted<R>(v, i.variant); })));
+          (apply<R, T>(w, i, lanes, [&i](T v) { return converted<R>(v, i.variant); })));
     });
   });
 }
@@ -417,7 +377,8 @@ Handler arithmetic(Instruction& i) {
   for (const char* word : {"ftz", "sat", "approx", "full"})
     if (i.has(word)) return nullptr;
   if (op == "cvt") return convert(i);
-  if (op == "prmt" && type == "b32") return permute;
+  if (op == "prmt" && type == "b32")
+    return PTX_HANDLER((apply<uint32_t, uint32_t, uint32_t, uint32_t>(w, i, lanes, permuted)));
   if (op == "setp") {
     if (i.words.size() != 3) return nullptr;
     i.variant = comparison(i.words[1]);

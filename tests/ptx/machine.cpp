@@ -134,7 +134,7 @@ uint32_t Warp::guarded(const Instruction& i, uint32_t lanes) const {
   uint32_t runs = lanes;
   if (i.guard >= 0)
     each(lanes, [&](int lane) {
-      if ((get<uint8_t>(i.guard, lane) & 1) == i.guard_negated) runs &= ~(1u << lane);
+      if (!holds(i.guard, i.guard_negated, lane)) runs &= ~(1u << lane);
     });
   return runs;
 }

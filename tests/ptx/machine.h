@@ -130,6 +130,11 @@ struct Warp {
     else
       word = 0, memcpy(&word, &v, sizeof v);
   }
+  // Of a predicate, or of its negation.
+  bool holds(int reg, bool negated, int lane) const {
+    return (get<uint8_t>(reg, lane) & 1) != negated;
+  }
+  bool holds(const Operand& o, int lane) const { return holds(o.reg, o.negated, lane); }
   // Of a register that has the same value in all lanes.
   uint64_t uniform(int reg) const { return get<uint64_t>(reg, 0); }
 
@@ -220,6 +225,8 @@ void each(uint32_t mask, const F& f) {
   else
     for (; mask; mask &= mask - 1) f(__builtin_ctz(mask));
 }
+
+inline Outcome nothing(Warp&, const Instruction&, uint32_t) { return Outcome::done; }
 
 // By the first of an instruction's words.
 Handler arithmetic(Instruction& i);

@@ -26,7 +26,7 @@ void acquire(Warp& w, const Instruction& i, const void* at) {
   const auto found = w.block.grid.released.find(reinterpret_cast<uintptr_t>(at));
   if (found == w.block.grid.released.end()) return;
   if (i.has("acquire") || i.has("acq_rel"))
-    w.agent.take(found->second.seen, found->second.published);
+    w.agent.take(found->second);
   else
     join(w.agent.met, found->second.seen);
 }
@@ -122,8 +122,6 @@ Outcome convert_address(Warp& w, const Instruction& i, uint32_t lanes) {
   return Outcome::done;
 }
 
-Outcome nothing(Warp&, const Instruction&, uint32_t) { return Outcome::done; }
-
 // ---- cp.async: of each thread's own ----
 
 void land(const Copy& copy) { memcpy(copy.to, copy.bytes, copy.count); }
@@ -133,7 +131,7 @@ Outcome copy_async(Warp& w, const Instruction& i, uint32_t lanes) {
   Grid& grid = w.block.grid;
   if (!w.copying) w.copying = std::make_shared<Flight>(grid.races, w.agent);
   Agent& copying = w.copying->agent;
-  copying.take(w.agent.seen, w.agent.published);
+  copying.take(w.agent);
   std::swap(copying, w.agent);  // it is the copy that reads and writes
   each(lanes, [&](int l) {
     const int bytes = static_cast<int>(w.get<uint32_t>(o[2].reg, l));
@@ -165,8 +163,7 @@ Outcome wait_copies(Warp& w, const Instruction& i, uint32_t lanes) {
   each(lanes, [&](int l) {
     for (auto& groups = w.copy_groups[l]; groups.size() > behind; groups.pop_front()) {
       for (const Copy& copy : groups.front().copies) land(copy);
-      if (const auto& flight = groups.front().flight)
-        w.agent.take(flight->agent.seen, flight->agent.published);
+      if (const auto& flight = groups.front().flight) w.agent.take(flight->agent);
     }
   });
   return Outcome::done;

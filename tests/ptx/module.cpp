@@ -6,6 +6,8 @@
 #include <set>
 #include <tuple>
 
+#include "numbers.h"
+
 namespace ptx {
 
 bool Instruction::has(const char* word) const {
@@ -61,8 +63,6 @@ std::vector<std::string> split(const std::string& s, char at) {
       parts.back() += c;
   return parts;
 }
-
-int bytes_of(const std::string& type) { return std::stoi(type.substr(2)) / 8; }
 
 bool is_number(const std::string& s) { return isdigit(static_cast<unsigned char>(s[0])); }
 
@@ -125,7 +125,7 @@ class Parser {
       if (word == ".align")
         align = std::stoi(next());
       else if (word[0] == '.')
-        bytes = bytes_of(word);
+        bytes = bytes_of(word.substr(1));
       else if (word == "[")
         bytes *= peek() == "]" ? 0 : std::stoi(next());
       else if (word != "]")
@@ -155,7 +155,7 @@ class Parser {
         } else if (word == ".ptr") {
           align = p.bytes;
         } else if (word[0] == '.' && word.size() > 2 && isdigit(word[2])) {
-          p.bytes = bytes_of(word);
+          p.bytes = bytes_of(word.substr(1));
         } else if (word == "[") {
           ++at_;
           p.bytes *= std::stoi(peek());

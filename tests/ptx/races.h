@@ -25,8 +25,10 @@ struct Agent {
   Clock fenced;     // came before its last fence
   Clock met;        // what its relaxed reads have met, which its next fence will see
 
-  void take(const Clock& theirs, const Clock& theirs_published) {
-    join(seen, theirs), join(published, theirs_published);
+  // Of another agent, or of what several have left.
+  template <class Other>
+  void take(const Other& other) {
+    join(seen, other.seen), join(published, other.published);
   }
   void tick() { ++seen[id]; }
 };

@@ -17,13 +17,11 @@ Outcome leave(Warp& w, const Instruction&, uint32_t lanes) {
 
 Outcome trap(Warp&, const Instruction&, uint32_t) { throw std::runtime_error("a trap"); }
 
-Outcome nothing(Warp&, const Instruction&, uint32_t) { return Outcome::done; }
-
 // ---- barriers of a block ----
 
 bool any_lane(const Warp& w, const Operand& o, uint32_t lanes) {
   bool any = false;
-  each(lanes, [&](int l) { any |= (w.get<uint8_t>(o.reg, l) & 1) != o.negated; });
+  each(lanes, [&](int l) { any |= w.holds(o, l); });
   return any;
 }
 
@@ -53,7 +51,7 @@ Outcome barrier(Warp& w, const Instruction& i, uint32_t lanes) {
   }
   if (w.generation == b.generation) return Outcome::wait;
   w.at_barrier = false;
-  w.agent.take(b.released.seen, b.released.published);
+  w.agent.take(b.released);
   w.agent.tick();
   ++w.syncs;
   if (reduces) each(lanes, [&](int l) { w.put(o[0].reg, l, Predicate{b.result}); });
@@ -135,9 +133,7 @@ Outcome reduce(Warp& w, const Instruction& i, uint32_t lanes) {
 Outcome vote(Warp& w, const Instruction& i, uint32_t lanes) {
   uint32_t ballot = 0;
   const Operand& asked = i.operands[1];
-  each(lanes, [&](int l) {
-    ballot |= static_cast<uint32_t>((w.get<uint8_t>(asked.reg, l) & 1) != asked.negated) << l;
-  });
+  each(lanes, [&](int l) { ballot |= static_cast<uint32_t>(w.holds(asked, l)) << l; });
   each(lanes, [&](int l) {
     if (i.has("ballot"))
       w.put(i.operands[0].reg, l, ballot);
@@ -206,7 +202,7 @@ Outcome try_wait(Warp& w, const Instruction& i, uint32_t lanes) {
     w.put(o[0].reg, l, Predicate{ended});
     if (!ended) return;
     touch(w, i, at, l, true);
-    w.agent.take(b.completed.seen, b.completed.published);
+    w.agent.take(b.completed);
   });
   return Outcome::done;
 }

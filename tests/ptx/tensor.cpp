@@ -151,9 +151,9 @@ Outcome multiply_group(Warp& w, const Instruction& i, uint32_t) {
     if (w.uniform(o[k].reg) != (k < 6)) throw std::runtime_error("wgmma negates or transposes");
   if (!w.multiplying) w.multiplying = std::make_shared<Flight>(w.block.grid.races, w.agent);
   const auto flight = w.multiplying;
-  flight->agent.take(w.agent.seen, w.agent.published);
+  flight->agent.take(w.agent);
   const Matrix left(w.uniform(o[1].reg)), right(w.uniform(o[2].reg));
-  const bool adds = w.get<uint8_t>(o[3].reg, 0) & 1;
+  const bool adds = w.holds(o[3], 0);
   for (const int reg : c) {
     if (w.used[reg] > w.fenced && !w.block.grid.is_tritons)
       throw std::runtime_error("a sum's register, used since the last wgmma.fence");
@@ -192,27 +192,21 @@ Outcome products(Warp& w, const Instruction& i, uint32_t) {
     for (auto& groups = w.product_groups; groups.size() > w.uniform(i.operands[0].reg);
          groups.pop_front()) {
       take(w, groups.front().products);
-      if (const auto& flight = groups.front().flight)
-        w.agent.take(flight->agent.seen, flight->agent.published);
+      if (const auto& flight = groups.front().flight) w.agent.take(flight->agent);
     }
   return Outcome::done;
 }
 
 // ---- cp.async.bulk.tensor: a box, whose elements outside of the tensor are zero ----
 
-template <class F>
-void each_row(const TensorMap& map, const F& f) {
-  int64_t rows = 1;
-  for (int d = 1; d < map.rank; ++d) rows *= map.box[d];
-  for (int64_t row = 0; row < rows; ++row) f(row);
-}
-
 void land(Warp& w, const Instruction& i, const Flight& flight, const TensorMap& map,
           std::array<int, 5> corner, uint64_t to) {
   const int inner = map.box[0] * map.element_bytes;
   Races& races = w.block.grid.races;
   Traffic& traffic = *w.block.grid.traffic;
-  each_row(map, [&](int64_t row) {
+  int64_t rows = 1;
+  for (int d = 1; d < map.rank; ++d) rows *= map.box[d];
+  for (int64_t row = 0; row < rows; ++row) {
     auto from = map.base;
     bool inside = true;
     int64_t rest = row;
@@ -232,14 +226,15 @@ void land(Warp& w, const Instruction& i, const Flight& flight, const TensorMap& 
         return Access{flight.agent, write, false, true, -1, w.step, w.syncs, i.line};
       };
       races.touch(target, map.element_bytes, access(true));
-      if (there) races.touch(source, map.element_bytes, access(false));
-      if (there) traffic.lane(Traffic::read, source, map.element_bytes);
-      if (there)
-        memcpy(target, source, map.element_bytes);
-      else
+      if (!there) {
         memset(target, 0, map.element_bytes);
+        continue;
+      }
+      races.touch(source, map.element_bytes, access(false));
+      traffic.lane(Traffic::read, source, map.element_bytes);
+      memcpy(target, source, map.element_bytes);
     }
-  });
+  }
   traffic.end(w.block.grid.kernel.name, i.line);
 }
 

@@ -6,8 +6,7 @@ Every tensor that a kernel gets ends at a page that nobody may touch; outputs st
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
+import runpy
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,15 +23,10 @@ OPS = [p for p in sorted((CSRC / "cuda").glob("*.cu")) if p.stem != "probe"] + [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _nvcc() -> str | None:
-    """Where setup.py looks for it."""
-    home = os.environ.get("CUDA_HOME")
-    usual = "/usr/local/cuda/bin/nvcc"
-    candidates = (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", usual)
-    return next((path for c in candidates if c and (path := shutil.which(c))), None)
+def find_nvcc() -> str | None:
+    """Where the build finds it."""
+    return runpy.run_path(str(CSRC.parent / "setup.py"))["find_nvcc"]()
 
-
-NVCC = _nvcc()
 
 # Two such libraries in one process share nothing.
 _HOST = "-fPIC", "-fno-gnu-unique"
@@ -47,8 +41,9 @@ _KERNELS = (
 
 def compile_library(folder: Path, executor: Path, sources: Sequence[Path] = OPS) -> Path:
     """The sources as a library; its kernels are run by the executor, and know of sm_90a."""
-    objects = compile_all((NVCC, *_RUNTIME), [HERE / "cudart.cpp"], folder)
-    objects += compile_all((NVCC, *_KERNELS), sources, folder)
+    nvcc = find_nvcc()
+    objects = compile_all((nvcc, *_RUNTIME), [HERE / "cudart.cpp"], folder)
+    objects += compile_all((nvcc, *_KERNELS), sources, folder)
     # A CUDA runtime that PyTorch brought must not take the calls.
     command = [COMPILER, "-shared", "-Wl,-Bsymbolic", f"-Wl,-rpath,{executor.parent}"]
     library = folder / "libcuda_on_cpu.so"
