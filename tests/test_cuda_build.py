@@ -187,6 +187,25 @@ def test_products_of_a_stage_are_issued_together():
     assert runs and all(run % 4 == 0 for run in runs), runs
 
 
+def test_a_tile_ends_without_waiting_for_memory():
+    """After the last products: biases from shared memory; what p_f is was asked for before."""
+    if "9.0a" not in _build.facts()["cuda_architectures"]:
+        pytest.skip("not built for 9.0a")
+    code = of("sm_90a", "scan_groups", "Lb1E")
+    before, after = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x0")
+    assert count(before.split("HGMMA")[-1], r"LDG\.E") >= 3
+    freed = after.split("SYNCS.ARRIVE")[0]
+    assert count(freed, r"LDS\.64") == 32 and not count(freed, "LDG")
+
+
+@pytest.mark.parametrize("plan", ["few", "fewest"])
+def test_the_next_tile_is_asked_for(arch, plan):
+    """From Hopper on; once while a tile ends, and in one launch also before the barrier."""
+    there = arch != "sm_80"
+    assert count(of(arch, "scan_16bit", SCANS[plan], "Lb1E"), r"UBLKPF\.L2") == there
+    assert count(of(arch, "ladder_once", SCANS[plan], "Lb1E"), r"UBLKPF\.L2") == 2 * there
+
+
 STUB = (
     'extern "C" int aoti_torch_get_current_cuda_stream(int, void** s) { *s = nullptr; return 0; }'
 )

@@ -151,6 +151,7 @@ PATHS = {
     "16-bit, few": (50, 136, 129, 8, 2, BF16, BF16),
     "16-bit, many": (200, 200, 600, 16, 3, BF16, BF16),
     "fp16, many": (300, 64, 257, 8, 1, F16, F16),
+    "16-bit, most": (600, 64, 300, 8, 1, BF16, BF16),
     "longer than the stages": (80, 712, 140, 8, 2, BF16, BF16),
 }
 
@@ -361,6 +362,19 @@ def test_what_one_launch_does_not_take_goes_in_steps(cuda_machine, monkeypatch):
     monkeypatch.setenv("SAESTEER_LADDER", "step")
     with pytest.raises(RuntimeError, match="SAESTEER_LADDER is 'step'; accepted: steps"):
         steered(cuda_machine, case)
+
+
+@pytest.mark.parametrize("T", [500, 600])
+def test_few_open_tokens_among_many(cuda_machine, T):
+    """How many are open is known on the device only: two scans are launched, or one takes any."""
+    case = random_case(T, 64, 300, 8, 2, BF16, BF16)
+    few = case.but(mask=torch.arange(T) % 40 == 0)
+    for hopper, scans in ((True, 2 if T <= 512 else 1), (False, 2)):
+        before = cuda_machine.settle(hopper=hopper).launches()
+        y = cuda_machine.steer(*few.edit, few.mask)
+        assert cuda_machine.launches() == before + 2 + scans
+        assert same_bits(y[~few.mask], case.x[~few.mask])
+        assert_right(cuda_machine, few)
 
 
 def growing(T: int, dtype: torch.dtype) -> Case:

@@ -10,15 +10,19 @@
 namespace saesteer::cuda {
 namespace {
 
-// The scan between L0 and the last writes.
+// The scan between L0 and the last writes, and what can be done as soon as it is known to come.
 template <class P, bool kBf16>
 struct Mma : P {
   static constexpr int kDtype = static_cast<int>(kBf16 ? Dtype::bf16 : Dtype::f16);
+  static __device__ __forceinline__ void expect(const Scan& s) {
+    mma::expect_tile<P>(s, s.slots, blockIdx.x);
+  }
   static __device__ __forceinline__ void scan(const Scan& s) { mma::take_tiles<P, kBf16>(s); }
 };
 template <class P, int kDtype_>
 struct Simt : P {
   static constexpr int kDtype = kDtype_;
+  static __device__ __forceinline__ void expect(const Scan&) {}
   static __device__ __forceinline__ void scan(const Scan& s) { simt::take_tiles<P>(s); }
 };
 
@@ -73,6 +77,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 
   // All blocks leave here or none does. Not by `beaten`: others may have begun to count.
   if (sharing.each_all && !open) return;
+  if (sharing.each_all) S::expect(s);
   sync_grid();
   if (!sync_threads_or(threadIdx.x < c.tokens && c.open.token[threadIdx.x] >= 0)) return;
   S::scan(s);

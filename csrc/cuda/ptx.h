@@ -98,6 +98,15 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kBehind) : "memory");
 }
 
+// These bytes, a multiple of 16, will be read soon: from Hopper on they come to the second-level
+// cache meanwhile.
+__device__ inline void fetch_ahead(const void* from, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
+               "r"(bytes));
+#endif
+}
+
 // ---- 16-bit products of a warp: m16n8k16, summed in fp32 ----
 
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {

@@ -39,11 +39,12 @@ __device__ inline int64_t token_of(const Scan& s, int64_t slot, int64_t slots) {
 }
 
 // Tiles in the order in which they are taken: the first latents first, so that tokens are decided
-// soon if these are the ones most often live; a few blocks of tokens side by side, so that what
-// they share stays in the cache.
+// soon if these are the ones most often live; some blocks of tokens side by side, so that what they
+// share stays in the cache. As many as are taken at once should be about as many rows of x as of W:
+// then these rows are fewest.
 template <int kTokens, int kLatents>
 struct Tiles {
-  static constexpr int64_t kSide = 8;
+  static constexpr int64_t kSide = 16;
   int64_t token_blocks, latent_blocks;
 
   SAESTEER_HD Tiles(int64_t slots, int64_t latents)
@@ -51,6 +52,10 @@ struct Tiles {
         latent_blocks((latents + kLatents - 1) / kLatents) {}
   SAESTEER_HD int64_t count() const { return token_blocks * latent_blocks; }
   SAESTEER_HD void locate(int64_t tile, int64_t& first_slot, int64_t& first_latent) const {
+    if (token_blocks == 1) {  // without the divisions
+      first_slot = 0, first_latent = tile * kLatents;
+      return;
+    }
     const int64_t group = tile / (kSide * latent_blocks), before = group * kSide;
     const int64_t side = token_blocks - before < kSide ? token_blocks - before : kSide;
     const int64_t rest = tile - before * latent_blocks;
@@ -59,76 +64,124 @@ struct Tiles {
   }
 };
 
-// Whether this thread's share of a tile's tokens has one that is not decided yet.
+// Whether something is still to be found out about a token.
+__device__ inline bool is_open(const Scan& s, int64_t token) {
+  if (token < 0 || s.preacts) return token >= 0;
+  for (int64_t f = 0; f < s.features.count; ++f)
+    if (load_relaxed(s.beaten + token * s.features.count + f) < s.encoder.k) return true;
+  return false;
+}
+
+// Whether this thread's share of a tile's tokens has one that is.
 __device__ inline bool any_open(const Scan& s, int64_t first_slot, int tokens, int64_t slots,
                                 int thread, int threads) {
-  if (s.preacts) return true;
   bool open = false;
-  for (int i = thread; i < tokens && !open; i += threads) {
-    const int64_t token = token_of(s, first_slot + i, slots);
-    for (int64_t f = 0; token >= 0 && f < s.features.count && !open; ++f)
-      open = load_relaxed(s.beaten + token * s.features.count + f) < s.encoder.k;
-  }
+  for (int i = thread; i < tokens && !open; i += threads)
+    open = is_open(s, token_of(s, first_slot + i, slots));
   return open;
 }
 
-// A bias for every latent; those beyond the last beat nothing.
-__device__ inline float bias_of(const Scan& s, int64_t latent) {
-  return latent < s.encoder.count ? s.encoder.bias[latent] : -float_of(0x7F800000u);
+// Latents from this one on, as far as a tile can tell.
+__device__ inline int latents_from(const Scan& s, int64_t latent) {
+  const int64_t left = s.encoder.count - latent;
+  return static_cast<int>(left < (1 << 20) ? left : 1 << 20);
 }
 
-// The end of a tile, whose latents are first ... end - 1. Each thread holds p(r, c) of kRows slots
-// and of the kCols latents first + at + step(c), without their biases; kLanes lanes, next to each
-// other, hold the same slots. All threads of a warp come here together.
-template <int kRows, int kCols, int kLanes, class P, class Slot, class Step>
-__device__ __forceinline__ void deliver(const Scan& s, int64_t slots, const P& p, const Slot& slot,
-                                        int64_t first, int64_t end, int at, const Step& step) {
+// The bias of latent first + i; those beyond the last, of which there are `left`, beat nothing.
+__device__ inline float bias_of(const Scan& s, int64_t first, int i, int left) {
+  return i < left ? s.encoder.bias[first + i] : -float_of(0x7F800000u);
+}
+
+// Makes p(r, c) of what a thread has summed.
+template <int kRows, int kCols, class P, class Bias>
+__device__ __forceinline__ void add_biases(const P& p, const Bias& bias) {
 #pragma unroll
   for (int c = 0; c < kCols; ++c) {
-    const float bias = bias_of(s, first + at + step(c));
+    const float b = bias(c);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) p(r, c) += bias;
+    for (int r = 0; r < kRows; ++r) p(r, c) += b;
   }
-  static_assert(kCols <= 64, "ties are kept as bits of a word");
-  const int64_t F = s.features.count, N = s.encoder.count;
+}
+
+// What the latents have to beat: p of one feature, for the tokens of kRows slots.
+template <int kRows>
+struct Bars {
+  int64_t index;  // of the feature
+  float p[kRows];
+};
+
+template <int kRows>
+__device__ __forceinline__ Bars<kRows> bars_of(const Scan& s, const int32_t (&token)[kRows],
+                                               int64_t f) {
+  Bars<kRows> bars{};
+  const int64_t F = s.features.count;
+  if (f >= F) return bars;
+  bars.index = s.features.index[f];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t token = token_of(s, slot(r), slots);
-    if (s.preacts) {
+  for (int r = 0; r < kRows; ++r) bars.p[r] = token[r] < 0 ? 0.f : s.p[token[r] * F + f];
+  return bars;
+}
+
+// How many of the latents first + at + step(c), c < kCols, beat a feature; p(c) are their p.
+template <int kCols, class P, class Step>
+__device__ __forceinline__ int beating(const Scan& s, const P& p, float p_f, int64_t index,
+                                       int64_t first, int64_t end, int at, const Step& step) {
+  static_assert(kCols <= 64, "ties are kept as bits of a word");
+  const int self = index < first || index >= end ? -1 : static_cast<int>(index - first) - at;
+  int beaten = 0;
+  if (const int64_t* order = s.encoder.order) {
+    uint64_t ties = 0;
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) {
+      beaten += step(c) != self && clears(p(c), p_f);
+      ties |= uint64_t{step(c) != self && p(c) == p_f} << c;
+    }
+    for (; ties; ties &= ties - 1)
+      beaten += order[first + at + step(lowest_bit(ties))] < order[index];
+  } else if (index < first || index >= end) {
+    const float height = bar(p_f, index >= end);
+    float number = 0;  // a comparison gives 0 or 1 as a float in one instruction
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) number += clears(p(c), height) ? 1.f : 0.f;
+    beaten = static_cast<int>(number);
+  } else {
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) beaten += beats(p(c), step(c), p_f, self);
+  }
+  return beaten;
+}
+
+// The end of a tile, whose latents are first ... end - 1. Each thread holds p(r, c) of kRows slots,
+// whose tokens are given, and of the latents first + at + step(c); kLanes lanes, next to each
+// other, hold the same slots. `bars` are the first feature's. All threads of a warp come here
+// together.
+template <int kRows, int kCols, int kLanes, class P, class Step>
+__device__ __forceinline__ void deliver(const Scan& s, const int32_t (&token)[kRows],
+                                        Bars<kRows> bars, const P& p, int64_t first, int64_t end,
+                                        int at, const Step& step) {
+  if (s.preacts) {
+    const int64_t N = s.encoder.count;
+    const int left = latents_from(s, first + at);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int c = 0; c < kCols; ++c)
-        if (token >= 0 && first + at + step(c) < N)
-          s.preacts[token * N + first + at + step(c)] = p(r, c);
-      continue;
-    }
-    for (int64_t f = 0; f < F; ++f) {
-      const float p_f = token < 0 ? 0.f : s.p[token * F + f];
-      const int64_t index = s.features.index[f];
+        if (token[r] >= 0 && step(c) < left)
+          s.preacts[token[r] * N + first + at + step(c)] = p(r, c);
+    return;
+  }
+  const int64_t F = s.features.count;
+  for (int64_t f = 0; f < F; ++f) {
+    const Bars<kRows> now = bars;
+    bars = bars_of(s, token, f + 1);  // under way while these are counted
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
       int beaten = 0;
-      if (undecided(p_f)) {
-        if (const int64_t* order = s.encoder.order) {
-          const int self =
-              index < first || index >= end ? -1 : static_cast<int>(index - first) - at;
-          uint64_t ties = 0;
-#pragma unroll
-          for (int c = 0; c < kCols; ++c) {
-            beaten += step(c) != self && clears(p(r, c), p_f);
-            ties |= uint64_t{step(c) != self && p(r, c) == p_f} << c;
-          }
-          for (; ties; ties &= ties - 1)
-            beaten += order[first + at + step(lowest_bit(ties))] < order[index];
-        } else if (index < first || index >= end) {
-          const float height = bar(p_f, index >= end);
-#pragma unroll
-          for (int c = 0; c < kCols; ++c) beaten += clears(p(r, c), height);
-        } else {
-#pragma unroll
-          for (int c = 0; c < kCols; ++c)
-            beaten += beats(p(r, c), step(c), p_f, static_cast<int>(index - first) - at);
-        }
-      }
+      if (undecided(now.p[r]))
+        beaten = beating<kCols>(
+            s, [&](int c) { return p(r, c); }, now.p[r], now.index, first, end, at, step);
       for (int lanes = 1; lanes < kLanes; lanes *= 2) beaten += shuffle_xor(beaten, lanes);
-      if (beaten && threadIdx.x % kLanes == 0) atomic_add(s.beaten + token * F + f, beaten);
+      if (beaten && threadIdx.x % kLanes == 0) atomic_add(s.beaten + token[r] * F + f, beaten);
     }
   }
 }

@@ -28,6 +28,9 @@ struct Plan {
   static_assert(32 * kWarps <= kThreads);
 };
 
+// Bytes of W that a block asks for ahead: what reaches it while it goes from tile to tile.
+constexpr int kAhead = 32 << 10;
+
 using Fewest = Plan<16, 32, 1, 2, 8>;
 using Few = Plan<64, 64, 2, 2, 4>;
 using Many = Plan<128, 128, 2, 2, 3>;
@@ -55,6 +58,21 @@ struct Panels {
     }
   }
 };
+
+// Asks for the first columns of a tile's W; the last warps do, which may have nothing to multiply.
+template <class P>
+__device__ __forceinline__ void expect_tile(const Scan& s, int64_t slots, int64_t tile) {
+  const Tiles<P::kTokens, P::kLatents> tiles(slots, s.encoder.count);
+  const int row = static_cast<int>(threadIdx.x) - (P::kThreads - P::kLatents);
+  if (tile >= tiles.count() || row < 0) return;
+  int64_t first_slot, first_latent;
+  tiles.locate(tile, first_slot, first_latent);
+  const int64_t row_bytes = s.x.width * 2;
+  constexpr int kEach = kAhead / P::kLatents;
+  if (first_latent + row < s.encoder.count)
+    fetch_ahead(s.encoder.W[first_latent + row],
+                row_bytes < kEach ? static_cast<int>(row_bytes) : kEach);
+}
 
 template <class P, bool kBf16>
 __device__ __forceinline__ void multiply(const unsigned char* stage,
@@ -85,6 +103,7 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
   const int64_t slots = slots_here(s), N = s.encoder.count;
   const int64_t depth = (s.x.width + kDepth - 1) / kDepth;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr int kRows = P::kM * 2;  // of a tile's, a thread's
   const bool multiplies = 32 * P::kWarps == P::kThreads || warp < P::kWarps;
   unsigned char* const stages = shared<unsigned char>();
   int32_t* const token = shared<int32_t>(P::kStages * P::kStageBytes);
@@ -100,6 +119,12 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
       token[i] = static_cast<int32_t>(token_of(s, first_slot + i, slots));
     sync_threads();
 
+    int32_t own[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      own[r] = token[warp / P::kAcross % P::kDown * P::kM * 16 + r / 2 * 16 + r % 2 * 8 + lane / 4];
+    const auto bars = bars_of(s, own, 0);
+
     const Panels<P> panels{s, first_latent, token, stages};
     float sum[P::kM][P::kN][4] = {};
 #pragma unroll
@@ -113,19 +138,21 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
       sync_threads();
       if (k + P::kStages - 1 < depth) panels.load(k + P::kStages - 1, free);
       commit_copies();
+      if (k + P::kStages == depth) expect_tile<P>(s, slots, tile + gridDim.x);
       if (multiplies) multiply<P, kBf16>(stages + stage * P::kStageBytes, sum);
       free = stage;
       if (++stage == P::kStages) stage = 0;
     }
 
     if (!multiplies) continue;
-    const auto slot = [&](int r) {
-      return first_slot + warp / P::kAcross * P::kM * 16 + r / 2 * 16 + r % 2 * 8 + lane / 4;
-    };
-    deliver<P::kM * 2, P::kN * 2, 4>(
-        s, slots, [&](int r, int c) -> float& { return sum[r / 2][c / 2][r % 2 * 2 + c % 2]; },
-        slot, first_latent, first_latent + P::kLatents,
-        warp % P::kAcross * P::kN * 8 + lane % 4 * 2, [](int c) { return c / 2 * 8 + c % 2; });
+    const auto p = [&](int r, int c) -> float& { return sum[r / 2][c / 2][r % 2 * 2 + c % 2]; };
+    const auto step = [](int c) { return c / 2 * 8 + c % 2; };
+    const int at = warp % P::kAcross * P::kN * 8 + lane % 4 * 2;
+    const int latents = latents_from(s, first_latent + at);
+    add_biases<kRows, P::kN * 2>(
+        p, [&](int c) { return bias_of(s, first_latent + at, step(c), latents); });
+    deliver<kRows, P::kN * 2, 4>(s, own, bars, p, first_latent, first_latent + P::kLatents, at,
+                                 step);
   }
 }
 

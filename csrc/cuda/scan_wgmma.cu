@@ -17,9 +17,16 @@ constexpr int kStageBytes = kXBytes + kWBytes;
 constexpr int kBehind = 2;
 static_assert(kBehind <= kStages - 2, "a stage is freed one stage later than it is multiplied");
 
+// What a tile's end needs to know, so that it has to wait for nothing.
+struct Ends {
+  alignas(8) float bias[kLatents];
+  int32_t token[kTokens];
+  int64_t first_latent;
+};
 struct Ring {
   uint64_t full[kStages], empty[kStages];
-  int64_t tile[kStages];  // what the stage belongs to, -1: nothing follows; set in its first stage
+  int begins[kStages];  // whether a tile does; set in its first stage
+  Ends ends[kStages];   // set in its last stage
 };
 constexpr int64_t kShared = kStages * kStageBytes + sizeof(Ring);
 
@@ -35,6 +42,10 @@ struct Place {
     stage = 0;
     parity ^= 1;
   }
+};
+
+struct Tile {
+  int64_t number, first_slot, first_latent;  // number -1: none
 };
 
 struct Producer {
@@ -55,22 +66,46 @@ struct Producer {
     --pending;
   }
 
-  __device__ void fill(int64_t tile, int64_t first_slot, int64_t first_latent) {
+  // The first tile from this one on that has an open token.
+  __device__ __forceinline__ Tile look(int64_t number) const {
+    static_assert(kTokens == kGroup, "a thread looks at a token");
+    const Tiles<kTokens, kLatents> tiles(slots, s.encoder.count);
+    for (; number < tiles.count(); number += gridDim.x) {
+      Tile tile{number};
+      tiles.locate(number, tile.first_slot, tile.first_latent);
+      if (sync_some_or(1, kGroup, is_open(s, token_of(s, tile.first_slot + thread, slots))))
+        return tile;
+    }
+    return {-1};
+  }
+
+  __device__ __forceinline__ void describe_end(const Tile& tile, Ends& ends) const {
+    const int latents = latents_from(s, tile.first_latent);
+    for (int i = thread; i < kLatents; i += kGroup)
+      ends.bias[i] = bias_of(s, tile.first_latent, i, latents);
+    ends.token[thread] = static_cast<int32_t>(token_of(s, tile.first_slot + thread, slots));
+    if (thread == 0) ends.first_latent = tile.first_latent;
+  }
+
+  // Returns the next tile. It is looked for on the way, while full stages are left to multiply.
+  __device__ __forceinline__ Tile fill(const Tile& tile) {
     constexpr int kEach = kTokens * 8 / kGroup;
     const int64_t row_bytes = s.x.width * 2;
     const int chunk = thread % 8;
     int32_t token[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
-      token[i] = static_cast<int32_t>(token_of(s, first_slot + thread / 8 + i * 16, slots));
+      token[i] = static_cast<int32_t>(token_of(s, tile.first_slot + thread / 8 + i * 16, slots));
+    Tile next;
     for (int64_t k = 0; k < depth; ++k) {
+      if (k == depth / 2) next = look(tile.number + gridDim.x);
       barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
       unsigned char* const x = stages + at.stage * kStageBytes;
       if (thread == 0) {
-        if (k == 0) ring.tile[at.stage] = tile;
+        if (k == 0) ring.begins[at.stage] = true;
         barrier_expect(&ring.full[at.stage], kWBytes);
         copy_box(x + kXBytes, W, &ring.full[at.stage], static_cast<int>(k * kRowBytes / 2),
-                 static_cast<int>(first_latent));
+                 static_cast<int>(tile.first_latent));
       }
       const int64_t column = k * kRowBytes + chunk * 16;
 #pragma unroll
@@ -82,26 +117,22 @@ struct Producer {
                    there);
       }
       commit_copies();
+      if (k == depth - 1) describe_end(tile, ring.ends[at.stage]);
       at.next();
       if (++pending > kBehind) {
         wait_copies<kBehind>();
         hand_over();
       }
     }
+    return next;
   }
 
-  __device__ void run() {
-    const Tiles<kTokens, kLatents> tiles(slots, s.encoder.count);
-    for (int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
-      int64_t first_slot, first_latent;
-      tiles.locate(tile, first_slot, first_latent);
-      if (sync_some_or(1, kGroup, any_open(s, first_slot, kTokens, slots, thread, kGroup)))
-        fill(tile, first_slot, first_latent);
-    }
+  __device__ __forceinline__ void run() {
+    for (Tile tile = look(blockIdx.x); tile.number >= 0;) tile = fill(tile);
     wait_copies<0>();
     while (pending) hand_over();
     barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
-    if (thread == 0) ring.tile[at.stage] = -1;
+    if (thread == 0) ring.begins[at.stage] = false;
     barrier_arrive(&ring.full[at.stage]);
   }
 };
@@ -111,7 +142,7 @@ struct Consumer {
   const Scan& s;
   Ring& ring;
   const unsigned char* stages;
-  int64_t slots, depth;
+  int64_t depth;
   int group, thread;
   Place at;
 
@@ -123,15 +154,14 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     for (;;) {
       barrier_wait(&ring.full[at.stage], at.parity);
-      const int64_t tile = ring.tile[at.stage];
-      if (tile < 0) return;
+      if (!ring.begins[at.stage]) return;
       float sum[128];
-      multiply(sum);
-      deliver_tile(tile, sum);
+      end_tile(multiply(sum), sum);
     }
   }
 
-  __device__ __forceinline__ void multiply(float (&sum)[128]) {
+  // Returns the last stage, whose products are still under way.
+  __device__ __forceinline__ int multiply(float (&sum)[128]) {
     int last = -1;
     for (int64_t k = 0; k < depth; ++k) {
       barrier_wait(&ring.full[at.stage], at.parity);
@@ -149,22 +179,23 @@ struct Consumer {
       last = at.stage;
       at.next();
     }
-    products_wait<0>();
-    hold(sum);
-    free(last);
+    return last;
   }
 
-  __device__ __forceinline__ void deliver_tile(int64_t tile, float (&sum)[128]) {
-    int64_t first_slot, first_latent;
-    Tiles<kTokens, kLatents>(slots, s.encoder.count).locate(tile, first_slot, first_latent);
-    const int lane = thread % 32;
-    const auto slot = [&](int r) {
-      return first_slot + group * 64 + thread / 32 * 16 + r * 8 + lane / 4;
-    };
-    deliver<2, 64, 4>(
-        s, slots, [&](int r, int c) -> float& { return sum[c / 2 * 4 + r * 2 + c % 2]; }, slot,
-        first_latent, first_latent + kLatents, lane % 4 * 2,
-        [](int c) { return c / 2 * 8 + c % 2; });
+  __device__ __forceinline__ void end_tile(int last, float (&sum)[128]) {
+    const Ends& ends = ring.ends[last];
+    const int row = group * 64 + thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
+    const int32_t token[2] = {ends.token[row], ends.token[row + 8]};
+    const int64_t first_latent = ends.first_latent;
+    const auto bars = bars_of(s, token, 0);
+    products_wait<0>();
+    hold(sum);
+
+    const auto p = [&](int r, int c) -> float& { return sum[c / 2 * 4 + r * 2 + c % 2]; };
+    const auto step = [](int c) { return c / 2 * 8 + c % 2; };
+    add_biases<2, 64>(p, [&](int c) { return ends.bias[column + step(c)]; });
+    free(last);
+    deliver<2, 64, 4>(s, token, bars, p, first_latent, first_latent + kLatents, column, step);
   }
 };
 
@@ -187,11 +218,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int group = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
   if (group == 0) {
-    give_registers<56>();
+    give_registers<88>();
     Producer{s, &W, ring, stages, slots, depth, thread, {}, {}}.run();
   } else {
-    take_registers<224>();
-    Consumer<kBf16>{s, ring, stages, slots, depth, group - 1, thread, {}}.run();
+    take_registers<208>();
+    Consumer<kBf16>{s, ring, stages, depth, group - 1, thread, {}}.run();
   }
 }
 

@@ -121,7 +121,7 @@ class Executor:
             told = self._library.ptx_traffic().decode()
         finally:
             self._library.ptx_count_traffic(ctypes.c_bool(False))
-        kinds = "read", "written", "shared"
+        kinds = "read", "written", "shared", "ahead"
         rows = [line.split() for line in told.splitlines()]
         return [
             Traffic(kernel, int(line), kinds[int(kind)], *map(int, numbers))

@@ -124,6 +124,20 @@ Outcome convert_address(Warp& w, const Instruction& i, uint32_t lanes) {
 
 // ---- cp.async: of each thread's own ----
 
+// A bulk prefetch: seen in the traffic only, but what it names has to be there.
+Outcome fetch_ahead(Warp& w, const Instruction& i, uint32_t lanes) {
+  each(lanes, [&](int l) {
+    const auto& o = i.operands;
+    const uint64_t from = w.get<uint64_t>(o[0].reg, l) + o[0].offset;
+    const uint64_t bytes = w.get<uint32_t>(o[1].reg, l);
+    if (from % 16 || bytes % 16) throw std::runtime_error("a misaligned prefetch");
+    const auto* at = reinterpret_cast<const volatile unsigned char*>(from);
+    for (uint64_t b = 0; b < bytes; b += 16) (void)at[b];
+    w.block.grid.traffic->lane(Traffic::ahead, reinterpret_cast<const void*>(from), bytes);
+  });
+  return Outcome::done;
+}
+
 void land(const Copy& copy) { memcpy(copy.to, copy.bytes, copy.count); }
 
 Outcome copy_async(Warp& w, const Instruction& i, uint32_t lanes) {
@@ -215,7 +229,8 @@ Handler memory(Instruction& i) {
   if (op == "cp") {
     if (i.has("commit_group")) return commit_copies;
     if (i.has("wait_group")) return wait_copies;
-    return i.has("bulk") || i.has("mbarrier") ? nullptr : copy_async;
+    if (i.has("bulk")) return i.has("prefetch") && i.has("global") ? fetch_ahead : nullptr;
+    return i.has("mbarrier") ? nullptr : copy_async;
   }
   if (op == "ld" || op == "st") {
     i.variant = i.has("v4") ? 4 : i.has("v2") ? 2 : 1;

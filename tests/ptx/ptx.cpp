@@ -42,7 +42,7 @@ const std::map<Handler (*)(Instruction&), std::set<std::string>> kWords = {
 };
 
 Handler found(Instruction& i) {
-  if (i.words[0] == "cp" && i.has("bulk")) return tensor(i);
+  if (i.words[0] == "cp" && i.has("tensor")) return tensor(i);
   for (const auto& [of, words] : kWords)
     if (words.count(i.words[0])) return of(i);
   return arithmetic(i);

@@ -17,7 +17,7 @@ struct Request {
 
 class Traffic {
  public:
-  enum Kind { read, write, shared };
+  enum Kind { read, write, shared, ahead };  // ahead: only as far as the cache
 
   bool on = false;
 
@@ -45,7 +45,7 @@ class Traffic {
     }
   };
 
-  std::vector<Request> lanes_[3];
+  std::vector<Request> lanes_[4];
   std::map<Key, Count> counts_;
 };
 
