@@ -85,9 +85,10 @@ __device__ inline int load_relaxed(const int* at) {
 
 // ---- asynchronous copies, 16 bytes each ----
 
-// With `there` false the 16 bytes become zero and `from` is not read.
+// With `there` false the 16 bytes become zero and `from` is not read. Rows are read on and on, so
+// 256 bytes at a time may come from device memory.
 __device__ inline void copy_async(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
                : "memory");
 }
