@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from . import sites
 from .conditions import Condition, Decision
-from .edits import Edits
+from .edits import Edits, require_finite
 from .generation import Told, listen
 from .hooks import Hooks
 from .sae import SAE
@@ -48,17 +49,17 @@ def steering(
 
     scope says which tokens: "all", "prompt", "generated", sf.positions, sf.not_tokens, a bool
     tensor [B, S], or a list, all of which must hold; padding never. when, one sf.active and one
-    sf.gate or either, asks the SAE's own activations. The prompt is what generate is given;
-    outside of generate, a call without a cache or with an empty one is a prompt, what is called
-    onto a cache is generated, and `handle.prompt` says otherwise. Rows of the batch that generate
-    repeats, for beams or several answers, share what was given for their prompt. An encoder's
-    decoder, a state that has no length, and virtual tokens leave nothing to tell the prompt by:
-    they raise ValueError for all but scope "all" of one configuration.
+    sf.gate or either, asks the SAE's own activations. The prompt is what model.generate is given,
+    looked up by that name while the steering is attached. In any other call, one without a cache
+    or with an empty one is a prompt, what is called onto a cache is generated, and `handle.prompt`
+    says otherwise. Rows of the batch that generate repeats, for beams or several answers, share
+    what was given for their prompt. An encoder's decoder, a state that has no length, and virtual
+    tokens leave nothing to tell the prompt by: they raise ValueError for all but scope "all" of one
+    configuration.
 
     Padding is left alone where the decoder is given an attention_mask of [B, past + T], or the
-    4-D one that generate makes for a static cache and that shows padding on the left. Without
-    one nothing says what is padding, and every position is steered; what real tokens get is the
-    same.
+    4-D one that generate makes for a static cache. Without one nothing says what is padding, and
+    every position is steered; what real tokens get is the same.
 
     Kept on the module's device, in the SAE's dtype: W_enc and b_enc (a row a latent, where the
     measure needs no more), one row of W_dec a latent; the whole SAE for error="drop". The model's
@@ -79,6 +80,7 @@ def steering(
     plan.choose(rows)
     if plan.table.values.requires_grad:
         raise ValueError("edits: a strength requires a gradient; learn handle.strengths instead")
+    require_finite(plan.table.values)
     # Steering no tokens finds now what the model's first call would find.
     plan(sae.W_enc.new_empty(0, 0, sae.d, device=device), chosen=plan.nobody)
     return Handle(site, Hooks(site, plan, Scoped(scope, device)))
@@ -106,7 +108,7 @@ class Handle:
         self._name, self._plan, self._hooks = site.path, hooks.plan, hooks
         hooks.handle = self
         self._undo = _install(site, hooks)
-        self._attached = True
+        self._attached, self._entered = True, False
 
     @property
     def latents(self) -> list[int]:
@@ -157,13 +159,11 @@ class Handle:
         padding included, are the prompt: a number, or int64 [B] where rows differ.
 
         For loops written by hand, and for texts that are not generated but scored; generate says
-        it itself. A call without a cache or with an empty one begins the next sequences.
+        it itself. A call without a cache or with an empty one begins the next sequences. Raises
+        RuntimeError inside of another such block in the same thread, as coroutines may be.
         """
         self._require_attached()
-        end = int(columns.max()) if isinstance(columns, Tensor) else columns
-        if isinstance(columns, Tensor):
-            columns = columns.to(self._plan.device)[:, None]
-        with self._hooks.told(Told(columns, end)):
+        with self._hooks.told(_told(columns, self._plan.device)):
             yield
 
     def remove(self) -> None:
@@ -177,14 +177,39 @@ class Handle:
 
     def __enter__(self) -> Handle:
         self._require_attached()
+        if self._entered:
+            raise RuntimeError(f"this steering of {self._name} is in a `with` block already")
+        self._entered = True
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.remove()
 
+    def __reduce__(self):
+        raise TypeError(
+            "a Handle cannot be copied or pickled: it removes the hooks of one model; a copy of "
+            "the model alone is steered too"
+        )
+
     def __repr__(self) -> str:
         state = "" if self._attached else ", removed"
         return f"Handle({self._name}: {self._plan.table.described()}{state})"
+
+
+def _told(columns: int | Tensor, device: torch.device) -> Told:
+    if isinstance(columns, Tensor) and columns.dtype == torch.int64 and columns.ndim == 1:
+        ends = columns.tolist()
+        columns = columns.to(device)[:, None]
+    elif isinstance(columns, Integral) and not isinstance(columns, bool):
+        ends = [int(columns)]
+        columns = int(columns)
+    else:
+        is_tensor = isinstance(columns, Tensor)
+        given = f"{columns.dtype} {tuple(columns.shape)}" if is_tensor else repr(columns)
+        raise TypeError(f"columns: got {given}, an integer or an int64 tensor [B] is needed")
+    if min(ends, default=0) < 0:
+        raise ValueError(f"columns: got {min(ends)}, the prompt's length is needed, 0 or more")
+    return Told(columns, max(ends, default=0))
 
 
 def _install(site: Site, hooks: Hooks) -> ExitStack:

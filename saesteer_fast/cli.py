@@ -9,7 +9,10 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a subcommand: demo, mini build, convert, check, verify, env."""
     arguments = vars(_parser().parse_args(argv))
-    arguments.pop("run")(**arguments)
+    try:
+        arguments.pop("run")(**arguments)
+    except OSError as error:  # a folder that cannot be written, above all
+        raise SystemExit(f"saesteer: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="saesteer-mini", help="folder to write (default: %(default)s)"
     )
     build.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    build.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    build.add_argument("--threads", type=_threads, default=1, help="default: %(default)s")
     build.set_defaults(run=_mini_build)
 
     convert = commands.add_parser("convert", help="writes an SAE in another format")
@@ -62,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="what is installed, and which implementation runs here")
     env.set_defaults(run=_env)
     return parser
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; 1 or more are needed")
+    return int(text)
 
 
 def _demo(out: str) -> None:

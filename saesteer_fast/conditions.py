@@ -11,7 +11,6 @@ was decided, and what caused it, can be read back as `Decision`s.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import nearest, nearest_file
+from .errors import named, nearest, nearest_file
+from .node import Node
 from .tokens import Tokens
 
 POOLS = ("max", "mean", "last")
@@ -141,14 +141,18 @@ def gate(
     by a callable: it is given a `Prompt` with the activations of `latents`, and returns bool [B].
     A gate on the prompt needs no host synchronisation unless its callable makes one.
     """
+    given = dict(bias=bias, threshold=threshold, pool=pool, latents=tuple(latents))
     if callable(by):
+        _require_unused("a callable decides by itself", given, "bias", "threshold", "pool")
         return Gate(tuple(_latent("gate", f) for f in latents), by)
     if isinstance(by, (str, os.PathLike)):
-        return gate(**_read(Path(by)))
+        _require_unused("the file says it", given, *given)
+        return _from_file(Path(by))
     if not isinstance(by, Mapping):
         raise TypeError(f"gate: got {type(by).__name__}, a mapping, a path or a callable is needed")
     if not by:
         raise ValueError("gate: no latent is given")
+    _require_unused("the weights name them", given, "latents")
     if pool not in POOLS:
         raise ValueError(
             f"pool: got {pool!r}, accepted are {', '.join(POOLS)}{nearest(str(pool), POOLS)}"
@@ -251,36 +255,27 @@ def _peaks(prompt: Prompt, pool: str) -> tuple[Tensor, Tensor]:
     return acts.gather(1, columns[:, None])[:, 0], columns
 
 
-def _read(path: Path) -> dict:
-    """The arguments of `gate` from a file; ValueError says what is wrong with it."""
+def _from_file(path: Path) -> Gate:
     if not path.is_file():
         hint = nearest_file(path, (".json", ".safetensors"))
         raise FileNotFoundError(f"gate: no file {path}{hint}")
-    if path.suffix == ".json":
-        given = _object(path, path.read_text(encoding="utf-8"))
-    elif path.suffix == ".safetensors":
-        given = _tensors(path)
-    else:
-        raise ValueError(f"gate: {path.name} is neither .json nor .safetensors")
-    accepted = {"weights", "bias", "threshold", "pool"}
-    for name in given:
-        if name not in accepted:
-            hint = nearest(name, accepted)
-            raise ValueError(f"gate: {path.name} has {name!r}, accepted are {accepted}{hint}")
-    if not isinstance(given.get("weights"), Mapping):
-        raise ValueError(f"gate: {path.name} has no weights, a mapping from latents to numbers")
-    weights = {_number_of(path, latent): weight for latent, weight in given.pop("weights").items()}
-    return {"by": weights} | given
+    with named(f"gate: {path.name}: "):
+        if path.suffix == ".json":
+            return gate(**_document(path.read_bytes()))
+        if path.suffix == ".safetensors":
+            return gate(**_tensors(path))
+        raise ValueError("is neither .json nor .safetensors")
 
 
-def _object(path: Path, text: str) -> dict:
-    try:
-        given = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"gate: {path.name} is no JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"gate: {path.name} holds a {type(given).__name__}, no object")
-    return given
+def _document(text: bytes) -> dict:
+    readers = {
+        "weights": lambda node: node.numbers("weight"),
+        "bias": Node.number,
+        "threshold": Node.number,
+        "pool": lambda node: node.one_of(POOLS),
+    }
+    given = Node.of(text).read("a gate", readers, needed=("weights",))
+    return {"by": given.pop("weights")} | given
 
 
 def _tensors(path: Path) -> dict:
@@ -288,26 +283,49 @@ def _tensors(path: Path) -> dict:
 
     try:
         with safe_open(path, framework="pt") as file:
-            latents, weights = file.get_tensor("latents"), file.get_tensor("weights")
-            rest = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            given = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"gate: {path.name}: {error}") from None
+        raise ValueError(str(error)) from None
+    if set(tensors) != {"latents", "weights"}:
+        raise ValueError(
+            f"has the tensors {', '.join(sorted(tensors))}; latents and weights are needed, bias, "
+            "threshold and pool are metadata"
+        )
+    latents, weights = tensors["latents"], tensors["weights"]
     if latents.shape != weights.shape or latents.ndim != 1:
         raise ValueError(
-            f"gate: {path.name} has latents {tuple(latents.shape)} and weights "
-            f"{tuple(weights.shape)}, both [G] are needed"
+            f"has latents {tuple(latents.shape)} and weights {tuple(weights.shape)}, both [G] are "
+            "needed"
         )
-    numbers = {name: float(rest[name]) for name in ("bias", "threshold") if name in rest}
-    return rest | numbers | {"weights": dict(zip(latents.tolist(), weights.tolist(), strict=True))}
-
-
-def _number_of(path: Path, latent: object) -> int:
-    try:
-        return int(latent)
-    except (TypeError, ValueError):
+    if latents.dtype != torch.int64 or not weights.is_floating_point():
         raise ValueError(
-            f"gate: {path.name} names latent {latent!r}, an integer is needed"
-        ) from None
+            f"has latents of {latents.dtype} and weights of {weights.dtype}, int64 and floating "
+            "point are needed"
+        )
+    if len(set(latents.tolist())) < len(latents):
+        raise ValueError("names a latent twice")
+    for name, value in given.items():
+        if name not in ("bias", "threshold", "pool"):
+            hint = nearest(name, ("bias", "threshold", "pool"))
+            raise ValueError(f"metadata {name!r}; accepted are bias, threshold, pool{hint}")
+        if name != "pool":
+            given[name] = _float(name, value)
+    return given | {"by": dict(zip(latents.tolist(), weights.tolist(), strict=True))}
+
+
+def _float(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}, a number is needed") from None
+
+
+def _require_unused(why: str, given: Mapping[str, object], *names: str) -> None:
+    unused = dict(bias=0.0, threshold=0.5, pool="max", latents=())
+    for name in names:
+        if given[name] != unused[name]:
+            raise ValueError(f"{name}: got {given[name]!r}, but {why}")
 
 
 def _latent(name: str, latent: object) -> int:

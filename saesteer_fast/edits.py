@@ -155,6 +155,7 @@ class Table:
         with torch.no_grad():
             index = torch.tensor(places, dtype=torch.int64, device=device)
             new = torch.tensor(values, dtype=torch.float32, device=device)
+            require_finite(new)
             self.values.view(-1).index_copy_(0, index, new)
 
     def described(self) -> object:
@@ -213,6 +214,13 @@ class Table:
                 "attach anew to change that"
             )
         return row * len(self.latents) + column
+
+
+def require_finite(strengths: Tensor) -> None:
+    """Those given as tensors too, which waits for their device."""
+    wrong = strengths[~strengths.isfinite()]
+    if len(wrong):
+        raise ValueError(f"edits: a strength is {wrong[0].item()}, which is not finite in fp32")
 
 
 def _configurations(edits) -> tuple[tuple[str, ...] | None, list[Edits]]:

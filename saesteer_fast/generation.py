@@ -25,6 +25,8 @@ class Told(NamedTuple):
     """Columns that the cache holds already."""
     once: bool = False
     """Whether all calls until told otherwise are of one batch of sequences."""
+    drafts: bool = False
+    """Whether another model checks what is generated."""
 
 
 class Generate:
@@ -46,11 +48,24 @@ class Generate:
         return self.replaced or type(self.model).generate.__get__(self.model)
 
     def __call__(self, *args, **kwargs):
+        self._require_shown_padding(**kwargs)
         told = _told(*args, **kwargs)
         with ExitStack() as until:
             for listener in self.listeners:
                 until.enter_context(listener.told(told))
             return self.original(*args, **kwargs)
+
+    def _require_shown_padding(
+        self, *, attention_mask=None, generation_config=None, prefill_chunk_size=None, **others
+    ) -> None:
+        config = generation_config or getattr(self.model, "generation_config", None)
+        chunk = prefill_chunk_size or getattr(config, "prefill_chunk_size", None)
+        two = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        if chunk and two and not (attention_mask[:, -1] != 0).all():
+            raise ValueError(
+                "attention_mask: pads on the right, which a prompt in chunks shows too late; pad "
+                "on the left, or leave prefill_chunk_size out"
+            )
 
 
 def listen(model: nn.Module, listener) -> Callable[[], None]:
@@ -87,4 +102,5 @@ def _told(inputs: Tensor | None = None, *args, **kwargs) -> Told:
     elif columns <= start:
         # Of a sequence that goes on from a cache, the new tokens alone may be given.
         columns += start
-    return Told(columns, columns, batch, start, once=True)
+    drafts = bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
+    return Told(columns, columns, batch, start, once=True, drafts=drafts)

@@ -20,7 +20,7 @@ from .generation import Told
 from .scopes import Scoped, both, spread
 from .sites import Site
 from .steering import Plan
-from .tokens import Tokens, padding, past_length
+from .tokens import Tokens, packed, padding, past_length
 
 
 class _Call:
@@ -114,6 +114,11 @@ class Hooks:
     @contextmanager
     def told(self, told: Told) -> Iterator[None]:
         call = self.calls.running
+        if call.told is not None and not call.told.once and not told.once:
+            raise RuntimeError(
+                "prompt: this thread is inside of another `with handle.prompt` of this steering; "
+                "coroutines share one, so do not await in it"
+            )
         before, found = dict(vars(call)), (self.active, self.gated)
         call.told = told
         call.begin()
@@ -144,19 +149,28 @@ class Hooks:
         embeds = self._argument("inputs_embeds", args, kwargs)
         if ids is None and embeds is None:
             ids = args[0] if args else None
+            if isinstance(ids, Tensor) and ids.is_floating_point():
+                ids, embeds = None, ids
         given = ids if ids is not None else embeds
         if not isinstance(given, Tensor) or given.ndim < 2:
             return None
         batch, count = given.shape[:2]
-        start = past_length(self._argument("past_key_values", args, kwargs))
+        cache = self._argument("past_key_values", args, kwargs)
+        start = past_length(cache)
         asked = self._argument("attention_mask", args, kwargs)
-        mask, real = map(self._here, padding(asked, start, count))
+        position_ids = self._argument("position_ids", args, kwargs)
         told = Told(0, 0)
         if self.follows:
-            if "cu_seq_lens_q" in kwargs:
+            if "cu_seq_lens_q" in kwargs or (asked is None and packed(position_ids)):
                 raise ValueError("scope: several sequences are packed in a row; give each its own")
             told = call.told or Told(self._guessed(start, count), 0)
             start = self._follow(call, start, count, ids is None)
+            rows = told.columns.shape[:1] if isinstance(told.columns, Tensor) else ()
+            if rows not in ((), (batch,)):
+                raise ValueError(
+                    f"prompt: columns of {rows[0]} rows are given for a batch of {batch}"
+                )
+        mask, real = map(self._here, padding(asked, start, count, cache))
         return Tokens(
             batch,
             told.prompts,
@@ -166,7 +180,7 @@ class Hooks:
             mask,
             real,
             ids,
-            self._argument("position_ids", args, kwargs),
+            position_ids,
             asked is not None and mask is None,
             self.plan.device,
         )
@@ -291,6 +305,12 @@ class Hooks:
             raise RuntimeError(
                 "when: the gate has seen no prompt, only what comes after one; call the model with "
                 "the prompt first"
+            )
+        drafts = call.told is not None and call.told.drafts
+        if not (drafts or call.seen or (isinstance(tokens.start, int) and tokens.start == 0)):
+            raise ValueError(
+                f"when: the gate is decided on the whole prompt, of which {tokens.start} columns "
+                "are in the cache already; call the model with all of it, without past_key_values"
             )
         acts = plan.on_gate.acts(hidden.detach(), plan.impl)
         call.seen = (*call.seen, Seen(acts, tokens, generated=False))

@@ -250,6 +250,8 @@ class Plan:
             raise ValueError(
                 f"x: is on {x.device}, the SAE's weights on {self.table.values.device}"
             )
+        if not (mask is None or isinstance(mask, Tensor)):
+            raise TypeError(f"mask: got {type(mask).__name__}, a bool tensor is needed")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:-1]):
             raise ValueError(
                 f"mask: got {mask.dtype} {tuple(mask.shape)}, bool {tuple(x.shape[:-1])} is needed"

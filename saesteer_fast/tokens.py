@@ -61,11 +61,13 @@ class Tokens:
     @property
     def prompt_lengths(self) -> Tensor:
         """[B or 1, 1] or [B or 1, T] int64: how many real tokens a row's prompt has."""
-        if self.mask is None:
+        begins = isinstance(self.start, int) and self.start == 0
+        mask = self.real if self.mask is None and begins else self.mask
+        if mask is None:
             return self.prompt - (self.columns - self.positions)
-        width = self.mask.shape[1]
-        inside = torch.arange(width, device=self.mask.device) < self.prompt
-        counted = ((self.mask != 0) & inside).sum(1, keepdim=True)
+        width = mask.shape[1]
+        inside = torch.arange(width, device=mask.device) < self.prompt
+        counted = ((mask != 0) & inside).sum(1, keepdim=True)
         # Columns still to come, in later chunks, are no padding: that stands on the left.
         to_come = self.prompt - width
         return counted + (max(to_come, 0) if isinstance(to_come, int) else to_come.clamp(min=0))
@@ -110,13 +112,16 @@ def past_length(cache) -> int | Tensor:
     return past
 
 
-def padding(mask, start: int | Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
+def padding(
+    mask, start: int | Tensor, count: int, cache=None
+) -> tuple[Tensor | None, Tensor | None]:
     """`Tokens.mask` and `Tokens.real` from a decoder's attention_mask, as far as it tells.
 
     A mask with a column a key tells if it has [B, start + T] of them. One with a row a query,
-    [B, 1, T, keys], bool or what is added to scores, tells too: only padding on the left attends to
-    nothing. Whoever is told nothing steers everything, which no real token can notice, whereas
-    columns read wrongly would leave real ones unsteered.
+    [B, 1, T, keys], bool or what is added to scores, tells too: only padding does not attend to
+    itself, or, where nothing says which key that is, on the left, to nothing. Whoever is told
+    nothing steers everything, which no real token can notice, whereas columns read wrongly would
+    leave real ones unsteered.
     """
     if isinstance(mask, dict):  # one a kind of attention
         mask = mask.get("full_attention")
@@ -125,6 +130,24 @@ def padding(mask, start: int | Tensor, count: int) -> tuple[Tensor | None, Tenso
     if mask.ndim == 2 and isinstance(start, int) and mask.shape[1] == start + count:
         return mask, mask[:, start:] != 0
     if mask.ndim == 4 and count > 1 and mask.shape[2] == count:
-        attended = mask if mask.dtype == torch.bool else mask == 0
-        return None, attended[:, 0].any(-1)
+        attended = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+        spare = attended.shape[2] - count  # keys of the past, and of a static cache's future
+        ordered = spare == 0 or hasattr(cache, "get_seq_length")
+        if isinstance(start, int) and start <= spare and ordered:
+            return None, attended.diagonal(start, 1, 2)
+        return None, attended.any(-1)
     return None, None
+
+
+def packed(position_ids) -> bool:
+    """Whether positions [B, T] begin anew within a row, as of sequences that share one.
+
+    Waits for their device, so it is not asked while a call is compiled or captured.
+    """
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return False
+    if torch.compiler.is_compiling() or (
+        position_ids.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
+        return False
+    return bool((position_ids.diff() < 0).any())

@@ -244,13 +244,32 @@ def clone(cache):
     return copy.deepcopy(cache)
 
 
-@pytest.mark.parametrize("kind", ["none", "four dimensions", "too long"])
+@pytest.mark.fault(57)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("added", [False, True])
+def test_padding_shows_in_a_mask_with_a_row_a_query(sae, textbook, side, added):
+    """Also where every query attends to all real keys."""
+    model = Decoder()
+    ids, mask = padded(side)
+    for causal in (False, True):
+        rows = mask[:, None, None].expand(-1, 1, 7, -1).bool()
+        rows = rows.tril() if causal else rows
+        given = torch.where(rows, 0.0, torch.finfo(torch.float32).min) if added else rows
+        x = model(ids, given)
+        with sf.steering(model, sae, EDITS, layer=1):
+            y = model(ids, given)
+        assert_same(y.double(), textbook(x, sae, EDITS, mask.bool()))
+        assert torch.equal(y[mask == 0], x[mask == 0])
+
+
+@pytest.mark.parametrize("kind", ["none", "paged", "too long"])
 def test_every_position_is_steered_where_padding_is_unknown(sae, textbook, kind):
+    """Keys of a cache in pages are in no order."""
     model = Decoder()
     ids, mask = padded("left")
     given = {
         "none": None,
-        "four dimensions": mask[:, None, None].expand(-1, 1, 7, -1).bool(),
+        "paged": torch.eye(7, 12).bool().flip(1).expand(len(ids), 1, 7, 12),
         "too long": nn.functional.pad(mask, (0, 9)),
     }[kind]
     x = model(ids, given)

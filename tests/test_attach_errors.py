@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -160,6 +164,8 @@ def test_set_refuses_and_changes_nothing(model, sae):
             ({4: 1.0}, ValueError, r"edits: latent 4 is not held; held are \[3, 77\]"),
             ({3: 1.0, -1: 1.0}, ValueError, "edits: latent -1 is not held"),
             ({3: 1.0, 77: float("nan")}, ValueError, "edits: latent 77 is given nan"),
+            ({77: torch.tensor(float("nan"))}, ValueError, "edits: a strength is nan, which is"),
+            ({3: torch.tensor(1e39, dtype=torch.float64)}, ValueError, "is inf, which is not fin"),
             ({3: "1"}, TypeError, "edits: latent 3 is given '1'"),
             ([(3, 1.0)], TypeError, "edits: got list"),
         ]:
@@ -176,6 +182,67 @@ def test_removed_is_removed(model, sae):
     with pytest.raises(RuntimeError, match="was removed; attach a new one"):
         with handle:
             pass
+
+
+def test_strengths_that_are_tensors_are_finite(model, sae):
+    with pytest.raises(ValueError, match="edits: a strength is nan, which is not finite"):
+        sf.steering(model, sae, {3: 1.0, 4: torch.tensor(float("nan"))})
+
+
+def test_a_block_is_entered_once(model, sae):
+    """Else the inner end would leave the outer block unsteered."""
+    with sf.steering(model, sae, EDITS) as handle:
+        with pytest.raises(RuntimeError, match=r"layers\.1 is in a `with` block already"):
+            with handle:
+                pass
+        assert sf.steerings(model) == [handle]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_handle_is_not_copied(model, sae, copied):
+    """Its copy would remove the hooks of the original."""
+    with sf.steering(model, sae, EDITS) as handle:
+        with pytest.raises(TypeError, match="a Handle cannot be copied or pickled"):
+            copied(handle)
+        assert sf.steerings(model) == [handle]
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        (-1, ValueError, "columns: got -1, the prompt's length is needed"),
+        (3.5, TypeError, "columns: got 3.5, an integer or an int64 tensor"),
+        (True, TypeError, "columns: got True"),
+        ("5", TypeError, "columns: got '5'"),
+        (None, TypeError, "columns: got None"),
+        ([5], TypeError, r"columns: got \[5\]"),
+        (torch.tensor(5), TypeError, r"columns: got torch.int64 \(\), an integer or"),
+        (torch.tensor([5.0]), TypeError, r"columns: got torch.float32 \(1,\)"),
+        (torch.tensor([5, -2]), ValueError, "columns: got -2"),
+        (torch.tensor([5, 5]), ValueError, "prompt: columns of 2 rows are given for a batch of 1"),
+    ],
+)
+def test_a_prompt_is_told_by_its_length(model, sae, columns, error, message):
+    with sf.steering(model, sae, EDITS, scope="generated") as handle:
+        with pytest.raises(error, match=message), handle.prompt(columns):
+            model(PROMPT)
+        expected = model(PROMPT).logits
+        with handle.prompt(np.int64(5)):
+            assert torch.equal(model(PROMPT).logits, expected)
+
+
+def test_prompts_are_told_one_after_the_other(model, sae):
+    """Coroutines of one thread would be told of each other's."""
+    with sf.steering(model, sae, EDITS, scope="generated") as handle:
+        expected = model(PROMPT, use_cache=False).logits
+        with handle.prompt(3):
+            within = model(PROMPT).logits
+            with pytest.raises(RuntimeError, match=r"inside of another `with handle\.prompt`"):
+                with handle.prompt(5):
+                    pass
+            assert torch.equal(model(PROMPT).logits, within)
+        assert torch.equal(model(PROMPT, use_cache=False).logits, expected)
+        assert not torch.equal(within, expected)
 
 
 @pytest.mark.fault(49)

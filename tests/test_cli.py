@@ -63,12 +63,21 @@ def test_env(monkeypatch):
     assert called == [True]
 
 
-@pytest.mark.parametrize("arguments", [[], ["mini"], ["dmo"], ["demo", "--threads", "2"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["mini"], ["dmo"], ["demo", "--threads", "2"], ["mini", "build", "--threads", "0"]],
+)
 def test_wrong_arguments_are_named(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
     assert "usage: saesteer" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(SystemExit, match=r"saesteer: .*taken"):
+        cli.main(["demo", "--out", str(tmp_path / "taken")])
 
 
 def test_runs_as_a_module():

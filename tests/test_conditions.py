@@ -343,6 +343,21 @@ def test_where_no_one_asked(model, sae):
         assert handle.decisions == []
 
 
+@pytest.mark.fault(57)
+def test_a_gate_needs_the_whole_prompt(model, sae, telling):
+    """Also what a cache holds already, as of a system prompt or of an earlier turn."""
+    gate = sf.gate({telling[0]: 1.0}, -0.1)
+    with sf.steering(model, sae, EDITS, scope="generated", when=gate) as handle, torch.no_grad():
+        cache = model(IDS[1:2, :3]).past_key_values
+        with pytest.raises(ValueError, match="of which 3 columns are in the cache already"):
+            generate(model, IDS[1:2], past_key_values=cache)
+        cache = model(IDS[1:2, :3]).past_key_values
+        with handle.prompt(6), pytest.raises(ValueError, match="3 columns are in the cache"):
+            model(IDS[1:2, 3:], past_key_values=cache)
+        generate(model, IDS[1:2])
+        assert len(handle.decisions) == 1
+
+
 def test_one_encoder_serves_edits_and_conditions(model, sae):
     when = [sf.active(5), sf.gate({7: 1.0})]
     with sf.steering(model, sae, {3: sf.add(1.0)}, when=when) as handle:
@@ -372,16 +387,20 @@ def test_a_gate_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("gate.json", "{", "gate.json is no JSON"),
-        ("gate.json", "[1]", "gate.json holds a list, no object"),
-        ("gate.json", "{}", "gate.json has no weights"),
-        ("gate.json", json.dumps(GATE | {"weigths": 1}), "has 'weigths', .*did you mean 'weights'"),
-        ("gate.json", json.dumps(GATE | {"weights": {"a": 1}}), "names latent 'a', an integer"),
-        ("gate.json", json.dumps(GATE | {"weights": {}}), "gate: no latent is given"),
-        ("gate.json", json.dumps(GATE | {"threshold": 1.0}), "threshold: got 1.0, a probability"),
-        ("gate.json", json.dumps(GATE | {"pool": "maxx"}), "pool: got 'maxx', .* mean 'max'"),
-        ("gate.json", json.dumps(GATE | {"bias": float("inf")}), "bias: got inf, a finite number"),
-        ("gate.pt", "", "gate.pt is neither .json nor .safetensors"),
+        ("gate.json", "{", "gate: gate.json: not valid JSON"),
+        ("gate.json", "[" * 10**5, "gate.json: not valid JSON"),
+        ("gate.json", "[1]", r"gate.json: got \[1\], an object of a gate is needed"),
+        ("gate.json", "{}", "gate.json: weights: is missing"),
+        ("gate.json", json.dumps(GATE | {"weigths": 1}), "weigths: got 1, .* 'weights'"),
+        ("gate.json", json.dumps(GATE | {"weights": {"a": 1}}), r"weights\.a: no latent"),
+        ("gate.json", json.dumps(GATE | {"weights": {"1_0": 1}}), r'weights\["1_0"\]: no latent'),
+        ("gate.json", '{"weights": {"5": 1, "5": 2}}', r'weights\["5"\]: is there twice'),
+        ("gate.json", '{"weights": {"5": 1}, "bias": 1, "bias": 2}', "bias: is there twice"),
+        ("gate.json", json.dumps(GATE | {"weights": {}}), "weights: got {}, one latent or more"),
+        ("gate.json", json.dumps(GATE | {"threshold": 1.0}), "json: threshold: got 1.0, a prob"),
+        ("gate.json", json.dumps(GATE | {"pool": "maxx"}), "pool: got \"maxx\", .* mean 'max'"),
+        ("gate.json", json.dumps(GATE | {"bias": float("inf")}), "bias: got Infinity, a number"),
+        ("gate.pt", "", "gate.pt: is neither .json nor .safetensors"),
         ("gate.safetensors", "{}", "gate: gate.safetensors: "),
     ],
 )
@@ -389,6 +408,36 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         sf.gate(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "metadata", "message"),
+    [
+        ({"latents": torch.tensor([5, 5])}, {}, "names a latent twice"),
+        ({"latents": torch.tensor([5.7, 9.0])}, {}, "latents of torch.float32"),
+        ({"latents": torch.tensor([5])}, {}, r"latents \(1,\) and weights \(2,\)"),
+        ({"weights": torch.tensor([1, 2])}, {}, "weights of torch.int64"),
+        ({"bias": torch.tensor(-4.0)}, {}, "has the tensors bias, latents, weights"),
+        ({}, {"bias": "abc"}, "bias is 'abc', a number is needed"),
+        ({}, {"treshold": "0.5"}, "metadata 'treshold'; accepted .* mean 'threshold'"),
+        ({}, {"bias": "nan"}, "bias: got nan"),
+    ],
+)
+def test_bad_tensors_are_named(tmp_path, changed, metadata, message):
+    tensors = {"latents": torch.tensor([5, 9]), "weights": torch.tensor([1.0, 2.0])}
+    save_file(tensors | changed, tmp_path / "gate.safetensors", metadata)
+    with pytest.raises(ValueError, match="gate: gate.safetensors: .*" + message):
+        sf.gate(tmp_path / "gate.safetensors")
+
+
+def test_what_a_gate_would_not_use_is_refused(tmp_path):
+    (tmp_path / "gate.json").write_text(json.dumps(GATE))
+    with pytest.raises(ValueError, match=r"bias: got -2\.0, but the file says it"):
+        sf.gate(tmp_path / "gate.json", -2.0)
+    with pytest.raises(ValueError, match="pool: got 'last', but a callable decides by itself"):
+        sf.gate(lambda prompt: prompt.real[:, 0], pool="last", latents=[1])
+    with pytest.raises(ValueError, match=r"latents: got \(7, 8\), but the weights name them"):
+        sf.gate({5: 1.0}, latents=[7, 8])
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -495,6 +495,10 @@ SETTINGS = {
         lambda f, w: saelens(f, w, "jumprellu"),
         "architecture is 'jumprellu', accepted are .*did you mean 'jumprelu'",
     ),
+    "saelens-no-text": (
+        lambda f, w: saelens(f, w, ["topk"]),
+        r"architecture is \['topk'\], accepted are",
+    ),
     "saelens-whitening": (
         lambda f, w: saelens(f, w, "standard", normalize_activations="covariance_whitening"),
         "normalize_activations is 'covariance_whitening', accepted are none, layer_norm",

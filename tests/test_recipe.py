@@ -348,7 +348,7 @@ WRONG = {
     "gate's file": (one(when={"gate": "no.json"}), r"when\.gate: gate: no file .*no\.json"),
     "gate's broken file": (
         one(when={"gate": "bad.json"}),
-        r"when\.gate: gate: bad.json is no JSON",
+        r"when\.gate: gate: bad.json: not valid JSON",
     ),
     "error": (one(error="kept"), r"error: got \"kept\", accepted are keep, drop; did you mean"),
     "measure": (one(measure="projektion"), "did you mean 'projection'"),
@@ -589,6 +589,10 @@ def test_check_sees_that_nothing_would_be_steered(folder, make_sae, capsys):
 def test_check_needs_a_model_that_is_there(folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (folder / "empty").mkdir()
+    with pytest.raises(SystemExit, match="saesteer check: model: "):
+        main(["check", str(written(folder, one())), "--model", str(folder / "empty")])
+    config = {"model_type": "llama", "hidden_size": "wide"}
+    (folder / "empty" / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit, match="saesteer check: model: "):
         main(["check", str(written(folder, one())), "--model", str(folder / "empty")])
     with pytest.raises(SystemExit, match="saesteer check: path: no file"):

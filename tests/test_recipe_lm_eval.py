@@ -224,6 +224,12 @@ def test_wrong_columns_are_named(saes, head, message):
         sf.load_steering(written("sparsify,add,saes,layers.1,3,6,,,,", head=head))
 
 
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "empty.csv").touch()
+    with pytest.raises(ValueError, match=r"empty.csv: column 'loader': is missing"):
+        sf.load_steering(tmp_path / "empty.csv")
+
+
 def stored(content, name="steer.pt") -> Path:
     torch.save(content, name)
     return Path(name)

@@ -429,6 +429,28 @@ def test_packed_sequences_are_refused(model, sae):
     with sf.steering(model, sae, EDITS, scope="prompt"):
         with pytest.raises(ValueError, match="several sequences are packed in a row"):
             model.model(IDS, cu_seq_lens_q=torch.tensor([0, 2, 6]))
+        begins_anew = torch.tensor([[0, 1, 0, 1, 2, 3]]).expand(3, -1)
+        with pytest.raises(ValueError, match="several sequences are packed in a row"):
+            model(IDS, position_ids=begins_anew)
+        model(IDS, position_ids=torch.arange(3, 9)[None])
+        model(IDS, position_ids=(MASK.cumsum(1) - 1).clamp(min=0), attention_mask=MASK)
+
+
+@pytest.mark.fault(57)
+@pytest.mark.parametrize("scope", [sf.positions(-1), sf.positions(0, 2), sf.positions(-3, -2)])
+def test_padding_on_the_right_is_no_place(model, sae, scope):
+    """With a static cache the decoder is given a mask with a row a query; a chunk shows it too
+    late. (After the prompt transformers itself counts places anew.)"""
+    ids = torch.tensor([[5, 17, 60, 0, 0], [7, 8, 9, 5, 17]])
+    mask = (ids != 0).long()
+    with sf.steering(model, sae, EDITS, scope=["prompt", scope]):
+        expected = generate(model, ids, attention_mask=mask)
+        static = generate(model, ids, attention_mask=mask, cache_implementation="static")
+        assert torch.equal(static, expected)
+        with pytest.raises(ValueError, match="attention_mask: pads on the right, which a prompt"):
+            generate(model, ids, attention_mask=mask, prefill_chunk_size=2)
+        whole = generate(model, ids[1:])
+        assert torch.equal(generate(model, ids[1:], prefill_chunk_size=2), whole)
 
 
 @pytest.mark.fault(59)

@@ -194,6 +194,8 @@ def test_bad_x_is_named(sae, x, error, message):
 def test_bad_mask_is_named(sae, x, mask, message):
     with pytest.raises(ValueError, match=message):
         sf.steer(x, sae, EDITS, mask=mask)
+    with pytest.raises(TypeError, match="mask: got list, a bool tensor is needed"):
+        sf.steer(x, sae, EDITS, mask=mask.tolist())
 
 
 def test_bad_sae_is_named(x):

@@ -179,7 +179,7 @@ def _modern(source: Path, config: dict[str, object]) -> dict[str, object]:
 
 def _one_of(source: Path, config: dict[str, object], key: str, choices: dict) -> str:
     value = config.get(key)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         hint = "; a transcoder's output is not its input's stream" * ("transcoder" in str(value))
         raise ValueError(
             f"{source}: {key} is {value!r}, accepted are {', '.join(choices)}"

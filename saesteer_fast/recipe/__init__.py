@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..attach import Handle, steering
 from ..conditions import Condition
 from ..edits import Edits
-from ..errors import nearest_file
+from ..errors import named, nearest_file
 from ..sae import SAE
 from ..scopes import Scope, parts
 from ..steering import Rows
@@ -77,7 +77,8 @@ class Recipe:
             for place, step in enumerate(self.steerings):
                 with named(f"steerings[{place}]."):
                     handle = steering(model, load(step.sae), step.edits, **step.arguments())
-                handles.append(undo.enter_context(handle))
+                undo.callback(handle.remove)
+                handles.append(handle)
             return Handles(handles, undo.pop_all())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -145,14 +146,3 @@ def load_sae(sae: SAE | str) -> SAE:
         return sae
     with named("sae: "):
         return SAE.load(sae)
-
-
-@contextmanager
-def named(place: object) -> Iterator[None]:
-    """Errors inside begin with a place in the file."""
-    try:
-        yield
-    except (FileNotFoundError, TypeError, ValueError) as error:
-        kinds = (FileNotFoundError, TypeError, ValueError)
-        kind = next(kind for kind in kinds if isinstance(error, kind))
-        raise kind(f"{place}{error}") from None

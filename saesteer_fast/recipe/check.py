@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from .. import formats, sites
 from ..edits import Edit
+from ..errors import named
 from ..sae import SAE
 from ..scopes import NotTokens, Positions, Scope
 from ..steering import Plan
-from . import Steering, load_sae, load_steering, named
+from . import Steering, load_sae, load_steering
 
 _SEMANTICS = {
     ("set", "activation", "keep"): "set, error kept: SAELens hooks with the error term, AxBench",
@@ -162,7 +163,7 @@ def _without_weights(path: str) -> nn.Module:
     with named("model: "), torch.device("meta"):
         try:
             config = AutoConfig.from_pretrained(path)
-        except OSError as error:
+        except Exception as error:  # its checks of a configuration raise any kind
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(reason) from None
         try:

@@ -50,12 +50,13 @@ from torch import Tensor
 
 from ..conditions import POOLS, Condition, Gate, Logistic, active, gate, split
 from ..edits import KINDS, Edit
+from ..errors import named
 from ..formats import hub
+from ..node import Node
 from ..sae import MEASURES, SAE
 from ..scopes import NotTokens, Positions, Scope, Scoped, not_tokens, positions
 from ..steering import ERRORS
-from . import Recipe, Steering, named
-from .node import Node
+from . import Recipe, Steering
 
 FORMAT, VERSION = "saesteer-steering", 1
 

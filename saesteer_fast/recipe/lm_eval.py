@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from ..edits import add
-from ..errors import nearest
+from ..errors import named, nearest
 from ..sae import SAE
-from . import Recipe, Steering, load_sae, named
+from . import Recipe, Steering, load_sae
 
 _ACTIONS = ("add", "clamp")
 _LOADERS = ("sparsify", "sae_lens")
@@ -81,9 +81,9 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restkey="", restval="", strict=True)
             rows = [(reader.line_num, row) for row in reader]
+            columns = reader.fieldnames or []
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"not valid CSV ({error})") from None
-    columns = reader.fieldnames or []
     _known("column", [name for name in columns if name], _COLUMNS, _MORE_COLUMNS)
     if len(set(columns)) < len(columns):
         raise ValueError("a column is there twice")

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..conditions import split
-from ..recipe import Recipe, Steering, named
+from ..errors import named
+from ..recipe import Recipe, Steering
 from ..scopes import NotTokens, parts, starts_at_turn, turn
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import sites
-from ..recipe import Recipe, Steering, load_sae, named
+from ..errors import named
+from ..recipe import Recipe, Steering, load_sae
 from ..scopes import Scoped, both
 from ..steering import Plan
 from . import recipes

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import torch
 
-from ..errors import nearest
+from .errors import nearest
 
 _LATENT = re.compile("0|[1-9][0-9]{0,17}")
 _LARGEST = torch.finfo(torch.float32).max
