@@ -16,13 +16,13 @@ __global__ void __launch_bounds__(kTokenThreads, kDtype < 0 ? 4 : 7) level0(Ladd
   fix_dtypes<kDtype>(c.x, c.encoder.W, c.directions, c.y);
   const int64_t token = blockIdx.x;
   const float value = first_value(c, token);
-  keep_and_write(c, token, measure(c, token), c.directions, value);
+  keep_and_write<kDtype>(c, token, measure(c, token), c.directions, value);
 }
 
 template <int kDtype>
 __global__ void __launch_bounds__(kTokenThreads, kDtype < 0 ? 4 : 8) settle(Ladder c) {
   fix_dtypes<kDtype>(c.x, c.encoder.W, c.directions, c.y);
-  settle_tokens(c);
+  settle_tokens<kDtype>(c);
 }
 
 struct Project {
@@ -51,8 +51,8 @@ template <int kDtype>
 __global__ void __launch_bounds__(kTokenThreads, 8) add_rows(Add c) {
   fix_dtypes<kDtype>(c.x, c.rows, c.y);
   const int64_t token = blockIdx.x;
-  add_to_token(c.x[token], c.rows, c.count, c.coef.data + token * c.coef.stride, c.y[token],
-               c.x.dtype);
+  add_to_token<kDtype>(c.x[token], c.rows, c.count, c.coef.data + token * c.coef.stride, c.y[token],
+                       c.x.dtype);
 }
 
 constexpr int64_t kWorkspace = int64_t{1} << 20, kHead = 16;

@@ -67,6 +67,7 @@ __device__ __forceinline__ bool measure(const Ladder& c, int64_t token) {
 }
 
 // Of a measured token: what the scan needs, if it is open; else what is known of it.
+template <int kDtype>
 __device__ __forceinline__ void keep_and_write(const Ladder& c, int64_t token, bool open,
                                                const Rows& directions, float value) {
   const int64_t F = c.features.count;
@@ -88,10 +89,11 @@ __device__ __forceinline__ void keep_and_write(const Ladder& c, int64_t token, b
 
   for (int64_t f = threadIdx.x; f < F; f += kTokenThreads)
     p[f] = (f == threadIdx.x ? value : value_of(c, token, f)) - unbeaten(p[f]);
-  add_to_token(x, directions, F, p, c.y[token], c.x.dtype);
+  add_to_token<kDtype>(x, directions, F, p, c.y[token], c.x.dtype);
 }
 
 // For the open tokens, shared out among the blocks: what the scan found.
+template <int kDtype>
 __device__ __forceinline__ void settle_tokens(const Ladder& c) {
   const int64_t F = c.features.count, slots = c.open.count ? *c.open.count : c.tokens;
   float* const delta = shared<float>();
@@ -107,7 +109,7 @@ __device__ __forceinline__ void settle_tokens(const Ladder& c) {
         delta[f] = value_of(c, token, f) - a;
     }
     if (c.acts) continue;
-    add_to_token(c.x[token], c.directions, F, delta, c.y[token], c.x.dtype);
+    add_to_token<kDtype>(c.x[token], c.directions, F, delta, c.y[token], c.x.dtype);
     sync_threads();
   }
 }

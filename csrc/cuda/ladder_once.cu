@@ -50,6 +50,7 @@ __device__ __forceinline__ Rows fetch(const Rows& rows, int64_t count) {
 }
 
 // Whether this block found a token open among those that it measured.
+template <int kDtype>
 __device__ __forceinline__ bool level0(const Ladder& c, const Sharing& sharing,
                                        const Rows& directions) {
   const int64_t mine = blockIdx.x;
@@ -61,7 +62,7 @@ __device__ __forceinline__ bool level0(const Ladder& c, const Sharing& sharing,
     const bool open = measure(c, token);
     any |= open;
     wait_copies<0>();
-    if (is_mine) keep_and_write(c, token, open, directions, value);
+    if (is_mine) keep_and_write<kDtype>(c, token, open, directions, value);
   }
   return any;
 }
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   static_assert(S::kThreads == kTokenThreads);
   fix_dtypes<S::kDtype>(c.x, c.encoder.W, c.directions, c.y, s.x, s.encoder.W);
   const bool fetches = sharing.fetch && blockIdx.x < c.tokens;
-  const bool open = level0(
+  const bool open = level0<S::kDtype>(
       c, sharing, fetches ? fetch<S::kThreads>(c.directions, c.features.count) : c.directions);
 
   // All blocks leave here or none does. Not by `beaten`: others may have begun to count.
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   if (!sync_threads_or(threadIdx.x < c.tokens && c.open.token[threadIdx.x] >= 0)) return;
   S::scan(s);
   sync_grid();
-  settle_tokens(c);
+  settle_tokens<S::kDtype>(c);
 }
 
 // Up to so many rows of x and W at L0 every block reads them all, from the second-level cache: no

@@ -31,7 +31,7 @@ void run(const Scan& s, Stream stream) {
 
 bool takes_mma(const Scan& s) {
   return s.x.dtype == s.encoder.W.dtype && s.x.dtype != Dtype::f32 && s.x.width % 8 == 0 &&
-         s.x.width > 0 && reinterpret_cast<uintptr_t>(s.x.data) % 16 == 0 &&
+         s.x.width > 0 && s.x.width < 1 << 30 && reinterpret_cast<uintptr_t>(s.x.data) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(s.encoder.W.data) % 16 == 0;
 }
 

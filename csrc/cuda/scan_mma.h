@@ -35,36 +35,55 @@ using Fewest = Plan<16, 32, 1, 2, 8>;
 using Few = Plan<64, 64, 2, 2, 4>;
 using Many = Plan<128, 128, 2, 2, 3>;
 
+// What one thread copies of each panel: the same 16-byte chunk of kEach rows, kStep apart.
 template <class P>
 struct Panels {
-  const Scan& s;
-  int64_t first_latent;
-  const int32_t* token;  // the tile's, in shared memory
-  unsigned char* stages;
+  static constexpr int kStep = P::kThreads / 8, kOfX = P::kTokens / kStep;
+  static constexpr int kEach = (P::kTokens + P::kLatents) / kStep;
+  static_assert(kStep % 8 == 0 && P::kTokens % kStep == 0 && P::kLatents % kStep == 0);
+  const char *x, *W;  // from this thread's chunk of their first rows on
+  uint32_t row_bytes, chunk;
+  uint32_t at[kEach];  // the row of x, or of the tile's W; some row where there is none
+  uint32_t there;      // bits
+  unsigned char* to;   // in the first stage
+
+  __device__ __forceinline__ Panels(const Scan& s, int64_t first_latent, const int32_t* token,
+                                    unsigned char* stages)
+      : row_bytes(static_cast<uint32_t>(s.x.width * 2)), chunk(threadIdx.x % 8 * 16), there(0) {
+    const int first = threadIdx.x / 8, left = latents_from(s, first_latent);
+    x = static_cast<const char*>(s.x.data) + chunk;
+    W = static_cast<const char*>(s.encoder.W[first_latent]) + chunk;
+    to = stages + place(first, threadIdx.x % 8);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int row = first + i * kStep - (i < kOfX ? 0 : P::kTokens);
+      const int from = i < kOfX ? token[row] : row < left ? row : -1;
+      at[i] = from < 0 ? 0 : from;
+      there |= (from < 0 ? 0u : 1u) << i;
+    }
+  }
 
   // Starts the copy of columns kDepth * k ... into a stage; zeros where there is nothing.
-  __device__ __forceinline__ void load(int64_t k, int stage) const {
-    const int64_t row_bytes = s.x.width * 2, N = s.encoder.count;
-    unsigned char* const to = stages + stage * P::kStageBytes;
-    for (int q = threadIdx.x; q < (P::kTokens + P::kLatents) * 8; q += P::kThreads) {
-      const int row = q / 8;
-      const int64_t column = k * kRowBytes + q % 8 * 16;
-      const bool of_x = row < P::kTokens;
-      const int64_t at = of_x ? token[row] : first_latent + row - P::kTokens;
-      const bool there = column < row_bytes && at >= 0 && (of_x || at < N);
-      const void* matrix = of_x ? s.x.data : s.encoder.W.data;
-      copy_async(to + place(row, q % 8),
-                 static_cast<const char*>(matrix) + (there ? at * row_bytes + column : 0), there);
-    }
+  __device__ __forceinline__ void load(uint32_t k, int stage) const {
+    const bool inside = k * kRowBytes + chunk < row_bytes;
+    const uint32_t column = inside ? k * kRowBytes : 0, here = inside ? there : 0;
+    const char *const from_x = x + column, *const from_W = W + column;
+    unsigned char* const into = to + stage * P::kStageBytes;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      copy_async(into + i * kStep * kRowBytes,
+                 (i < kOfX ? from_x : from_W) + uint64_t{at[i]} * row_bytes, here >> i & 1);
   }
 };
 
-// Asks for the first columns of a tile's W; the last warps do, which may have nothing to multiply.
+// Asks for the first columns of a tile's W, each warp for as many rows: its lanes take turns.
 template <class P>
 __device__ __forceinline__ void expect_tile(const Scan& s, int64_t slots, int64_t tile) {
   const Tiles<P::kTokens, P::kLatents> tiles(slots, s.encoder.count);
-  const int row = static_cast<int>(threadIdx.x) - (P::kThreads - P::kLatents);
-  if (tile >= tiles.count() || row < 0) return;
+  constexpr int kApart = P::kThreads / P::kLatents;
+  static_assert(P::kThreads % P::kLatents == 0);
+  const int row = static_cast<int>(threadIdx.x) / kApart;
+  if (tile >= tiles.count() || threadIdx.x % kApart) return;
   int64_t first_slot, first_latent;
   tiles.locate(tile, first_slot, first_latent);
   const int64_t row_bytes = s.x.width * 2;
@@ -101,7 +120,7 @@ __device__ __forceinline__ void multiply(const unsigned char* stage,
 template <class P, bool kBf16>
 __device__ __forceinline__ void take_tiles(const Scan& s) {
   const int64_t slots = slots_here(s), N = s.encoder.count;
-  const int64_t depth = (s.x.width + kDepth - 1) / kDepth;
+  const int depth = static_cast<int>((s.x.width + kDepth - 1) / kDepth);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kRows = P::kM * 2;  // of a tile's, a thread's
   const bool multiplies = 32 * P::kWarps == P::kThreads || warp < P::kWarps;
@@ -125,7 +144,7 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
       own[r] = token[warp / P::kAcross % P::kDown * P::kM * 16 + r / 2 * 16 + r % 2 * 8 + lane / 4];
     const auto bars = bars_of(s, own, 0);
 
-    const Panels<P> panels{s, first_latent, token, stages};
+    const Panels<P> panels(s, first_latent, token, stages);
     float sum[P::kM][P::kN][4] = {};
 #pragma unroll
     for (int k = 0; k < P::kStages - 1; ++k) {
@@ -133,7 +152,7 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
       commit_copies();
     }
     int stage = 0, free = P::kStages - 1;
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int k = 0; k < depth; ++k) {
       wait_copies<P::kStages - 2>();
       sync_threads();
       if (k + P::kStages - 1 < depth) panels.load(k + P::kStages - 1, free);

@@ -98,6 +98,10 @@ struct Producer {
       token[i] = static_cast<int32_t>(token_of(s, tile.first_slot + thread / 8 + i * 16, slots));
     Tile next;
     for (int64_t k = 0; k < depth; ++k) {
+      if (pending == kBehind) {
+        wait_copies<kBehind - 1>();
+        hand_over();
+      }
       if (k == depth / 2) next = look(tile.number + gridDim.x);
       barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
       unsigned char* const x = stages + at.stage * kStageBytes;
@@ -119,10 +123,7 @@ struct Producer {
       commit_copies();
       if (k == depth - 1) describe_end(tile, ring.ends[at.stage]);
       at.next();
-      if (++pending > kBehind) {
-        wait_copies<kBehind>();
-        hand_over();
-      }
+      ++pending;
     }
     return next;
   }

@@ -106,28 +106,57 @@ __device__ __forceinline__ bool project_token(const void* x, Dtype dtype, const 
              : project_all<false>(x, dtype, rows, bias, limit, index, count, p, scratch);
 }
 
-template <bool kWhole>
+// Chunks of a row that a thread has under way at once; of unknown dtypes they take more registers.
+template <int kDtype>
+constexpr int kTogether = kDtype < 0 ? 1 : 3;
+
+// Of kCount chunks, kTokenThreads apart.
+template <bool kWhole, int kCount>
+__device__ __forceinline__ void add_some(const void* x, const Rows& rows, int64_t count,
+                                         const float* coef, void* y, Dtype dtype, int64_t first,
+                                         bool x_wide, bool y_wide) {
+  float sum[kCount][kChunk], v[kCount][kChunk];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j)
+    load8<kWhole>(x, dtype, rows.width, first + j * kTokenThreads, x_wide, sum[j]);
+#pragma unroll 1
+  for (int64_t i = 0; i < count; ++i) {
+    const float term = coef[i];
+    if (term == 0) continue;
+    const void* const row = rows[i];
+    const bool wide = aligned(row);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      load8<kWhole>(row, rows.dtype, rows.width, first + j * kTokenThreads, wide, v[j]);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) sum[j][e] = fmaf(term, v[j][e], sum[j][e]);
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j)
+    store8<kWhole>(y, dtype, rows.width, first + j * kTokenThreads, y_wide, sum[j]);
+}
+
+template <bool kWhole, int kCount>
 __device__ __forceinline__ void add_all(const void* x, const Rows& rows, int64_t count,
                                         const float* coef, void* y, Dtype dtype) {
   const bool x_wide = aligned(x), y_wide = aligned(y);
+  const int64_t all = chunks(rows.width);
+  int64_t c = threadIdx.x;
+  if constexpr (kCount > 1)
 #pragma unroll 1
-  for (int64_t c = threadIdx.x; c < chunks(rows.width); c += kTokenThreads) {
-    float sum[kChunk], v[kChunk];
-    load8<kWhole>(x, dtype, rows.width, c, x_wide, sum);
-    for (int64_t i = 0; i < count; ++i) {
-      const float term = coef[i];
-      if (term == 0) continue;
-      load8<kWhole>(rows[i], rows.dtype, rows.width, c, aligned(rows[i]), v);
-#pragma unroll
-      for (int e = 0; e < kChunk; ++e) sum[e] = fmaf(term, v[e], sum[e]);
-    }
-    store8<kWhole>(y, dtype, rows.width, c, y_wide, sum);
-  }
+    for (; c + (kCount - 1) * kTokenThreads < all; c += kCount * kTokenThreads)
+      add_some<kWhole, kCount>(x, rows, count, coef, y, dtype, c, x_wide, y_wide);
+#pragma unroll 1
+  for (; c < all; c += kTokenThreads)
+    add_some<kWhole, 1>(x, rows, count, coef, y, dtype, c, x_wide, y_wide);
 }
 
 // y = x + sum_i coef[i] rows[i] over the coefficients that are not 0; if all are, the bits of x.
 // coef[i] may be in shared memory, written by thread i % kTokenThreads just before. x's second
 // reading finds it in the first-level cache.
+template <int kDtype>
 __device__ __forceinline__ void add_to_token(const void* x, const Rows& rows, int64_t count,
                                              const float* coef, void* y, Dtype dtype) {
   bool any = false;
@@ -135,9 +164,9 @@ __device__ __forceinline__ void add_to_token(const void* x, const Rows& rows, in
   if (!sync_threads_or(any))
     return copy_row(x, y, rows.width * bytes(dtype), threadIdx.x, kTokenThreads);
   if (whole(rows) && aligned(x) && aligned(y))
-    add_all<true>(x, rows, count, coef, y, dtype);
+    add_all<true, kTogether<kDtype>>(x, rows, count, coef, y, dtype);
   else
-    add_all<false>(x, rows, count, coef, y, dtype);
+    add_all<false, 1>(x, rows, count, coef, y, dtype);
 }
 
 // Runs `make` with the kernel's variant: kOne for x and every matrix of that dtype, -1 for others.
