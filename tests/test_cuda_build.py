@@ -167,35 +167,48 @@ def test_fp32_is_never_rounded_for_a_tensor_core(arch, kernel):
         assert not count(code, r"\w*MMA[.\s]") and count(code, r"FFMA\s") >= 32 * 8
 
 
+@pytest.mark.parametrize("latents", [192, 256])
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp16"])
-def test_hopper_multiplies_by_warpgroups_and_copies_boxes(bf16):
+def test_hopper_multiplies_by_warpgroups_and_copies_boxes(bf16, latents):
     if "9.0a" not in _build.facts()["cuda_architectures"]:
         pytest.skip("not built for 9.0a")
-    code = of("sm_90a", "scan_groups", f"Lb{int(bf16)}E")
-    kind = "64x256x16.F32.BF16" if bf16 else r"64x256x16.F32\s"
+    code = of("sm_90a", "scan_groups", f"Lb{int(bf16)}ELi{latents}E")
+    kind = rf"64x{latents}x16\.F32" + (r"\.BF16" if bf16 else r"\s")
     assert count(code, rf"HGMMA\.{kind}") >= 4
     assert count(code, r"UTMALDG\.2D") and count(code, r"LDGSTS\.E\.\S*128")
     assert count(code, r"USETMAXREG\.TRY_ALLOC") and count(code, r"USETMAXREG\.DEALLOC")
 
 
-def test_products_of_a_stage_are_issued_together():
+@pytest.mark.parametrize("latents", [192, 256])
+def test_products_of_a_stage_are_issued_together(latents):
     """Between them no wait: a compiler that cannot prove them independent would put one there."""
     if "9.0a" not in _build.facts()["cuda_architectures"]:
         pytest.skip("not built for 9.0a")
-    order = re.findall(r"(HGMMA|WARPGROUP\.DEPBAR)", of("sm_90a", "scan_groups", "Lb1E"))
+    order = re.findall(
+        r"(HGMMA|WARPGROUP\.DEPBAR)", of("sm_90a", "scan_groups", f"Lb1ELi{latents}E")
+    )
     runs = [len(run.split()) for run in " ".join(order).split("WARPGROUP.DEPBAR") if run.strip()]
     assert runs and all(run % 4 == 0 for run in runs), runs
 
 
-def test_a_tile_ends_without_waiting_for_memory():
+@pytest.mark.parametrize("latents", [192, 256])
+def test_a_tile_ends_without_waiting_for_memory(latents):
     """After the last products: biases from shared memory; what p_f is was asked for before."""
     if "9.0a" not in _build.facts()["cuda_architectures"]:
         pytest.skip("not built for 9.0a")
-    code = of("sm_90a", "scan_groups", "Lb1E")
+    code = of("sm_90a", "scan_groups", f"Lb1ELi{latents}E")
     before, after = code.split("WARPGROUP.DEPBAR.LE gsb0, 0x0")
     assert count(before.split("HGMMA")[-1], r"LDG\.E") >= 3
     freed = after.split("SYNCS.ARRIVE")[0]
-    assert count(freed, r"LDS\.64") == 32 and not count(freed, "LDG")
+    assert count(freed, r"LDS\.64") == latents // 8 and not count(freed, "LDG")
+
+
+@pytest.mark.parametrize(("plan", "most"), [("fewest", 100), ("few", 180)])
+def test_a_stage_takes_few_instructions(arch, plan, most):
+    """Else these, not memory, would bound the scan of few tokens."""
+    stages = of(arch, "scan_16bit", SCANS[plan], "Lb1E").split("LDGDEPBAR")
+    multiplied = [count(stage, r";\s+/\*") for stage in stages if count(stage, "HMMA")]
+    assert min(multiplied) <= most, multiplied
 
 
 @pytest.mark.parametrize("plan", ["few", "fewest"])

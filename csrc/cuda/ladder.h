@@ -6,12 +6,9 @@
 
 namespace saesteer::cuda {
 
-// Up to so many tokens have a slot each, so that no counter has to be set to zero first.
-constexpr int64_t kFew = 64;
-
 // The tokens that L0 leaves open, in device memory.
 struct Open {
-  int32_t* count;   // null: every token has its own slot
+  int32_t* count;   // null: few tokens, each with its own slot, so that nothing has to be zeroed
   int32_t* token;   // by slot; -1: settled
   float* p;         // [token, F]
   int32_t* beaten;  // [token, F]

@@ -222,7 +222,8 @@ __device__ inline void products_wait() {
 }
 
 // Nothing that uses these registers moves across this line, from where products still write them.
-__device__ __forceinline__ void hold(float (&c)[128]) {
+template <int kCount>
+__device__ __forceinline__ void hold(float (&c)[kCount]) {
 #pragma unroll
   for (float& v : c) asm volatile("" : "+f"(v)::"memory");
 }
@@ -230,35 +231,60 @@ __device__ __forceinline__ void hold(float (&c)[128]) {
 #define SAESTEER_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define SAESTEER_16(c, i) \
   SAESTEER_4(c, i), SAESTEER_4(c, i + 4), SAESTEER_4(c, i + 8), SAESTEER_4(c, i + 12)
-#define SAESTEER_WGMMA(type)                                                                       \
-  asm volatile(                                                                                    \
-      "{\n .reg .pred p;\n setp.ne.b32 p, %130, 0;\n"                                              \
-      " wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                   \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "           \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "           \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "           \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "           \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "           \
+#define SAESTEER_32(c, i) SAESTEER_16(c, i), SAESTEER_16(c, i + 16)
+#define SAESTEER_96(c) SAESTEER_32(c, 0), SAESTEER_32(c, 32), SAESTEER_32(c, 64)
+#define SAESTEER_NAMES_96                                                            \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define SAESTEER_NAMES_128                                                                         \
+  SAESTEER_NAMES_96                                                                                \
+      ", "                                                                                         \
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "     \
-      "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
-      "%126, %127}, %128, %129, p, 1, 1, 0, 0;\n}"                                                 \
-      : SAESTEER_16(c, 0), SAESTEER_16(c, 16), SAESTEER_16(c, 32), SAESTEER_16(c, 48),             \
-        SAESTEER_16(c, 64), SAESTEER_16(c, 80), SAESTEER_16(c, 96), SAESTEER_16(c, 112)            \
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+      "%111, "                                                                                     \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
+      "%127"
+#define SAESTEER_WGMMA(columns, type, names, left, right, adds, ...)                            \
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, " adds                                       \
+               ", 0;\n"                                                                         \
+               " wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names \
+               "}, " left ", " right ", p, 1, 1, 0, 0;\n}"                                      \
+               : __VA_ARGS__                                                                    \
+               : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+#define SAESTEER_WGMMA_192(type) \
+  SAESTEER_WGMMA("192", type, SAESTEER_NAMES_96, "%96", "%97", "%98", SAESTEER_96(c))
+#define SAESTEER_WGMMA_256(type)                                                          \
+  SAESTEER_WGMMA("256", type, SAESTEER_NAMES_128, "%128", "%129", "%130", SAESTEER_96(c), \
+                 SAESTEER_32(c, 96))
 
-// c = a b^T, added to c if `add`: 64 rows of a, 256 of b, 16 elements each. Thread t of the
+// c = a b^T, added to c if `add`: 64 rows of a, 192 or 256 of b, 16 elements each. Thread t of the
 // warpgroup has row t / 4 % 8 + 8 (i / 2 % 2) + 16 (t / 32) and column 8 (i / 4) + 2 (t % 4) + i %
 // 2 of the result in c[i].
 template <bool kBf16>
+__device__ inline void multiply_group(float (&c)[96], uint64_t a, uint64_t b, bool add) {
+  if constexpr (kBf16)
+    SAESTEER_WGMMA_192("bf16");
+  else
+    SAESTEER_WGMMA_192("f16");
+}
+template <bool kBf16>
 __device__ inline void multiply_group(float (&c)[128], uint64_t a, uint64_t b, bool add) {
   if constexpr (kBf16)
-    SAESTEER_WGMMA("bf16");
+    SAESTEER_WGMMA_256("bf16");
   else
-    SAESTEER_WGMMA("f16");
+    SAESTEER_WGMMA_256("f16");
 }
 
+#undef SAESTEER_WGMMA_256
+#undef SAESTEER_WGMMA_192
 #undef SAESTEER_WGMMA
+#undef SAESTEER_NAMES_128
+#undef SAESTEER_NAMES_96
+#undef SAESTEER_96
+#undef SAESTEER_32
 #undef SAESTEER_16
 #undef SAESTEER_4
 

@@ -6,12 +6,6 @@ namespace saesteer::cuda {
 
 namespace {
 
-// Up to so many tokens the reading of W_enc is what takes the time, and smaller tiles stop sooner.
-constexpr int64_t kFew = 64;
-// Where only the device knows how many are in use, but of more slots than these, so few are not
-// worth a launch that mostly leaves at once.
-constexpr int64_t kSome = 512;
-
 // SAESTEER_SCAN=mma leaves out scan_wgmma, =simt both that use tensor cores: for finding out which
 // kernel is wrong, and for going on without it.
 bool allowed(const char* kernel) {
@@ -27,14 +21,17 @@ void scan(const Scan& all, Stream stream) {
   Scan s = all;
   s.least = 1, s.most = s.slots;
   if (!uses_mma(s)) return scan_simt(s, stream);
-  if (s.slots <= kFew) return scan_mma(s, stream);
-  const bool by_groups = takes_wgmma(s) && allowed("wgmma");
-  if (s.open_count && !(by_groups && s.slots > kSome)) {
-    s.most = kFew;
-    scan_mma(s, stream);
-    s.least = kFew + 1, s.most = s.slots;
+  const bool by_groups = takes_wgmma(s) && allowed("wgmma"), many = by_groups && s.slots > kSome;
+  const int64_t limit = many ? kSome : kFew;
+  const auto fewer = many ? scan_wgmma : scan_mma, more = by_groups ? scan_wgmma : scan_mma;
+  if (s.slots <= limit) return fewer(s, stream);
+  if (s.open_count) {
+    // Only the device knows how many are in use: the kernel that is not meant leaves at once.
+    s.most = limit;
+    fewer(s, stream);
+    s.least = limit + 1, s.most = s.slots;
   }
-  by_groups ? scan_wgmma(s, stream) : scan_mma(s, stream);
+  more(s, stream);
 }
 
 }  // namespace saesteer::cuda

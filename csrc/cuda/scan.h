@@ -28,6 +28,10 @@ struct Scan {
   float* preacts;
 };
 
+// Up to so many tokens the reading of W_enc is what takes the time, and small tiles stop sooner; up
+// to so many it still is about as long as the products.
+constexpr int64_t kFew = 64, kSome = 384;
+
 // Those that are in use, 0 if another kernel serves so many.
 __device__ inline int64_t slots_here(const Scan& s) {
   const int64_t slots = s.open_count ? *s.open_count : s.slots;

@@ -7,28 +7,31 @@
 namespace saesteer::cuda {
 namespace {
 
-constexpr int kTokens = 128, kLatents = 256, kStages = 4;
+constexpr int kTokens = 128, kStages = 4;
 constexpr int kRowBytes = 128;  // of a panel: 64 columns
 constexpr int kGroup = 128;     // threads of a warpgroup
 constexpr int kThreads = 3 * kGroup;
-constexpr int kXBytes = kTokens * kRowBytes, kWBytes = kLatents * kRowBytes;
-constexpr int kStageBytes = kXBytes + kWBytes;
+constexpr int kXBytes = kTokens * kRowBytes;
 // Stages whose copies of x are under way before the first of them is handed over.
 constexpr int kBehind = 2;
 static_assert(kBehind <= kStages - 2, "a stage is freed one stage later than it is multiplied");
 
 // What a tile's end needs to know, so that it has to wait for nothing.
+template <int kLatents>
 struct Ends {
   alignas(8) float bias[kLatents];
   int32_t token[kTokens];
   int64_t first_latent;
 };
+template <int kLatents>
 struct Ring {
+  static constexpr int kWBytes = kLatents * kRowBytes, kStageBytes = kXBytes + kWBytes;
   uint64_t full[kStages], empty[kStages];
-  int begins[kStages];  // whether a tile does; set in its first stage
-  Ends ends[kStages];   // set in its last stage
+  int begins[kStages];           // whether a tile does; set in its first stage
+  Ends<kLatents> ends[kStages];  // set in its last stage
 };
-constexpr int64_t kShared = kStages * kStageBytes + sizeof(Ring);
+template <int kLatents>
+constexpr int64_t kShared = kStages * Ring<kLatents>::kStageBytes + sizeof(Ring<kLatents>);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -48,10 +51,12 @@ struct Tile {
   int64_t number, first_slot, first_latent;  // number -1: none
 };
 
+template <int kLatents>
 struct Producer {
+  static constexpr int kWBytes = Ring<kLatents>::kWBytes, kStageBytes = kXBytes + kWBytes;
   const Scan& s;
   const TensorMap* W;
-  Ring& ring;
+  Ring<kLatents>& ring;
   unsigned char* stages;
   int64_t slots, depth;
   int thread;
@@ -79,7 +84,7 @@ struct Producer {
     return {-1};
   }
 
-  __device__ __forceinline__ void describe_end(const Tile& tile, Ends& ends) const {
+  __device__ __forceinline__ void describe_end(const Tile& tile, Ends<kLatents>& ends) const {
     const int latents = latents_from(s, tile.first_latent);
     for (int i = thread; i < kLatents; i += kGroup)
       ends.bias[i] = bias_of(s, tile.first_latent, i, latents);
@@ -138,10 +143,11 @@ struct Producer {
   }
 };
 
-template <bool kBf16>
+template <bool kBf16, int kLatents>
 struct Consumer {
+  static constexpr int kSums = kLatents / 2, kStageBytes = Ring<kLatents>::kStageBytes;
   const Scan& s;
-  Ring& ring;
+  Ring<kLatents>& ring;
   const unsigned char* stages;
   int64_t depth;
   int group, thread;
@@ -156,13 +162,13 @@ struct Consumer {
     for (;;) {
       barrier_wait(&ring.full[at.stage], at.parity);
       if (!ring.begins[at.stage]) return;
-      float sum[128];
+      float sum[kSums];
       end_tile(multiply(sum), sum);
     }
   }
 
   // Returns the last stage, whose products are still under way.
-  __device__ __forceinline__ int multiply(float (&sum)[128]) {
+  __device__ __forceinline__ int multiply(float (&sum)[kSums]) {
     int last = -1;
     for (int64_t k = 0; k < depth; ++k) {
       barrier_wait(&ring.full[at.stage], at.parity);
@@ -183,8 +189,8 @@ struct Consumer {
     return last;
   }
 
-  __device__ __forceinline__ void end_tile(int last, float (&sum)[128]) {
-    const Ends& ends = ring.ends[last];
+  __device__ __forceinline__ void end_tile(int last, float (&sum)[kSums]) {
+    const Ends<kLatents>& ends = ring.ends[last];
     const int row = group * 64 + thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
     const int32_t token[2] = {ends.token[row], ends.token[row + 8]};
     const int64_t first_latent = ends.first_latent;
@@ -194,19 +200,20 @@ struct Consumer {
 
     const auto p = [&](int r, int c) -> float& { return sum[c / 2 * 4 + r * 2 + c % 2]; };
     const auto step = [](int c) { return c / 2 * 8 + c % 2; };
-    add_biases<2, 64>(p, [&](int c) { return ends.bias[column + step(c)]; });
+    add_biases<2, kLatents / 4>(p, [&](int c) { return ends.bias[column + step(c)]; });
     free(last);
-    deliver<2, 64, 4>(s, token, bars, p, first_latent, first_latent + kLatents, column, step);
+    deliver<2, kLatents / 4, 4>(s, token, bars, p, first_latent, first_latent + kLatents, column,
+                                step);
   }
 };
 
-template <bool kBf16>
+template <bool kBf16, int kLatents>
 __global__ void __launch_bounds__(kThreads, 1)
     scan_groups(Scan s, const __grid_constant__ TensorMap W) {
   const int64_t slots = slots_here(s), depth = (s.x.width * 2 + kRowBytes - 1) / kRowBytes;
   if (slots == 0) return;
   unsigned char* const stages = shared<unsigned char>();
-  Ring& ring = *shared<Ring>(kStages * kStageBytes);
+  auto& ring = *shared<Ring<kLatents>>(kStages * Ring<kLatents>::kStageBytes);
   if (threadIdx.x == 0) {
     prefetch_map(&W);
     for (int i = 0; i < kStages; ++i) {
@@ -219,18 +226,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int group = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
   if (group == 0) {
-    give_registers<88>();
-    Producer{s, &W, ring, stages, slots, depth, thread, {}, {}}.run();
+    give_registers<kLatents == 256 ? 88 : 120>();
+    Producer<kLatents>{s, &W, ring, stages, slots, depth, thread, {}, {}}.run();
   } else {
-    take_registers<208>();
-    Consumer<kBf16>{s, ring, stages, depth, group - 1, thread, {}}.run();
+    take_registers<kLatents == 256 ? 208 : 192>();
+    Consumer<kBf16, kLatents>{s, ring, stages, depth, group - 1, thread, {}}.run();
   }
 }
 
 #else
 
 // Chosen for compute capability 9.0 alone.
-template <bool kBf16>
+template <bool kBf16, int kLatents>
 __global__ void scan_groups(Scan, const __grid_constant__ TensorMap) {
   __trap();
 }
@@ -248,16 +255,27 @@ bool takes_wgmma(const Scan& s) {
 #endif
 }
 
-void scan_wgmma(const Scan& s, Stream stream) {
-  const bool is_bf16 = s.x.dtype == Dtype::bf16;
+namespace {
+
+template <bool kBf16, int kLatents>
+void run(const Scan& s, Stream stream) {
   const TensorMap W =
-      tensor_map(s.encoder.W.data, is_bf16, s.encoder.count, s.encoder.W.width, kLatents);
-  const int64_t tiles = Tiles<kTokens, kLatents>(s.slots, s.encoder.count).count();
-  const Shape shape{balanced(tiles, multiprocessors()), kThreads, kShared};
-  if (is_bf16)
-    launch(scan_groups<true>, shape, stream, s, W);
-  else
-    launch(scan_groups<false>, shape, stream, s, W);
+      tensor_map(s.encoder.W.data, kBf16, s.encoder.count, s.encoder.W.width, kLatents);
+  const int64_t tiles = Tiles<kTokens, kLatents>(s.most, s.encoder.count).count();
+  const Shape shape{balanced(tiles, multiprocessors()), kThreads, kShared<kLatents>};
+  launch(scan_groups<kBf16, kLatents>, shape, stream, s, W);
+}
+
+// Of few tokens there are few tiles: narrow ones share the multiprocessors better.
+template <bool kBf16>
+void run(const Scan& s, Stream stream) {
+  s.most <= kSome ? run<kBf16, 192>(s, stream) : run<kBf16, 256>(s, stream);
+}
+
+}  // namespace
+
+void scan_wgmma(const Scan& s, Stream stream) {
+  s.x.dtype == Dtype::bf16 ? run<true>(s, stream) : run<false>(s, stream);
 }
 
 }  // namespace saesteer::cuda
