@@ -49,7 +49,7 @@ fmt: $(BUILT)
 	.venv/bin/clang-format -i $(LAID_OUT)
 
 clean:
-	rm -rf .venv build dist *.egg-info saesteer_fast/*.so saesteer_fast/triton_kernels saesteer-demo
+	rm -rf .venv build dist *.egg-info saesteer_fast/*.so saesteer_fast/triton_kernels saesteer-demo saesteer-mini
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Debian's Python may come without ensurepip; its own pip then serves the environment.

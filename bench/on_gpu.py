@@ -60,7 +60,7 @@ STEPS = {"graph": 128, "eager": 8}
 
 
 def facts() -> dict:
-    """COMMIT in the environment names the commit where the tree came without its history."""
+    """COMMIT in the environment names the commit, for a tree that came without its history."""
     properties = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:

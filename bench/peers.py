@@ -2,7 +2,7 @@
 
 naive, lean, smart    saesteer_fast.reference
 
-The SAE libraries, where they are installed (`pip install .[peers]`):
+The SAE libraries, where they are installed (the extra `peers`):
 
 sparsify     encode, clamp among the live latents, its sparse decode twice
 sae_lens     its forward pass with a hook that clamps, and its error term

@@ -1,5 +1,5 @@
 """The torch ops: loads the compiled library, gives the ops shapes for torch.compile and gradients,
-and chooses who computes them. The only file that names torch.ops.
+and chooses who computes them. The only file that names torch.ops.saesteer.
 
     torch.ops.saesteer.steer(x, W_enc, b_enc, directions, features, values, k, mask=None,
                              order=None) -> Tensor

@@ -353,12 +353,13 @@ class SAE:
         formats.save(self, path, format)
 
     @property
-    def _kind(self) -> str:
+    def kind(self) -> str:
+        """Its measure in words: "topk, k=32"."""
         return self.measure if self.k is None else f"{self.measure}, k={self.k}"
 
     def __repr__(self) -> str:
         return (
-            f"SAE({self.num_latents} latents, d={self.d}, {self._kind}, "
+            f"SAE({self.num_latents} latents, d={self.d}, {self.kind}, "
             f"hookpoint={self.hookpoint!r}, {self.W_enc.dtype}, {self.device})"
         )
 

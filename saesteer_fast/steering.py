@@ -59,8 +59,8 @@ def steer(
         clamp of the projection        lm-eval's `steered`: {f: c}, measure="projection"
         set, the error dropped         {f: c}, error="drop"
 
-    Overwriting the weakest of the k live latents (sae-refusal-eval) is none, and is not offered:
-    it changes a latent that nobody named.
+    Overwriting the weakest of the k live latents (MisterXY89/sae-refusal-eval) is none, and is
+    not offered: it changes a latent that nobody named.
     """
     require_sae(sae)
     plan = Plan(sae, edits, sae.device, when=when, error=error, measure=measure, impl=impl)

@@ -29,6 +29,11 @@ def store() -> Path:
     return Path(cache) / "saesteer_fast" / "gpus.json"
 
 
+def tiles() -> Path:
+    """The file of Triton's tile sizes: SAESTEER_TILES, or one in the user's cache."""
+    return Path(os.environ.get("SAESTEER_TILES") or store().with_name("tiles.json"))
+
+
 @functools.cache
 def read(device: torch.device) -> Rows | None:
     """The verdict on these kernels on this device; None if they were not tried there."""
@@ -71,8 +76,7 @@ def kernels() -> str:
     """A digest of all that decides which instructions a GPU is given."""
     digest = hashlib.sha256()
     files = [HERE / "libsaesteer_cuda.so", *sorted((HERE / "triton_kernels").glob("*.py"))]
-    tiles = os.environ.get("SAESTEER_TILES") or store().with_name("tiles.json")
-    for file in (*files, Path(tiles)):
+    for file in (*files, tiles()):
         if file.is_file():
             digest.update(file.read_bytes())
     try:

@@ -436,7 +436,7 @@ def test_summary_says_what_was_missed_and_measured(result):
     text = summary.render(result | {"cases": met}, model, memory)
     assert "- Met: all 8 targets" in text and "| worst | 1 | 1.00 ms | 3.50× |" in text
     assert "2 of 32 layers" in text and "decode 2.00 % (2.00 to 2.00); naive 50.0 %" in text
-    assert "at most 7.00 kB; naive up to 7.00 MB" in text
+    assert "at most 7.00 KiB; naive up to 7.00 MiB" in text
 
 
 def test_the_pages_hold_the_newest_results():

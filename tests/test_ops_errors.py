@@ -13,7 +13,6 @@ from saesteer_fast import ops
 T, D, N, K = 5, 6, 9, 3
 CASE = random_case(T, D, N, K, 2, masked=True)
 MATRIX = torch.randn(4, 4)
-DOUBLE = torch.float64
 
 GOOD = {
     "x": CASE.x,

@@ -11,8 +11,6 @@ import torch
 from ptx.executor import Executor
 from torch import Tensor
 
-SIGNED, UNSIGNED = torch.int64, torch.uint64
-
 MODULE = """
 .version 8.8
 .target sm_90a

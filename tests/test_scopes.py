@@ -47,7 +47,6 @@ def rows(mask, ids):
 
 
 EXPLICIT = torch.rand(3, COLUMNS + 3, generator=torch.Generator().manual_seed(2)) > 0.5
-LAST = {3: 1, 4: 2}
 
 # Each: a scope, and which of the first `width` columns of the ids it means.
 SCOPES = {

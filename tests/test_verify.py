@@ -255,7 +255,7 @@ def test_a_cache_that_cannot_be_read_holds_no_verdict(gpu, monkeypatch):
 
 def test_a_verdict_is_on_these_kernels_alone(gpu, monkeypatch):
     verdicts.write(GPU, ((0, ("cuda", "reference")),))
-    tiles = verdicts.store().with_name("tiles.json")
+    tiles = verdicts.tiles()
     tiles.write_text("{}")
     forget()
     assert verdicts.read(GPU) is None

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton import knobs
+
+from .. import verdicts
 
 INTERPRETED = knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported."""
@@ -173,19 +173,11 @@ def key(device: torch.device, meets: torch.dtype) -> str:
     return f"{name}, {8 * meets.itemsize}-bit"
 
 
-def store() -> Path:
-    """Where `tune` keeps what it found: SAESTEER_TILES, or a file in the user's cache."""
-    if path := os.environ.get("SAESTEER_TILES"):
-        return Path(path)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "saesteer_fast" / "tiles.json"
-
-
 def stored() -> dict[str, dict[str, list[dict]]]:
     """What `tune` found so far: by `key`, then by the fields of Tiles and of Tile."""
     try:
-        return json.loads(store().read_text())
+        return json.loads(verdicts.tiles().read_text())
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{store()} holds no tiles; delete it, or tune again") from error
+        raise ValueError(f"{verdicts.tiles()} holds no tiles; delete it, or tune again") from error

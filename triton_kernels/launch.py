@@ -41,7 +41,7 @@ class _Edit(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What `project` leaves for `count`, and `count` for `finish`."""
+    """What `project` leaves for `count`, and `count` for `add`."""
 
     acts: Tensor | None = None
     beaten: Tensor | None = None

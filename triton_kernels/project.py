@@ -66,7 +66,7 @@ def project(
         tl.store(acts + t * F + i, p, mask=there)
         opened |= positive
         if directions is not None:
-            # As if a_f were 0: where it may not be, finish writes the row.
+            # As if a_f were 0: where it may not be, `add` writes the row.
             value = tl.load(values + t * value_stride + i, mask=there, other=0)
             delta = tl.where(finite, value, float("nan"))
             direction = tl.load(directions + i * d + c, mask=c < d, other=0).to(tl.float32)

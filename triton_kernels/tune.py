@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import verdicts
 from . import configs, launch
 from .configs import ANY, Tile, Tiles
 
@@ -87,8 +88,8 @@ def _store(name: str, found: Tiles) -> None:
     table[name] = {
         field: [tile._asdict() for tile in getattr(found, field)] for field in found._fields
     }
-    configs.store().parent.mkdir(parents=True, exist_ok=True)
-    configs.store().write_text(json.dumps(table, indent=2) + "\n")
+    verdicts.tiles().parent.mkdir(parents=True, exist_ok=True)
+    verdicts.tiles().write_text(json.dumps(table, indent=2) + "\n")
 
 
 def main() -> None:
@@ -97,11 +98,13 @@ def main() -> None:
     parser.add_argument("N", type=int, help="number of latents")
     parser.add_argument("dtype", choices=[str(t).removeprefix("torch.") for t in launch.DOT])
     asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this PyTorch sees no GPU")
     found = tune(asked.d, asked.N, getattr(torch, asked.dtype), torch.device("cuda"))
     for name, tiles in found._asdict().items():
         for tile in tiles:
             print(name, *tile)
-    print("stored in", configs.store())
+    print("stored in", verdicts.tiles())
 
 
 if __name__ == "__main__":

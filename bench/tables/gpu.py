@@ -200,7 +200,7 @@ TARGETS = (
         unit=" %",
     ),
     Target(
-        "any T, worst: memory of ours / (1 MB + 64 bytes a token)",
+        "any T, worst: memory of ours / (1 MiB + 64 bytes a token)",
         lambda case: case.get("memory") == "ours",
         lambda case: [case["bytes"] / allowed(case)],
         1,
@@ -228,7 +228,7 @@ TARGETS = (
         at_least=False,
     ),
     Target(
-        "any T, worst: memory of Triton / (1 MB + 64 bytes a token)",
+        "any T, worst: memory of Triton / (1 MiB + 64 bytes a token)",
         lambda case: case.get("memory") == "triton",
         lambda case: [case["bytes"] / allowed(case)],
         1,

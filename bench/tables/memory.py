@@ -7,7 +7,7 @@ from .contestants import BASELINES
 
 
 def size(bytes_: float) -> str:
-    unit, name = (2**20, "MB") if bytes_ >= 2**20 else (2**10, "kB")
+    unit, name = (2**20, "MiB") if bytes_ >= 2**20 else (2**10, "KiB")
     return f"{number(bytes_ / unit)} {name}"
 
 
@@ -17,7 +17,7 @@ def allowed(case: Case) -> int:
 
 TARGETS = (
     Target(
-        "any T: ours / (1 MB + 64 bytes a token)",
+        "any T: ours / (1 MiB + 64 bytes a token)",
         lambda case: True,
         lambda case: [case["bytes"]["ours"] / allowed(case)],
         1,

@@ -45,7 +45,7 @@ def report(path: str | os.PathLike[str], model: str | None = None) -> str:
 
 def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[str, str]]:
     yield "module", _module(step, sae, body)
-    yield "SAE", f"{_source(step)}: N={sae.num_latents}, d={sae.d}, {_measure(sae)}, {_dtype(sae)}"
+    yield "SAE", f"{_source(step)}: N={sae.num_latents}, d={sae.d}, {sae.kind}, {_dtype(sae)}"
     keywords = {name: getattr(step, name) for name in ("when", "error", "measure")}
     plan = Plan(sae, step.edits, torch.device("cpu"), **keywords)
     plan.choose(step.rows)
@@ -77,10 +77,6 @@ def _source(step: Steering) -> str:
     if isinstance(step.sae, SAE):
         return "a vector in the file"
     return f"{step.sae}, {formats.name_of(step.sae)}"
-
-
-def _measure(sae: SAE) -> str:
-    return sae.measure if sae.k is None else f"{sae.measure}, k={sae.k}"
 
 
 def _dtype(sae: SAE) -> str:

@@ -322,11 +322,7 @@ def main(arguments: list[str]) -> None:
 
 def _flags(options: dict[str, object]) -> Iterator[str]:
     for name, value in options.items():
-        flag = name.replace("_", "-")
-        if value is False:
-            yield f"--no-{flag}"
-        else:
-            yield from (f"--{flag}", *([value] if isinstance(value, str) else value))
+        yield from (f"--{name.replace('_', '-')}", *([value] if isinstance(value, str) else value))
 
 
 if __name__ == "__main__":
