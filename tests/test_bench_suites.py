@@ -158,7 +158,7 @@ def test_tables():
     seconds["ours"] = [1.01, 2.02, 1.03]
     assert model_tables.added({"seconds": seconds}, "ours") == "1.00 % (1.00 to 3.00)"
     assert model_tables.added({"seconds": seconds}, "again") == "0 % (0 to 10.0)"
-    assert memory_tables.size(1536) == "1.50 KiB" and memory_tables.size(3 << 20) == "3.00 MB"
+    assert memory_tables.size(1536) == "1.50 KiB" and memory_tables.size(3 << 20) == "3.00 MiB"
     (target,) = memory_tables.TARGETS
     for bytes_, verdict in ((2**20 + 64 * 8, "met"), (2**20 + 64 * 9, "**missed**")):
         assert target.judge([{"T": 8, "bytes": {"ours": bytes_}}])[-1] == verdict
