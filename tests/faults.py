@@ -89,6 +89,8 @@ FAULTS = {
         71: "Each row of a batch steered in its own way, some not at all",
         72: "Autocast",
         73: "An adapter that is put around the steered module later",
+        74: "A gate on a prompt of which a cache holds a part",
+        75: "Several sequences packed in a row",
     },
 }
 

@@ -244,7 +244,7 @@ def clone(cache):
     return copy.deepcopy(cache)
 
 
-@pytest.mark.fault(57)
+@pytest.mark.fault(57, 58)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("added", [False, True])
 def test_padding_shows_in_a_mask_with_a_row_a_query(sae, textbook, side, added):

@@ -198,6 +198,7 @@ def test_a_block_is_entered_once(model, sae):
         assert sf.steerings(model) == [handle]
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_handle_is_not_copied(model, sae, copied):
     """Its copy would remove the hooks of the original."""

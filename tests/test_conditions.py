@@ -343,7 +343,7 @@ def test_where_no_one_asked(model, sae):
         assert handle.decisions == []
 
 
-@pytest.mark.fault(57)
+@pytest.mark.fault(74)
 def test_a_gate_needs_the_whole_prompt(model, sae, telling):
     """Also what a cache holds already, as of a system prompt or of an earlier turn."""
     gate = sf.gate({telling[0]: 1.0}, -0.1)

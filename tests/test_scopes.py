@@ -424,6 +424,7 @@ def test_positions_after_padding_that_nobody_counts(sae):
                 model(IDS[:, 4:], rows[:, :, 4:], None, cache)
 
 
+@pytest.mark.fault(75)
 def test_packed_sequences_are_refused(model, sae):
     with sf.steering(model, sae, EDITS, scope="prompt"):
         with pytest.raises(ValueError, match="several sequences are packed in a row"):
@@ -435,7 +436,7 @@ def test_packed_sequences_are_refused(model, sae):
         model(IDS, position_ids=(MASK.cumsum(1) - 1).clamp(min=0), attention_mask=MASK)
 
 
-@pytest.mark.fault(57)
+@pytest.mark.fault(58)
 @pytest.mark.parametrize("scope", [sf.positions(-1), sf.positions(0, 2), sf.positions(-3, -2)])
 def test_padding_on_the_right_is_no_place(model, sae, scope):
     """With a static cache the decoder is given a mask with a row a query; a chunk shows it too
