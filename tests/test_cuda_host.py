@@ -364,16 +364,17 @@ def test_what_one_launch_does_not_take_goes_in_steps(cuda_machine, monkeypatch):
         steered(cuda_machine, case)
 
 
-@pytest.mark.parametrize("T", [300, 600])
-def test_few_open_tokens_among_many(machine, T):
-    """How many are open is known on the device only: two scans are launched, one leaves at once."""
+@pytest.mark.parametrize(("T", "every"), [(300, 40), (600, 40), (600, 2)])
+def test_few_open_tokens_among_many(cuda_machine, T, every):
+    """How many are open is known on the device only: two scans are launched, or one takes any."""
     case = random_case(T, 64, 300, 8, 2, BF16, BF16)
-    few = case.but(mask=torch.arange(T) % 40 == 0)
-    before = machine.launches()
-    y = machine.steer(*few.edit, few.mask)
-    assert machine.launches() == before + 4
-    assert same_bits(y[~few.mask], case.x[~few.mask])
-    assert_right(machine, few)
+    few = case.but(mask=torch.arange(T) % every == 0)
+    for hopper in (True, False):
+        before = cuda_machine.settle(hopper=hopper).launches()
+        y = cuda_machine.steer(*few.edit, few.mask)
+        assert cuda_machine.launches() == before + (3 if hopper and T > 384 else 4)
+        assert same_bits(y[~few.mask], case.x[~few.mask])
+        assert_right(cuda_machine, few)
 
 
 def growing(T: int, dtype: torch.dtype) -> Case:

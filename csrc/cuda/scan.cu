@@ -21,17 +21,16 @@ void scan(const Scan& all, Stream stream) {
   Scan s = all;
   s.least = 1, s.most = s.slots;
   if (!uses_mma(s)) return scan_simt(s, stream);
-  const bool by_groups = takes_wgmma(s) && allowed("wgmma"), many = by_groups && s.slots > kSome;
-  const int64_t limit = many ? kSome : kFew;
-  const auto fewer = many ? scan_wgmma : scan_mma, more = by_groups ? scan_wgmma : scan_mma;
-  if (s.slots <= limit) return fewer(s, stream);
-  if (s.open_count) {
-    // Only the device knows how many are in use: the kernel that is not meant leaves at once.
-    s.most = limit;
-    fewer(s, stream);
-    s.least = limit + 1, s.most = s.slots;
+  if (s.slots <= kFew) return scan_mma(s, stream);
+  const bool by_groups = takes_wgmma(s) && allowed("wgmma");
+  if (s.open_count && !(by_groups && s.slots > kSome)) {
+    // Only the device knows how many are in use: the kernel that is not meant leaves at once. Of so
+    // many that few are seldom in use, these are not worth a launch.
+    s.most = kFew;
+    scan_mma(s, stream);
+    s.least = kFew + 1, s.most = s.slots;
   }
-  more(s, stream);
+  by_groups ? scan_wgmma(s, stream) : scan_mma(s, stream);
 }
 
 }  // namespace saesteer::cuda

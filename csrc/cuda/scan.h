@@ -28,8 +28,8 @@ struct Scan {
   float* preacts;
 };
 
-// Up to so many tokens the reading of W_enc is what takes the time, and small tiles stop sooner; up
-// to so many it still is about as long as the products.
+// Up to kFew tokens the reading of W_enc is what takes the time, and small tiles stop sooner; up to
+// kSome it takes about as long as the products.
 constexpr int64_t kFew = 64, kSome = 384;
 
 // Those that are in use, 0 if another kernel serves so many.

@@ -2,36 +2,35 @@
 //
 // One warpgroup fills a ring of stages in shared memory: W by tensor copies, x row by row, since
 // open tokens lie anywhere. Two others multiply 64 tokens x 256 latents each.
+#include <algorithm>
+
 #include "scan.h"
 
 namespace saesteer::cuda {
 namespace {
 
-constexpr int kTokens = 128, kStages = 4;
+// A tile has kWide latents; where tiles are few, kNarrow, which share the multiprocessors better.
+constexpr int kTokens = 128, kWide = 256, kNarrow = 192, kStages = 4;
 constexpr int kRowBytes = 128;  // of a panel: 64 columns
 constexpr int kGroup = 128;     // threads of a warpgroup
 constexpr int kThreads = 3 * kGroup;
-constexpr int kXBytes = kTokens * kRowBytes;
+constexpr int kXBytes = kTokens * kRowBytes, kStageBytes = kXBytes + kWide * kRowBytes;
 // Stages whose copies of x are under way before the first of them is handed over.
 constexpr int kBehind = 2;
 static_assert(kBehind <= kStages - 2, "a stage is freed one stage later than it is multiplied");
 
 // What a tile's end needs to know, so that it has to wait for nothing.
-template <int kLatents>
 struct Ends {
-  alignas(8) float bias[kLatents];
+  alignas(8) float bias[kWide];
   int32_t token[kTokens];
   int64_t first_latent;
 };
-template <int kLatents>
 struct Ring {
-  static constexpr int kWBytes = kLatents * kRowBytes, kStageBytes = kXBytes + kWBytes;
   uint64_t full[kStages], empty[kStages];
-  int begins[kStages];           // whether a tile does; set in its first stage
-  Ends<kLatents> ends[kStages];  // set in its last stage
+  int begins[kStages];  // whether a tile does; set in its first stage
+  Ends ends[kStages];   // set in its last stage
 };
-template <int kLatents>
-constexpr int64_t kShared = kStages * Ring<kLatents>::kStageBytes + sizeof(Ring<kLatents>);
+constexpr int64_t kShared = kStages * kStageBytes + sizeof(Ring);
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -53,10 +52,9 @@ struct Tile {
 
 template <int kLatents>
 struct Producer {
-  static constexpr int kWBytes = Ring<kLatents>::kWBytes, kStageBytes = kXBytes + kWBytes;
   const Scan& s;
   const TensorMap* W;
-  Ring<kLatents>& ring;
+  Ring& ring;
   unsigned char* stages;
   int64_t slots, depth;
   int thread;
@@ -84,7 +82,7 @@ struct Producer {
     return {-1};
   }
 
-  __device__ __forceinline__ void describe_end(const Tile& tile, Ends<kLatents>& ends) const {
+  __device__ __forceinline__ void describe_end(const Tile& tile, Ends& ends) const {
     const int latents = latents_from(s, tile.first_latent);
     for (int i = thread; i < kLatents; i += kGroup)
       ends.bias[i] = bias_of(s, tile.first_latent, i, latents);
@@ -112,7 +110,7 @@ struct Producer {
       unsigned char* const x = stages + at.stage * kStageBytes;
       if (thread == 0) {
         if (k == 0) ring.begins[at.stage] = true;
-        barrier_expect(&ring.full[at.stage], kWBytes);
+        barrier_expect(&ring.full[at.stage], kLatents * kRowBytes);
         copy_box(x + kXBytes, W, &ring.full[at.stage], static_cast<int>(k * kRowBytes / 2),
                  static_cast<int>(tile.first_latent));
       }
@@ -145,9 +143,9 @@ struct Producer {
 
 template <bool kBf16, int kLatents>
 struct Consumer {
-  static constexpr int kSums = kLatents / 2, kStageBytes = Ring<kLatents>::kStageBytes;
+  static constexpr int kSums = kLatents / 2;
   const Scan& s;
-  Ring<kLatents>& ring;
+  Ring& ring;
   const unsigned char* stages;
   int64_t depth;
   int group, thread;
@@ -190,7 +188,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void end_tile(int last, float (&sum)[kSums]) {
-    const Ends<kLatents>& ends = ring.ends[last];
+    const Ends& ends = ring.ends[last];
     const int row = group * 64 + thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
     const int32_t token[2] = {ends.token[row], ends.token[row + 8]};
     const int64_t first_latent = ends.first_latent;
@@ -207,15 +205,17 @@ struct Consumer {
   }
 };
 
-template <bool kBf16, int kLatents>
+template <bool kBf16>
 __global__ void __launch_bounds__(kThreads, 1)
-    scan_groups(Scan s, const __grid_constant__ TensorMap W) {
+    scan_groups(Scan s, const __grid_constant__ TensorMap narrow,
+                const __grid_constant__ TensorMap wide) {
   const int64_t slots = slots_here(s), depth = (s.x.width * 2 + kRowBytes - 1) / kRowBytes;
   if (slots == 0) return;
+  const bool few = slots <= kSome;
   unsigned char* const stages = shared<unsigned char>();
-  auto& ring = *shared<Ring<kLatents>>(kStages * Ring<kLatents>::kStageBytes);
+  Ring& ring = *shared<Ring>(kStages * kStageBytes);
   if (threadIdx.x == 0) {
-    prefetch_map(&W);
+    prefetch_map(few ? &narrow : &wide);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&ring.full[i], kGroup);
       barrier_init(&ring.empty[i], 2 * kGroup / 32);
@@ -226,23 +226,39 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const int group = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
   if (group == 0) {
-    give_registers<kLatents == 256 ? 88 : 120>();
-    Producer<kLatents>{s, &W, ring, stages, slots, depth, thread, {}, {}}.run();
+    give_registers<104>();
+    if (few)
+      Producer<kNarrow>{s, &narrow, ring, stages, slots, depth, thread, {}, {}}.run();
+    else
+      Producer<kWide>{s, &wide, ring, stages, slots, depth, thread, {}, {}}.run();
   } else {
-    take_registers<kLatents == 256 ? 208 : 192>();
-    Consumer<kBf16, kLatents>{s, ring, stages, depth, group - 1, thread, {}}.run();
+    take_registers<200>();
+    if (few)
+      Consumer<kBf16, kNarrow>{s, ring, stages, depth, group - 1, thread, {}}.run();
+    else
+      Consumer<kBf16, kWide>{s, ring, stages, depth, group - 1, thread, {}}.run();
   }
 }
 
 #else
 
 // Chosen for compute capability 9.0 alone.
-template <bool kBf16, int kLatents>
-__global__ void scan_groups(Scan, const __grid_constant__ TensorMap) {
+template <bool kBf16>
+__global__ void scan_groups(Scan, const __grid_constant__ TensorMap,
+                            const __grid_constant__ TensorMap) {
   __trap();
 }
 
 #endif
+
+template <bool kBf16>
+void run(const Scan& s, Stream stream) {
+  const Encoder& e = s.encoder;
+  const auto map = [&](int rows) { return tensor_map(e.W.data, kBf16, e.count, e.W.width, rows); };
+  const int64_t tiles = Tiles<kTokens, kNarrow>(s.slots, e.count).count();
+  const int64_t blocks = std::min<int64_t>(tiles, multiprocessors());
+  launch(scan_groups<kBf16>, {blocks, kThreads, kShared}, stream, s, map(kNarrow), map(kWide));
+}
 
 }  // namespace
 
@@ -254,25 +270,6 @@ bool takes_wgmma(const Scan& s) {
   return false;
 #endif
 }
-
-namespace {
-
-template <bool kBf16, int kLatents>
-void run(const Scan& s, Stream stream) {
-  const TensorMap W =
-      tensor_map(s.encoder.W.data, kBf16, s.encoder.count, s.encoder.W.width, kLatents);
-  const int64_t tiles = Tiles<kTokens, kLatents>(s.most, s.encoder.count).count();
-  const Shape shape{balanced(tiles, multiprocessors()), kThreads, kShared<kLatents>};
-  launch(scan_groups<kBf16, kLatents>, shape, stream, s, W);
-}
-
-// Of few tokens there are few tiles: narrow ones share the multiprocessors better.
-template <bool kBf16>
-void run(const Scan& s, Stream stream) {
-  s.most <= kSome ? run<kBf16, 192>(s, stream) : run<kBf16, 256>(s, stream);
-}
-
-}  // namespace
 
 void scan_wgmma(const Scan& s, Stream stream) {
   s.x.dtype == Dtype::bf16 ? run<true>(s, stream) : run<false>(s, stream);
