@@ -364,6 +364,16 @@ def test_what_one_launch_does_not_take_goes_in_steps(cuda_machine, monkeypatch):
         steered(cuda_machine, case)
 
 
+def test_a_context_that_has_a_part_of_the_device(cuda_machine):
+    """As a green one: where blocks cannot all run together, the steps are launched one by one."""
+    for dtype in (F32, BF16):
+        case = random_case(5, 64, 300, 8, 2, dtype, dtype)
+        y = cuda_machine.settle(multiprocessors=5).steer(*case.edit)
+        before = cuda_machine.settle(multiprocessors=5, usable=0).launches()
+        assert same_bits(cuda_machine.steer(*case.edit), y)
+        assert cuda_machine.launches() == before + 3
+
+
 @pytest.mark.parametrize(("T", "every"), [(300, 40), (600, 40), (600, 2)])
 def test_few_open_tokens_among_many(cuda_machine, T, every):
     """How many are open is known on the device only: two scans are launched, or one takes any."""

@@ -67,7 +67,7 @@ def arch(request) -> str:
 
 @pytest.fixture
 def library(arch, compiled) -> ctypes.CDLL:
-    compiled.settle_machine(3, ctypes.c_bool(arch == "sm_90a"), 0)
+    compiled.settle_machine(3, 3, ctypes.c_bool(arch == "sm_90a"), 0)
     return compiled
 
 

@@ -109,8 +109,7 @@ bool run(const Ladder& c, Scan s, Stream stream) {
   const int64_t blocks = std::max(balanced(tiles, most), std::min(c.tokens, most));
   // Not in place, where one block may have written the x that another still measures.
   sharing.each_all = c.y.data != c.x.data && c.tokens <= blocks && c.tokens * (1 + F) <= kAll;
-  launch(ladder_once<S>, {blocks, S::kThreads, shared, true}, stream, c, s, sharing);
-  return true;
+  return launch(ladder_once<S>, {blocks, S::kThreads, shared, true}, stream, c, s, sharing);
 }
 
 template <bool kBf16>

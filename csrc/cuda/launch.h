@@ -65,8 +65,10 @@ int64_t most_together(Kernel* kernel, int threads, int64_t shared) {
   return int64_t{blocks} * multiprocessors();
 }
 
+// False where the blocks should run together, and the part of the device that this context has, as
+// a green one, does not hold them.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Shape& shape, Stream stream,
+bool launch(void (*kernel)(Parameters...), const Shape& shape, Stream stream,
             const Arguments&... arguments) {
   allow_shared(kernel, shape.shared);
   cudaLaunchAttribute together{};
@@ -79,7 +81,13 @@ void launch(void (*kernel)(Parameters...), const Shape& shape, Stream stream,
   config.stream = stream;
   config.attrs = &together;
   config.numAttrs = shape.together;
-  checked(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (shape.together && error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();
+    return false;
+  }
+  checked(error, "launch");
+  return true;
 }
 
 inline void zero(void* at, int64_t bytes, Stream stream) {

@@ -77,9 +77,18 @@ class Machine:
         function.restype = result
         return function(*arguments)
 
-    def settle(self, *, multiprocessors: int = 3, hopper: bool = False, seed: int = 0) -> Machine:
-        """`hopper`: of compute capability 9.0, not 8.0; `seed`: the order in which warps run."""
-        self._library.settle_machine(multiprocessors, ctypes.c_bool(hopper), seed)
+    def settle(
+        self,
+        *,
+        multiprocessors: int = 3,
+        usable: int | None = None,
+        hopper: bool = False,
+        seed: int = 0,
+    ) -> Machine:
+        """`usable`: multiprocessors that the context has, all unless set; `hopper`: of compute
+        capability 9.0, not 8.0; `seed`: the order in which warps run."""
+        usable = multiprocessors if usable is None else usable
+        self._library.settle_machine(multiprocessors, usable, ctypes.c_bool(hopper), seed)
         return self
 
     def launches(self) -> int:

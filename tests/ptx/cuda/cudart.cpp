@@ -17,8 +17,8 @@ namespace {
 // ---- the device ----
 
 struct Device {
-  int multiprocessors = 3;
-  int major = 8;  // of compute capability 8.0 or 9.0
+  int multiprocessors = 3, usable = 3;  // of the context
+  int major = 8;                        // of compute capability 8.0 or 9.0
   int launches = 0;
 
   int most_shared() const { return (major == 9 ? 227 : 163) << 10; }  // of a block
@@ -165,7 +165,7 @@ void check_shared(uint64_t bytes, const Kernel& kernel) {
 
 void check_together(const cudaLaunchConfig_t& config, const Kernel& kernel) {
   const int resident = kernel.resident(count(config.blockDim), config.dynamicSmemBytes);
-  const uint64_t held = uint64_t(resident) * device.multiprocessors;
+  const uint64_t held = uint64_t(resident) * device.usable;
   require(count(config.gridDim) <= held, cudaErrorCooperativeLaunchTooLarge,
           "more blocks together than the device holds: " + std::to_string(held));
 }
@@ -318,8 +318,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, uns
 
 // ---- for tests ----
 
-void settle_machine(int multiprocessors, bool hopper, uint32_t seed) {
-  device.multiprocessors = multiprocessors;
+void settle_machine(int multiprocessors, int usable, bool hopper, uint32_t seed) {
+  device.multiprocessors = multiprocessors, device.usable = usable;
   device.major = hopper ? 9 : 8;
   ptx_settle(seed);
 }
