@@ -163,7 +163,7 @@ class Handle:
         RuntimeError inside of another such block in the same thread, as coroutines may be.
         """
         self._require_attached()
-        with self._hooks.told(_told(columns, self._plan.device)):
+        with self._hooks.told(_told_by_hand(columns, self._plan.device)):
             yield
 
     def remove(self) -> None:
@@ -196,7 +196,7 @@ class Handle:
         return f"Handle({self._name}: {self._plan.table.described()}{state})"
 
 
-def _told(columns: int | Tensor, device: torch.device) -> Told:
+def _told_by_hand(columns: int | Tensor, device: torch.device) -> Told:
     if isinstance(columns, Tensor) and columns.dtype == torch.int64 and columns.ndim == 1:
         ends = columns.tolist()
         columns = columns.to(device)[:, None]

@@ -11,6 +11,7 @@ was decided, and what caused it, can be read back as `Decision`s.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -132,13 +133,16 @@ def gate(
     pool: str = "max",
     latents: Sequence[int] = (),
 ) -> Gate:
-    """Steer the rows whose prompt a gate lets through, decided once and held for what follows.
+    """Steer the rows whose prompt a gate lets through, decided once and held for what follows. The
+    model has to be called with the whole prompt: of what a cache holds a gate has seen nothing.
 
     by a mapping {latent: weight}: on where sigmoid(bias + sum weight pool(a)) > threshold; `pool`
     is over the row's prompt, "max", "mean", or "last" for its last token.
     by a path: the same from a JSON file {"weights": {latent: weight}, "bias", "threshold", "pool"},
     or from a safetensors file with `latents` [G], `weights` [G], and the rest as its metadata.
     by a callable: it is given a `Prompt` with the activations of `latents`, and returns bool [B].
+    Raises ValueError for an argument that the form does not use, and, naming the file, for a bad
+    one.
     A gate on the prompt needs no host synchronisation unless its callable makes one.
     """
     given = dict(bias=bias, threshold=threshold, pool=pool, latents=tuple(latents))
@@ -322,9 +326,9 @@ def _float(name: str, text: str) -> float:
 
 
 def _require_unused(why: str, given: Mapping[str, object], *names: str) -> None:
-    unused = dict(bias=0.0, threshold=0.5, pool="max", latents=())
+    parameters = inspect.signature(gate).parameters
     for name in names:
-        if given[name] != unused[name]:
+        if given[name] != parameters[name].default:
             raise ValueError(f"{name}: got {given[name]!r}, but {why}")
 
 

@@ -67,6 +67,12 @@ def all_in(marks: tuple[str, ...], name: str) -> bool:
     return all(mark in name for mark in marks)
 
 
+def scan_groups(mark: str) -> str:
+    if "9.0a" not in BUILT:
+        pytest.skip("not built for 9.0a")
+    return of("sm_90a", "scan_groups", mark)
+
+
 def count(code: str, instruction: str) -> int:
     return len(re.findall(rf"\b{instruction}", code))
 
@@ -170,9 +176,7 @@ def test_fp32_is_never_rounded_for_a_tensor_core(arch, kernel):
 @pytest.mark.parametrize("latents", [192, 256])
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp16"])
 def test_hopper_multiplies_by_warpgroups_and_copies_boxes(bf16, latents):
-    if "9.0a" not in _build.facts()["cuda_architectures"]:
-        pytest.skip("not built for 9.0a")
-    code = of("sm_90a", "scan_groups", f"Lb{int(bf16)}E")
+    code = scan_groups(f"Lb{int(bf16)}E")
     kind = rf"64x{latents}x16\.F32" + (r"\.BF16" if bf16 else r"\s")
     assert count(code, rf"HGMMA\.{kind}") >= 4
     assert count(code, r"UTMALDG\.2D") and count(code, r"LDGSTS\.E\.\S*128")
@@ -181,18 +185,14 @@ def test_hopper_multiplies_by_warpgroups_and_copies_boxes(bf16, latents):
 
 def test_products_of_a_stage_are_issued_together():
     """Between them no wait: a compiler that cannot prove them independent would put one there."""
-    if "9.0a" not in _build.facts()["cuda_architectures"]:
-        pytest.skip("not built for 9.0a")
-    order = re.findall(r"(HGMMA|WARPGROUP\.DEPBAR)", of("sm_90a", "scan_groups", "Lb1E"))
+    order = re.findall(r"(HGMMA|WARPGROUP\.DEPBAR)", scan_groups("Lb1E"))
     runs = [len(run.split()) for run in " ".join(order).split("WARPGROUP.DEPBAR") if run.strip()]
     assert runs and all(run % 4 == 0 for run in runs), runs
 
 
 def test_a_tile_ends_without_waiting_for_memory():
     """After the last products: biases from shared memory; what p_f is was asked for before."""
-    if "9.0a" not in _build.facts()["cuda_architectures"]:
-        pytest.skip("not built for 9.0a")
-    parts = of("sm_90a", "scan_groups", "Lb1E").split("WARPGROUP.DEPBAR.LE gsb0, 0x0")
+    parts = scan_groups("Lb1E").split("WARPGROUP.DEPBAR.LE gsb0, 0x0")
     freed = [part.split("SYNCS.ARRIVE")[0] for part in parts[1:]]
     assert {count(code, r"LDS\.64") for code in freed} == {192 // 8, 256 // 8}
     assert not any(count(code, "LDG") for code in freed)

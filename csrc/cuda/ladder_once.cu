@@ -77,8 +77,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       c, sharing, fetches ? fetch<S::kThreads>(c.directions, c.features.count) : c.directions);
 
   // All blocks leave here or none does. Not by `beaten`: others may have begun to count.
-  if (sharing.each_all && !open) return;
-  if (sharing.each_all) S::expect(s);
+  if (sharing.each_all) {
+    if (!open) return;
+    S::expect(s);
+  }
   sync_grid();
   if (!sync_threads_or(threadIdx.x < c.tokens && c.open.token[threadIdx.x] >= 0)) return;
   S::scan(s);

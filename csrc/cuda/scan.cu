@@ -24,8 +24,8 @@ void scan(const Scan& all, Stream stream) {
   if (s.slots <= kFew) return scan_mma(s, stream);
   const bool by_groups = takes_wgmma(s) && allowed("wgmma");
   if (s.open_count && !(by_groups && s.slots > kSome)) {
-    // Only the device knows how many are in use: the kernel that is not meant leaves at once. Of so
-    // many that few are seldom in use, these are not worth a launch.
+    // Only the device knows how many are in use: the kernel that is not meant leaves at once.
+    // Among more than kSome slots few in use are too rare to be worth a launch.
     s.most = kFew;
     scan_mma(s, stream);
     s.least = kFew + 1, s.most = s.slots;

@@ -78,9 +78,9 @@ __device__ inline bool is_open(const Scan& s, int64_t token) {
 
 // Whether this thread's share of a tile's tokens has one that is.
 __device__ inline bool any_open(const Scan& s, int64_t first_slot, int tokens, int64_t slots,
-                                int thread, int threads) {
+                                int threads) {
   bool open = false;
-  for (int i = thread; i < tokens && !open; i += threads)
+  for (int i = threadIdx.x; i < tokens && !open; i += threads)
     open = is_open(s, token_of(s, first_slot + i, slots));
   return open;
 }

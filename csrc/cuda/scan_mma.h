@@ -132,8 +132,7 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
     int64_t first_slot, first_latent;
     tiles.locate(tile, first_slot, first_latent);
     // Its barrier also ends every use of the last tile's stages and tokens.
-    if (!sync_threads_or(any_open(s, first_slot, P::kTokens, slots, threadIdx.x, P::kThreads)))
-      continue;
+    if (!sync_threads_or(any_open(s, first_slot, P::kTokens, slots, P::kThreads))) continue;
     for (int i = threadIdx.x; i < P::kTokens; i += P::kThreads)
       token[i] = static_cast<int32_t>(token_of(s, first_slot + i, slots));
     sync_threads();

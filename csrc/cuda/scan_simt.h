@@ -85,7 +85,7 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
   for (int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
     int64_t first_slot, first_latent;
     tiles.locate(tile, first_slot, first_latent);
-    if (!sync_threads_or(any_open(s, first_slot, kTokens, slots, threadIdx.x, kThreads))) continue;
+    if (!sync_threads_or(any_open(s, first_slot, kTokens, slots, kThreads))) continue;
 
     const auto x_row = [&](int i) -> const void* {
       const int64_t token = token_of(s, first_slot + i, slots);

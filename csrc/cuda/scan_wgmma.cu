@@ -1,7 +1,7 @@
 // The scan on Hopper's tensor cores, by warpgroups: what scan_mma.cu takes, for many tokens.
 //
 // One warpgroup fills a ring of stages in shared memory: W by tensor copies, x row by row, since
-// open tokens lie anywhere. Two others multiply 64 tokens x 256 latents each.
+// open tokens lie anywhere. Two others multiply 64 tokens and all latents of a tile each.
 #include <algorithm>
 
 #include "scan.h"
