@@ -14,18 +14,12 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from saesteer_fast.triton_kernels import configs, launch  # noqa: E402
-from saesteer_fast.triton_kernels.add import add  # noqa: E402
 from saesteer_fast.triton_kernels.configs import ANY, Tile  # noqa: E402
-from saesteer_fast.triton_kernels.count import count  # noqa: E402
-from saesteer_fast.triton_kernels.decode import decode  # noqa: E402
-from saesteer_fast.triton_kernels.merge import merge  # noqa: E402
-from saesteer_fast.triton_kernels.project import project  # noqa: E402
-from saesteer_fast.triton_kernels.topk import topk  # noqa: E402
+from saesteer_fast.triton_kernels.dispatch import Kernel  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = {
@@ -89,17 +83,16 @@ def compiled(kernel, architecture: str, numbers: str, absent=(), described=None,
 
 
 def compiled_product(
-    kernel, architecture: str, numbers: str, tile: Tile, ordered: bool = False, **options
+    kernel: Kernel, architecture: str, numbers: str, tile: Tile, *best, ordered: bool = False
 ):
-    """A kernel on `preacts`, as `launch` calls it where BLOCK_K divides d."""
-    dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[numbers]
-    options |= dict(DOT=dtype, DESCRIBED=tile.described, WHOLE=True)
-    options |= {name: getattr(tile, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
-    options |= dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    """A kernel on `preacts`, as it is launched where BLOCK_K divides d."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[numbers]
+    options = kernel.options(*best, tile, dtype, tile.described, True)
     absent = () if ordered else ("order",)
     if tile.most != ANY:
-        absent += ("last",) if kernel is topk else ("waiting", "length")
-    return compiled(kernel, architecture, numbers, absent, tile.described and tile, **options)
+        absent += ("last",) if kernel is launch.TOPK else ("waiting", "length")
+    described = tile.described and tile
+    return compiled(kernel.kernel, architecture, numbers, absent, described, **options)
 
 
 def nvidia_tool(name: str, option: str, binary, tmp_path: Path) -> str:
@@ -156,7 +149,7 @@ def assert_uses_matrix_instructions(binary, architecture: str, tile: Tile) -> No
 
 @pytest.mark.parametrize(("architecture", "tile"), halves("count"))
 def test_count(architecture, tile, tmp_path):
-    binary = compiled_product(count, architecture, "bf16", tile, GROUP=tile.GROUP)
+    binary = compiled_product(launch.COUNT, architecture, "bf16", tile)
     assert_uses_matrix_instructions(binary, architecture, tile)
     assert_fits(binary, architecture, tmp_path, tile.per_sm, tile.num_warps, SPILLED)
     if architecture.startswith("sm"):
@@ -165,7 +158,7 @@ def test_count(architecture, tile, tmp_path):
 
 @pytest.mark.parametrize("tile", configs.HALF["sm90"].count, ids=lambda tile: str(tile.BLOCK_M))
 def test_count_in_another_order(tile, tmp_path):
-    binary = compiled_product(count, "sm90", "bf16", tile, ordered=True, GROUP=tile.GROUP)
+    binary = compiled_product(launch.COUNT, "sm90", "bf16", tile, ordered=True)
     assert_fits(binary, "sm90", tmp_path, tile.per_sm, tile.num_warps, SPILLED)
     assert_loop_is_free(binary, tmp_path)
 
@@ -173,7 +166,7 @@ def test_count_in_another_order(tile, tmp_path):
 @pytest.mark.parametrize(("architecture", "tile"), halves("topk"))
 def test_topk(architecture, tile, tmp_path):
     best = 32 if tile.most == ANY else launch.MOST_K
-    binary = compiled_product(topk, architecture, "bf16", tile, BLOCK_BEST=best)
+    binary = compiled_product(launch.TOPK, architecture, "bf16", tile, best)
     assert_uses_matrix_instructions(binary, architecture, tile)
     assert_fits(binary, architecture, tmp_path, tile.per_sm, tile.num_warps, SPILLED)
     if architecture.startswith("sm"):
@@ -183,11 +176,11 @@ def test_topk(architecture, tile, tmp_path):
 @pytest.mark.parametrize("architecture", ["sm80", "gfx942"])
 @pytest.mark.parametrize("place", range(2))
 def test_fp32_is_multiplied_as_fp32(architecture, place, tmp_path):
-    for kernel, tile, options in (
-        (count, configs.FP32.count[place], {"GROUP": configs.FP32.count[place].GROUP}),
-        (topk, configs.FP32.topk[place], {"BLOCK_BEST": 32}),
+    for kernel, tile, *best in (
+        (launch.COUNT, configs.FP32.count[place]),
+        (launch.TOPK, configs.FP32.topk[place], 32),
     ):
-        binary = compiled_product(kernel, architecture, "fp32", tile, **options)
+        binary = compiled_product(kernel, architecture, "fp32", tile, *best)
         assert_fits(binary, architecture, tmp_path, tile.per_sm, tile.num_warps, SPILLED)
         assembly = binary.asm["amdgcn" if architecture == "gfx942" else "ptx"]
         assert "tf32" not in assembly and "xf32" not in assembly
@@ -197,21 +190,19 @@ def test_fp32_is_multiplied_as_fp32(architecture, place, tmp_path):
 @pytest.mark.parametrize(
     ("kernel", "absent"),
     [
-        pytest.param(project, ("mask",), id="project"),
-        pytest.param(project, ("mask", "y"), id="project in place"),
-        pytest.param(add, (), id="add"),
-        pytest.param(add, ("y",), id="add in place"),
-        pytest.param(merge, (), id="merge"),
-        pytest.param(decode, (), id="decode"),
+        pytest.param(launch.PROJECT, ("mask",), id="project"),
+        pytest.param(launch.PROJECT, ("mask", "y"), id="project in place"),
+        pytest.param(launch.ADD, (), id="add"),
+        pytest.param(launch.ADD, ("y",), id="add in place"),
+        pytest.param(launch.MERGE, (), id="merge"),
+        pytest.param(launch.DECODE, (), id="decode"),
     ],
 )
 def test_the_others(architecture, kernel, absent, tmp_path):
-    block = 8192 if kernel is merge else 1024 if kernel is decode else 4096
-    warps = launch._options(block)["num_warps"]
-    sizes = {"ROWS": configs.ROWS, "BLOCK_D": block, "BLOCK": block}
-    options = {name: size for name, size in sizes.items() if name in kernel.arg_names}
-    binary = compiled(kernel, architecture, "bf16", absent, num_warps=warps, **options)
-    assert_fits(binary, architecture, tmp_path, warps=warps)
+    block = {launch.MERGE: 8192, launch.DECODE: 1024}.get(kernel, 4096)
+    options = kernel.options(block)
+    binary = compiled(kernel.kernel, architecture, "bf16", absent, **options)
+    assert_fits(binary, architecture, tmp_path, warps=options["num_warps"])
     # What is overwritten may not be read by the path that stores do not reach.
     assert "ld.global.nc" not in binary.asm.get("ptx", "")
 

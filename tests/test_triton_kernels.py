@@ -33,7 +33,12 @@ if ARCHITECTURE:
 elif not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from saesteer_fast.triton_kernels import configs, launch, tune  # noqa: E402  (they import Triton)
+from saesteer_fast.triton_kernels import (  # noqa: E402  (they import Triton)
+    configs,
+    dispatch,
+    launch,
+    tune,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 DEVICE = torch.device("cpu" if INTERPRETED or ARCHITECTURE else "cuda")
@@ -55,6 +60,19 @@ SHAPES = [
     (40, 96, 200, 8, 2),
     (37, 33, 65, 65, 5),
 ]
+
+
+@pytest.fixture(autouse=not dispatch.SEARCHES)
+def triton_would_launch_the_same(monkeypatch):
+    """Asked at each launch of every test, Triton's own search finds what `dispatch` has found."""
+    launched = dispatch.Kernel.launch
+
+    def and_searched(self, grid, made, *arguments):
+        launched(self, grid, made, *arguments)
+        compiled, _ = self.found[made, self.kind(arguments)]
+        assert compiled is self.kernel.warmup(*arguments, grid=grid, **self.options(*made))
+
+    monkeypatch.setattr(dispatch.Kernel, "launch", and_searched)
 
 
 def here(case: Case) -> Case:
@@ -453,6 +471,35 @@ def test_bad_arguments_are_named(message):
     bad = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in BAD[message].items()}
     with pytest.raises(RuntimeError, match=f"^saesteer::steer: {message}"):
         ops.steer(**good | bad, impl="triton")
+
+
+# ---- launches ----
+
+
+def off_by_one(t: Tensor) -> Tensor:
+    """The same numbers, not at whole 16 bytes."""
+    return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+
+
+def test_tensors_anywhere_in_memory():
+    """Between launches for others, each is given to kernels compiled for where it starts."""
+    case = integer_case(20, 32, 64, 16, 16, per_token=True)
+    case = here(case.but(mask=torch.arange(20) % 3 > 0))
+    kinds = [case]
+    for name in ("x", "W_enc", "b_enc", "features", "values", "mask"):
+        kinds.append(case.but(**{name: off_by_one(getattr(case, name))}))
+    for each in kinds + kinds:
+        assert same_bits(each.steer("triton") + 0.0, case.truth().float() + 0.0)
+
+
+def test_numbers_of_tokens_share_a_compilation():
+    case = here(random_case(9, 33, 65, 8, 3))
+    case.steer("triton")
+    kernels = launch.PROJECT, launch.COUNT, launch.ADD
+    before = [dict(kernel.found) for kernel in kernels]
+    for T in (1, 2, 8):
+        case.rows(slice(0, T)).but(k=T).steer("triton")
+    assert [kernel.found for kernel in kernels] == before
 
 
 # ---- tiles ----

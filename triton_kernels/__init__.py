@@ -4,6 +4,7 @@ Tested in Triton's interpreter and, for sm_80 and sm_90, as the PTX that Triton 
 compiled for sm_100 and gfx942 too. Not yet run on a GPU, and its tiles not yet measured.
 
     launch.py      the ops: memory and launches
+    dispatch.py    a launch without Triton's search for the compilation
     project.py     L0: p_f, and x' of the tokens that this settles
     count.py       L1, L2: how many latents beat each f that is still open
     add.py         x' of the tokens that had to be counted for; add_directions

@@ -17,8 +17,8 @@ def add(
     beaten,  # [T, F] int32
     waiting,  # [T] int32: the tokens; None: those that `beaten` says were counted for
     length,  # [1] int32: how many those are
-    T,
     d,
+    T,
     F,
     k,
     BLOCK_D: tl.constexpr,

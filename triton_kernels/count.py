@@ -19,9 +19,9 @@ def count(
     decided,  # [tiles of tokens] int32: 1 where nothing is left to count
     waiting,  # [T] int32: the tokens to count for; None: every token
     length,  # [1] int32: how many those are
-    T,
     N,
     d,
+    T,
     F,
     k,
     low,

@@ -17,6 +17,7 @@ from .add import add
 from .configs import Tile
 from .count import count
 from .decode import decode as decode_kernel
+from .dispatch import Kernel
 from .merge import merge
 from .project import project as project_kernel
 from .topk import topk
@@ -108,15 +109,15 @@ def _steer(
     mask = mask if mask is None else mask.reshape(-1).contiguous()
     with torch.cuda.device_of(rows):
         for part in _parts(rows.shape[0], F):
+            x = _rows(rows, part)
             edit = _Edit(
                 directions,
-                values if shared else values[part],
+                values if shared else _rows(values, part),
                 0 if shared else F,
-                mask if mask is None else mask[part],
-                y if y is None else y[part],
+                _rows(mask, part),
+                _rows(y, part),
             )
-            measured = _measure(rows[part], W_enc, b_enc, features, k, order, edit)
-            _add(rows[part], F, k, edit, measured)
+            _add(x, F, k, edit, _measure(x, W_enc, b_enc, features, k, order, edit))
 
 
 def feature_acts(
@@ -137,7 +138,7 @@ def feature_acts(
     acts = x.new_empty((rows.shape[0], features.shape[0]), dtype=torch.float32)
     with torch.cuda.device_of(x):
         for part in _parts(rows.shape[0], features.shape[0]):
-            measured = _measure(rows[part], W_enc, b_enc, features, k, order, _Edit())
+            measured = _measure(_rows(rows, part), W_enc, b_enc, features, k, order, _Edit())
             # NaN * 0 is NaN, as it should be.
             torch.mul(measured.acts, measured.beaten < k, out=acts[part])
     return acts.reshape(*x.shape[:-1], features.shape[0])
@@ -181,8 +182,9 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Ten
             keys = best_of_shares(rows, W_enc, b_enc, size, last, tile)
             last = x.new_empty(T, dtype=torch.int64)
             candidates = keys[0].numel()
-            block = _power_of_2(candidates)
-            merge[T,](
+            MERGE.launch(
+                (T, 1, 1),
+                (_power_of_2(candidates),),
                 keys,
                 values[:, found:],
                 indices[:, found:],
@@ -190,8 +192,6 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Ten
                 k,
                 size,
                 candidates,
-                BLOCK=block,
-                **_options(block),
             )
     return values.reshape(shape), indices.reshape(shape)
 
@@ -207,7 +207,9 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
     y = W_dec.new_empty((*leading, d), dtype=torch.promote_types(W_dec.dtype, b_dec.dtype))
     T, block = math.prod(leading), min(1024, _power_of_2(d))
     with torch.cuda.device_of(values):
-        decode_kernel[T, _cdiv(d, block)](
+        DECODE.launch(
+            (T, _cdiv(d, block), 1),
+            (block,),
             values.contiguous(),
             indices.contiguous(),
             W_dec,
@@ -216,8 +218,6 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Ten
             N,
             d,
             k,
-            BLOCK_D=block,
-            **_options(block),
         )
     return y
 
@@ -257,21 +257,19 @@ def _project(
     measured: Measured,
 ) -> None:
     (T, d), N, F = x.shape, W_enc.shape[0], measured.acts.shape[1]
-    width = _power_of_2(d)
-    project_kernel[_cdiv(T, configs.ROWS),](
+    PROJECT.launch(
+        (_cdiv(T, configs.ROWS), 1, 1),
+        (_power_of_2(d),),
         x,
         W_enc,
         b_enc,
         features,
         *edit,
         *measured,
-        T,
         N,
         d,
+        T,
         F,
-        ROWS=configs.ROWS,
-        BLOCK_D=width,
-        **_options(width),
     )
 
 
@@ -291,22 +289,22 @@ def count_beaten(
     tiles = _cdiv(min(T, tile.most), tile.BLOCK_M) * _cdiv(N, tile.BLOCK_N)
     programs = min(tiles, configs.processors(x.device) * tile.per_sm)
     W, product = _product(x, W_enc, tile)
-    count[programs,](
+    COUNT.launch(
+        (programs, 1, 1),
+        product,
         x,
         W,
         b_enc,
         features,
         order,
         *measured,
-        T,
         N,
         d,
+        T,
         F,
         k,
         low,
         tile.most,
-        GROUP=tile.GROUP,
-        **product,
     )
 
 
@@ -329,15 +327,17 @@ def best_of_shares(
     shares = max(1, min(programs // down, _cdiv(N, tile.BLOCK_N), 8192 // best))
     keys = x.new_empty((T, shares, k), dtype=torch.int64)
     W, product = _product(x, W_enc, tile)
-    topk[down, shares](x, W, b_enc, keys, last, T, N, d, k, shares, BLOCK_BEST=best, **product)
+    made = best, *product
+    TOPK.launch((down, shares, 1), made, x, W, b_enc, keys, last, N, d, T, k, shares)
     return keys
 
 
 def _add(x: Tensor, F: int, k: int, edit: _Edit, measured: Measured) -> None:
     T, d = x.shape
-    width = _power_of_2(d)
     directions, values, value_stride, _, y = edit
-    add[min(T, 4 * configs.processors(x.device)),](
+    ADD.launch(
+        (min(T, 4 * configs.processors(x.device)), 1, 1),
+        (_power_of_2(d),),
         x,
         directions,
         values,
@@ -347,12 +347,10 @@ def _add(x: Tensor, F: int, k: int, edit: _Edit, measured: Measured) -> None:
         measured.beaten,
         measured.waiting,
         measured.length,
-        T,
         d,
+        T,
         F,
         k,
-        BLOCK_D=width,
-        **_options(width),
     )
 
 
@@ -368,29 +366,24 @@ def _launches(T: int, tiles: tuple[Tile, ...]) -> list[tuple[int, Tile]]:
     return list(zip((0, *(tile.most for tile in tiles)), tiles, strict=False))
 
 
-def _product(x: Tensor, W_enc: Tensor, tile: Tile) -> tuple[Tensor | TensorDescriptor, dict]:
-    """W_enc as `preacts` takes it, and the options of a kernel that calls it."""
+def _product(x: Tensor, W_enc: Tensor, tile: Tile) -> tuple[Tensor | TensorDescriptor, tuple]:
+    """W_enc as `preacts` takes it, and what a kernel that calls it is made of."""
     d = W_enc.shape[1]
     # Descriptors need rows of whole 16 bytes, and Triton 3.4's interpreter of 16 elements.
     described = tile.described and d % 16 == 0 and W_enc.data_ptr() % 16 == 0
     W = TensorDescriptor.from_tensor(W_enc, [tile.BLOCK_N, tile.BLOCK_K]) if described else W_enc
-    return W, dict(
-        DOT=DOT[configs.meets_in(x, W_enc)],
-        DESCRIBED=described,
-        WHOLE=d % tile.BLOCK_K == 0,
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_N=tile.BLOCK_N,
-        BLOCK_K=tile.BLOCK_K,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **FUSED,
-    )
+    return W, (tile, configs.meets_in(x, W_enc), described, d % tile.BLOCK_K == 0)
 
 
 def _parts(T: int, F: int) -> Iterator[slice]:
     """Tokens taken at once: what is kept of them stays below a megabyte and 64 bytes a token."""
     step = max(1, ((1 << 20) + 64 * T) // (8 * F + 6))
     return (slice(start, min(T, start + step)) for start in range(0, T, step))
+
+
+def _rows(t: Tensor | None, part: slice) -> Tensor | None:
+    """t[part], but at no cost where that is all of it."""
+    return t if t is None or len(t) == part.stop - part.start else t[part]
 
 
 # Triton's own two cost 5 us a call on the host.
@@ -402,6 +395,29 @@ def _power_of_2(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
-def _options(width: int) -> dict:
+def product_options(tile: Tile, meets: torch.dtype, described: bool, whole: bool) -> dict:
+    """Of a kernel on `preacts`."""
+    return dict(
+        DOT=DOT[meets],
+        DESCRIBED=described,
+        WHOLE=whole,
+        BLOCK_M=tile.BLOCK_M,
+        BLOCK_N=tile.BLOCK_N,
+        BLOCK_K=tile.BLOCK_K,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **FUSED,
+    )
+
+
+def block_options(width: int) -> dict:
     """Of a kernel whose blocks hold so many elements."""
     return {"num_warps": min(16, max(1, width // 256)), **FUSED}
+
+
+PROJECT = Kernel(project_kernel, lambda d: dict(ROWS=configs.ROWS, BLOCK_D=d, **block_options(d)))
+COUNT = Kernel(count, lambda tile, *of: dict(GROUP=tile.GROUP, **product_options(tile, *of)))
+ADD = Kernel(add, lambda d: dict(BLOCK_D=d, **block_options(d)))
+TOPK = Kernel(topk, lambda best, *of: dict(BLOCK_BEST=best, **product_options(*of)))
+MERGE = Kernel(merge, lambda size: dict(BLOCK=size, **block_options(size)))
+DECODE = Kernel(decode_kernel, lambda d: dict(BLOCK_D=d, **block_options(d)))

@@ -23,9 +23,9 @@ def project(
     decided,  # [T / ROWS] int32: set to 0
     waiting,  # [T] int32: the tokens to count for; None: found out from `beaten`
     length,  # [1] int32: how many those are
-    T,
     N,
     d,
+    T,
     F,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,

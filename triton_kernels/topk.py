@@ -24,9 +24,9 @@ def topk(
     b,  # [N] fp32
     keys,  # [T, shares, k] int64, in no order
     last,  # [T] int64: only keys below it; None: all
-    T,
     N,
     d,
+    T,
     k,
     shares,
     DOT: tl.constexpr,
