@@ -9,7 +9,7 @@ Times are the device's: replays of a CUDA graph that holds several calls, each w
 
 ours, triton            saesteer_fast.ops.steer by those kernels, after they were found right
 ours in steps           without the kernel that does all for few tokens in one launch
-naive, lean, smart      saesteer_fast.reference, bf16; "smart, compiled": under torch.compile
+naive, lean, smart      baselines.py, bf16; "smart, compiled": under torch.compile
 linear, copy            one encoder pass and nothing else; a copy of x
 """
 

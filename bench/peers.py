@@ -1,6 +1,6 @@
 """Whom ours is compared with, and how each steers.
 
-naive, lean, smart    saesteer_fast.reference
+naive, lean, smart    baselines.py
 
 The SAE libraries, where they are installed (the extra `peers`):
 
@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from saesteer_fast import reference
-
-from .tables.contestants import BASELINES
+from .baselines import lean, naive, smart
 from .workloads import ROWS, Workload
 
 
@@ -34,11 +32,11 @@ def baselines(w: Workload, wrap=lambda run: run) -> dict[str, Callable[[Tensor],
     b_enc = w.b_enc.to(w.W_enc.dtype)
     dense = w.W_enc, b_enc, w.W_dec, w.b_dec, w.features, w.values, w.k
     rows = w.W_enc, b_enc, w.directions, w.features, w.values, w.k
-    naive, lean, smart = (wrap(getattr(reference, name)) for name in BASELINES)
+    by_naive, by_lean, by_smart = wrap(naive), wrap(lean), wrap(smart)
     return {
-        "naive": lambda x: naive(x, *dense),
-        "lean": lambda x: lean(x, *dense),
-        "smart": lambda x: smart(x, *rows),
+        "naive": lambda x: by_naive(x, *dense),
+        "lean": lambda x: by_lean(x, *dense),
+        "smart": lambda x: by_smart(x, *rows),
     }
 
 

@@ -4,7 +4,7 @@ and decode steps after it.
 unsteered, again    nothing attached, twice: how far apart no difference is measured
 ours                sf.steering, one latent of a top-k SAE set to a constant
 worst               the same, of a latent that is live for every token
-naive               a forward hook that does reference.naive
+naive               a forward hook that does baselines.naive
 vector              a forward hook that adds a vector, and reads no SAE
 
 The SAE's biases and the edited latent are chosen from the model's own stream, to the shares of the

@@ -3,7 +3,7 @@
 ours      saesteer_fast.ops.steer, impl="cpu"
 hot-first ours, with the rows of W_enc in the order that SAE.calibrate finds on other tokens
 reference the same op, impl="reference": what runs where there are no kernels
-naive, lean, smart      saesteer_fast.reference (peers.py)
+naive, lean, smart      baselines.py, by peers.py
 naive, compiled; ...    the same under torch.compile, compiled before they are timed
 sparsify, sae_lens      the libraries themselves, where installed
 linear    one encoder pass and nothing else

@@ -70,7 +70,7 @@ class Measured:
             elif self.measure == "groupmax":
                 W_enc, b_enc = sae.encoder
             elif self.measure == "projection":
-                W_enc, b_enc = directions, -(directions @ sae.b_dec.float())
+                W_enc, b_enc = directions, -(directions.double() @ sae.b_dec.double()).float()
             elif self.measure == "none":
                 W_enc, b_enc = sae.W_enc[:0], sae.bias[:0].float()
             else:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import checks, reference, transforms, verdicts
+from . import checks, gradients, reference, transforms, verdicts
 
 _LIBRARY = Path(__file__).with_name("libsaesteer_ops.so")
 try:
@@ -91,16 +91,11 @@ def _by_reference(name: str) -> Callable:
         if name in _LATENTS:
             argument, *places = _LATENTS[name]
             indices, matrix = (args[place] for place in places)
-            if indices.is_cpu and _holds_numbers(indices):
+            if indices.is_cpu and reference.may_read(indices):
                 checks.elements(name, argument, indices, matrix.shape[0])
         return compute(*args)
 
     return run
-
-
-def _holds_numbers(t: Tensor) -> bool:
-    """Whether Python may read them: not while torch.compile or torch.func traces."""
-    return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(t))
 
 
 def _called(space: torch._ops._OpNamespace) -> SimpleNamespace:
@@ -406,119 +401,11 @@ def _(values, indices, W_dec, b_dec):
     return W_dec.new_empty((*values.shape[:-1], W_dec.shape[1]), dtype=dtype)
 
 
-def _shared(x: Tensor, values: Tensor) -> bool:
-    """Whether one row of values serves all tokens."""
-    return values.dim() == 1 and x.dim() > 1
-
-
-def _sum_to(slope: Tensor, shared: bool) -> Tensor:
-    return slope.sum(tuple(range(slope.dim() - 1))) if shared else slope
-
-
-def _require_constant(ctx, op: str, names: tuple[str, ...], differentiable: set[str]) -> None:
-    for name, needed in zip(names, ctx.needs_input_grad, strict=False):
-        if needed and name not in differentiable:
-            raise NotImplementedError(
-                f"saesteer::{op}: no gradient for {name}, only for "
-                f"{' and '.join(sorted(differentiable))}; detach it"
-            )
-
-
-def _save_steer(ctx, inputs, output):
-    names = ("x", "W_enc", "b_enc", "directions", "features", "values", "k", "mask", "order")
-    _require_constant(ctx, "steer", names, {"x", "values"})
-    x, W_enc, b_enc, directions, features, values, ctx.k, mask, order = inputs
-    ctx.shared = _shared(x, values)
-    ctx.save_for_backward(x, W_enc, b_enc, directions, features, mask, order)
-
-
-def _steer_backward(ctx, grad):
-    # dx'/dvalue_f = directions_f;  dx'/dx = 1 - sum over live f of directions_f W_enc[f]^T
-    x, W_enc, b_enc, directions, features, mask, order = ctx.saved_tensors
-    slope = grad.float() @ directions.float().mT
-    if mask is not None:
-        slope = slope * mask[..., None]
-    grad_x = grad_values = None
-    if ctx.needs_input_grad[0]:
-        live = _OPS.feature_acts(x, W_enc, b_enc, features, ctx.k, order) > 0
-        grad_x = (grad.float() - (slope * live) @ W_enc[features].float()).to(grad.dtype)
-    if ctx.needs_input_grad[5]:
-        grad_values = _sum_to(slope, ctx.shared)
-    return grad_x, None, None, None, None, grad_values, None, None, None
-
-
-def _save_feature_acts(ctx, inputs, output):
-    _require_constant(ctx, "feature_acts", ("x", "W_enc", "b_enc"), {"x"})
-    x, W_enc, _, features, _, _ = inputs
-    ctx.dtype = x.dtype
-    ctx.save_for_backward(output, W_enc, features)
-
-
-def _feature_acts_backward(ctx, grad):
-    acts, W_enc, features = ctx.saved_tensors
-    grad_x = (grad * (acts > 0)) @ W_enc[features].float()
-    return grad_x.to(ctx.dtype), None, None, None, None, None
-
-
-def _save_project(ctx, inputs, output):
-    _require_constant(ctx, "project", ("x", "W_enc", "b_enc"), {"x"})
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(inputs[1])
-
-
-def _project_backward(ctx, grad):
-    (W_enc,) = ctx.saved_tensors
-    return (grad @ W_enc.float()).to(ctx.dtype), None, None
-
-
-def _save_add_directions(ctx, inputs, output):
-    _require_constant(ctx, "add_directions", ("x", "directions", "coef"), {"x", "coef"})
-    x, directions, coef = inputs
-    ctx.shared = _shared(x, coef)
-    ctx.save_for_backward(directions)
-
-
-def _add_directions_backward(ctx, grad):
-    (directions,) = ctx.saved_tensors
-    return grad, None, _sum_to(grad.float() @ directions.float().mT, ctx.shared)
-
-
-def _save_encode(ctx, inputs, output):
-    _require_constant(ctx, "encode", ("x", "W_enc", "b_enc"), {"x"})
-    ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, inputs[1])
-
-
-def _encode_backward(ctx, grad, _):
-    values, indices, W_enc = ctx.saved_tensors
-    grad_x = ((grad * (values > 0))[..., None] * W_enc[indices].float()).sum(-2)
-    return grad_x.to(ctx.dtype), None, None, None
-
-
-def _save_decode(ctx, inputs, output):
-    _require_constant(ctx, "decode", ("values", "indices", "W_dec", "b_dec"), {"values"})
-    ctx.save_for_backward(inputs[1], inputs[2])
-
-
-def _decode_backward(ctx, grad):
-    indices, W_dec = ctx.saved_tensors
-    return (W_dec[indices].float() @ grad.float()[..., None]).squeeze(-1), None, None, None
-
-
 for _name in _NAMES:
     torch.library.impl(f"saesteer_triton::{_name}", ("cpu", "cuda"), _by_triton(_name))
     torch.library.impl(f"saesteer::{_name}", "cuda", _best_on_gpu(_name))
 
-for _name, _backward, _save in (
-    ("steer", _steer_backward, _save_steer),
-    ("feature_acts", _feature_acts_backward, _save_feature_acts),
-    ("project", _project_backward, _save_project),
-    ("add_directions", _add_directions_backward, _save_add_directions),
-    ("encode", _encode_backward, _save_encode),
-    ("decode", _decode_backward, _save_decode),
-):
-    for _space in (_OPS, _TRITON, _BY_CUDA):
-        transforms.register(getattr(_space, _name).default, _save, _backward)
 for _space in (_OPS, _TRITON, _BY_CUDA):
+    for _name, (_save, _backward) in gradients.of(_space).items():
+        transforms.register(getattr(_space, _name).default, _save, _backward)
     transforms.register_in_place(_space.steer_.default)

@@ -1,13 +1,9 @@
-"""What the ops compute, in plain PyTorch: the truth that tests compare with and the baselines that
-benchmarks run against.
+"""What the ops compute, in plain PyTorch: impl="reference", which runs on any device, and the truth
+that tests compare with.
 
-`feature_acts`, `steer`, `encode` and `decode` follow the definition directly, at any precision;
-`truth` is `steer` in fp64 over the stored inputs, unrounded. `naive`, `lean` and `smart` are three
-ways a careful PyTorch user writes the same edit with full-width products:
-
-    naive   encode, top-k, scatter, clamp, two dense decodes (the textbook form)
-    lean    one encode, top-k, two sparse decodes
-    smart   one encode, compare and count, one row of W_dec a feature (the identity of `steer`)
+Sums are fp64, which no setting of PyTorch turns into tf32, and are rounded once. Tokens are skipped
+as the kernels skip them where the device may be asked; pre-activations are held for a few latents
+at a time.
 """
 
 from __future__ import annotations
@@ -16,13 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1 << 25
-"""Pre-activations held at once by the reference: tokens are taken in groups of CHUNK / N."""
+HELD = 1 << 22
+"""Numbers held at once, of W_enc in fp64 and of the pre-activations."""
 
 
-def preacts(x: Tensor, W_enc: Tensor, b_enc: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """p = x W_enc^T + b_enc in `dtype`; x [..., d], W_enc [N, d], b_enc [N] -> [..., N]."""
-    return F.linear(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype))
+def may_read(t: Tensor) -> bool:
+    """Whether Python may ask for its numbers: not while torch.compile or torch.func traces, or a
+    CUDA graph is captured."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return not (traced or (t.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def preacts(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """p = x W_enc^T + b_enc in fp64; x [..., d], W_enc [N, d], b_enc [N] -> [..., N]."""
+    return F.linear(x.double(), W_enc.double(), b_enc.double())
 
 
 def rank(p: Tensor, features: Tensor, order: Tensor | None = None) -> Tensor:
@@ -31,15 +34,21 @@ def rank(p: Tensor, features: Tensor, order: Tensor | None = None) -> Tensor:
     "j beats f": p_j > p_f, or p_j = p_f and order_j < order_f; order [N] int64, the identity
     unless given. NaN beats every number, as in torch.topk.
     """
-    if order is None:
-        order = torch.arange(p.shape[-1], device=p.device)
+    everyone = torch.arange(p.shape[-1], device=p.device)
+    order = everyone if order is None else order
+    return _beaten(p, everyone, order, p[:, features], features, order[features])
+
+
+def _beaten(
+    p: Tensor, rows: Tensor, order: Tensor, p_f: Tensor, features: Tensor, places: Tensor
+) -> Tensor:
+    """How many of some latents, p [T, n] of `rows` [n] and in `order` [n], beat each feature."""
     counts = []
-    for f in features.tolist():
-        p_f = p[:, f, None]
-        beats = ~(p <= p_f) | ((p == p_f) & (order < order[f]))
-        beats[:, f] = False
-        counts.append(beats.sum(-1))
-    return torch.stack(counts, -1) if counts else p.new_zeros((p.shape[0], 0), dtype=torch.int64)
+    for i in range(len(features)):
+        mine = p_f[:, i, None]
+        beats = ~(p <= mine) | ((p == mine) & (order < places[i]))
+        counts.append((beats & (rows != features[i])).sum(-1))
+    return torch.stack(counts, -1) if counts else p.new_zeros((len(p), 0), dtype=torch.int64)
 
 
 def feature_acts(
@@ -55,17 +64,53 @@ def feature_acts(
     """a_f = p_f where p_f > 0 and fewer than k latents beat f, else 0; [..., F] in `dtype`.
 
     order [N]: which latent each row of W_enc is; `features` are rows. NaN where p_f is not finite:
-    a token with NaN or infinity in it has no activations to speak of.
+    a token with NaN or infinity in it has no activations to speak of; and for a feature that is no
+    row.
     """
     rows = x.reshape(-1, x.shape[-1])
-    acts = rows.new_empty((rows.shape[0], features.numel()), dtype=dtype)
-    step = max(1, CHUNK // W_enc.shape[0])
-    for start in range(0, rows.shape[0], step):
-        p = preacts(rows[start : start + step], W_enc, b_enc, dtype)
-        p_f = p[:, features]
-        live = (p_f > 0) & (rank(p, features, order) < k)
-        acts[start : start + step] = torch.where(live, p_f, 0).where(p_f.isfinite(), torch.nan)
-    return acts.reshape(*x.shape[:-1], features.numel())
+    known, features = _known(features, W_enc)
+    p_f = torch.where(known, preacts(rows, W_enc[features], b_enc[features]), torch.nan)
+    with torch.no_grad():
+        live = _live(rows, W_enc, b_enc, features, p_f, k, order)
+    acts = torch.where(live, p_f, 0).where(p_f.isfinite(), torch.nan)
+    return acts.to(dtype).reshape(*x.shape[:-1], features.numel())
+
+
+def _known(indices: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Which are rows of the matrix, and the indices with 0 in place of the others."""
+    known = (indices >= 0) & (indices < len(matrix))
+    return known, torch.where(known, indices, 0)
+
+
+def _live(rows, W_enc, b_enc, features, p_f, k, order) -> Tensor:
+    """Where p_f > 0 and fewer than k latents beat f: [T, F]."""
+    live = p_f > 0
+    if not may_read(rows):
+        return live & (_ranked(rows, W_enc, b_enc, features, p_f, order) < k)
+    open_ = live.any(-1).nonzero()[:, 0]
+    if not len(open_):
+        return live
+    ranks = _ranked(rows[open_], W_enc, b_enc, features, p_f[open_], order)
+    return live.index_put((open_,), live[open_] & (ranks < k))
+
+
+def _ranked(rows, W_enc, b_enc, features, p_f, order) -> Tensor:
+    """`rank`, with no more than some latents of some tokens at once."""
+    N, d = W_enc.shape
+    everyone = torch.arange(N, device=rows.device)
+    order = everyone if order is None else order
+    latents = max(1, HELD // d)
+    tokens = max(1, HELD // min(latents, N))
+    ranks = []
+    for x, mine in zip(rows.split(tokens), p_f.split(tokens), strict=True):
+        parts = zip(*(t.split(latents) for t in (W_enc, b_enc, everyone, order)), strict=True)
+        places = order[features]
+        found = (
+            _beaten(preacts(x, W, b), row, place, mine, features, places)
+            for W, b, row, place in parts
+        )
+        ranks.append(sum(found))
+    return torch.cat(ranks)
 
 
 def steer(
@@ -78,16 +123,14 @@ def steer(
     k: int,
     mask: Tensor | None = None,
     order: Tensor | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """x' = x + sum_f (value_f - a_f) directions_f, in `dtype`, rounded once to x's dtype.
+    """x' = x + sum_f (value_f - a_f) directions_f, rounded once to x's dtype.
 
     Tokens whose mask is False, and tokens that no edit changes, come out bit-identical. A token
     with NaN or infinity in it comes out all NaN, as its reconstruction does.
     """
-    y = _steered(x, W_enc, b_enc, directions, features, values, k, mask, order, dtype)
-    return y.to(x.dtype)
+    acts = feature_acts(x, W_enc, b_enc, features, k, order)
+    return _steered(x, directions, values, acts, mask).to(x.dtype)
 
 
 def steer_(x: Tensor, *others: Tensor | int | None) -> None:
@@ -107,21 +150,22 @@ def truth(
     order: Tensor | None = None,
 ) -> Tensor:
     """`steer` in fp64, not rounded."""
-    return _steered(x, W_enc, b_enc, directions, features, values, k, mask, order, torch.float64)
+    acts = feature_acts(x, W_enc, b_enc, features, k, order, dtype=torch.float64)
+    return _steered(x, directions, values, acts, mask)
 
 
-def _steered(x, W_enc, b_enc, directions, features, values, k, mask, order, dtype) -> Tensor:
-    acts = feature_acts(x, W_enc, b_enc, features, k, order, dtype=dtype)
-    delta = values.to(dtype) - acts
+def _steered(
+    x: Tensor, directions: Tensor, values: Tensor, acts: Tensor, mask: Tensor | None
+) -> Tensor:
+    delta = values.double() - acts.double()
     if mask is not None:
         delta = torch.where(mask[..., None], delta, 0)
-    return _added(x, directions, delta, dtype)
+    return _added(x, directions, delta)
 
 
-def _added(x, directions, coef, dtype) -> Tensor:
+def _added(x: Tensor, directions: Tensor, coef: Tensor) -> Tensor:
     moved = (coef != 0).any(-1, keepdim=True)
-    sum_ = x.to(dtype) + coef.to(dtype) @ directions.to(dtype)
-    return torch.where(moved, sum_, x.to(dtype))
+    return torch.where(moved, x.double() + coef.double() @ directions.double(), x.double())
 
 
 def undecided(x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int) -> Tensor:
@@ -149,106 +193,38 @@ def undecided(x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int)
     return inside.reshape(*x.shape[:-1], features.numel())
 
 
-def project(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, *, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """p = W_enc x + b_enc in `dtype`; W_enc [F, d], b_enc [F] -> [..., F]."""
-    return preacts(x, W_enc, b_enc, dtype)
+def project(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """p = W_enc x + b_enc; W_enc [F, d], b_enc [F] -> [..., F] fp32."""
+    return preacts(x, W_enc, b_enc).float()
 
 
-def add_directions(
-    x: Tensor, directions: Tensor, coef: Tensor, *, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """x' = x + sum_f coef_f directions_f in `dtype`, rounded once to x's dtype."""
-    return _added(x, directions, coef.expand(*x.shape[:-1], -1), dtype).to(x.dtype)
+def add_directions(x: Tensor, directions: Tensor, coef: Tensor) -> Tensor:
+    """x' = x + sum_f coef_f directions_f, rounded once to x's dtype."""
+    return _added(x, directions, coef.expand(*x.shape[:-1], -1)).to(x.dtype)
 
 
 def encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """The k largest activations, descending, ties to the lower index: values, indices [..., k]."""
-    p = preacts(x, W_enc, b_enc, dtype)
-    values, indices = p.sort(dim=-1, descending=True, stable=True)
-    values, indices = values[..., :k], indices[..., :k]
-    return torch.where(values <= 0, 0, values), indices
+    """The k largest activations, descending, ties to the lower index: values in `dtype`, indices,
+    [..., k]."""
+    rows = x.reshape(-1, x.shape[-1])
+    found = [_largest(some, W_enc, b_enc, k) for some in rows.split(max(1, HELD // len(W_enc)))]
+    values, indices = (
+        torch.cat(parts).reshape(*x.shape[:-1], k) for parts in zip(*found, strict=True)
+    )
+    return torch.where(values <= 0, 0, values).to(dtype), indices
+
+
+def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = preacts(x, W_enc, b_enc).sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], indices[..., :k]
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """b_dec + sum_i values_i W_dec[indices_i], summed in values' dtype; [..., d] of what W_dec's
-    and b_dec's promote to."""
-    rows = W_dec[indices].to(values.dtype)
-    recon = (values[..., None] * rows).sum(-2) + b_dec.to(values.dtype)
+    """b_dec + sum_i values_i W_dec[indices_i], NaN where an index is no latent's; [..., d] of what
+    W_dec's and b_dec's promote to."""
+    known, indices = _known(indices, W_dec)
+    weights = torch.where(known, values.double(), torch.nan)
+    recon = (weights[..., None] * W_dec[indices].double()).sum(-2) + b_dec.double()
     return recon.to(torch.promote_types(W_dec.dtype, b_dec.dtype))
-
-
-def naive(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    features: Tensor,
-    values: Tensor,
-    k: int,
-) -> Tensor:
-    """The textbook path: dense activations, clamp, decode(a') + (x - decode(a))."""
-    top = _topk(x, W_enc, b_enc, k)
-    acts = top.values.new_zeros((*x.shape[:-1], W_enc.shape[0]))
-    acts.scatter_(-1, top.indices, top.values)
-    bias = b_dec.to(acts.dtype)
-    error = x - F.linear(acts, W_dec.mT, bias)
-    acts[..., features] = values.to(acts.dtype)
-    return (F.linear(acts, W_dec.mT, bias) + error).to(x.dtype)
-
-
-def lean(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    features: Tensor,
-    values: Tensor,
-    k: int,
-) -> Tensor:
-    """One encode; both decodes read only the rows of W_dec that are live."""
-    rows = x.reshape(-1, x.shape[-1])
-    top = _topk(rows, W_enc, b_enc, k)
-    error = rows - _bag(top.indices, top.values, W_dec, b_dec)
-    kept = (top.indices[..., None] != features).all(-1)
-    clamped = values.to(top.values.dtype).expand(rows.shape[0], -1)
-    acts = torch.cat([top.values * kept, clamped], -1)
-    indices = torch.cat([top.indices, features.expand(rows.shape[0], -1)], -1)
-    return (_bag(indices, acts, W_dec, b_dec) + error).to(x.dtype).reshape(x.shape)
-
-
-def smart(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    directions: Tensor,
-    features: Tensor,
-    values: Tensor,
-    k: int,
-) -> Tensor:
-    """The identity with a full-width product: no top-k, no decode."""
-    p = _product(x, W_enc, b_enc)
-    p_f = p[..., features]
-    beaten = torch.stack([(p > p_f[..., i, None]).sum(-1) for i in range(len(features))], -1)
-    acts = torch.where((p_f > 0) & (beaten < k), p_f, 0)
-    return x + ((values - acts).to(directions.dtype) @ directions).to(x.dtype)
-
-
-def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, W_enc.dtype)
-    return F.linear(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype))
-
-
-def _topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int):
-    return F.relu(_product(x, W_enc, b_enc)).topk(k, dim=-1)
-
-
-def _bag(indices: Tensor, acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    weights = acts.to(W_dec.dtype)
-    recon = F.embedding_bag(indices, W_dec, per_sample_weights=weights, mode="sum")
-    return recon + b_dec.to(W_dec.dtype)

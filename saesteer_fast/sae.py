@@ -226,11 +226,13 @@ class SAE:
         with constants(self.device):
             if not self.subtract_b_dec:
                 return self.bias.float()
-            b_enc, b_dec = self.bias.float().clone(), self.b_dec.float()
-            # A few rows at a time: half-precision weights are widened to fp32 on the way.
-            for part, rows in zip(b_enc.split(256), self.W_enc.split(256), strict=True):
-                part -= rows.float() @ b_dec
-            return b_enc
+            b_enc, b_dec = self.bias.double(), self.b_dec.double()
+            # fp64, for fp32 may be rounded to tf32; a few rows at a time, for they are copied.
+            parts = [
+                bias - rows.double() @ b_dec
+                for bias, rows in zip(b_enc.split(256), self.W_enc.split(256), strict=True)
+            ]
+            return torch.cat(parts).float()
 
     @cached_property
     def decoder_norms(self) -> Tensor:

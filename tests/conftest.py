@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import saesteer_fast as sf
+
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LONGEST = "test_cuda_host", "test_triton", "test_build", "test_demo", "test_triton_ptx"

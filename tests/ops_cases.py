@@ -226,3 +226,16 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def textbook(case: Case) -> torch.Tensor:
+    """decode(a') + (x - decode(a)), dense, in fp64."""
+    x, W_enc, b_enc, W_dec, b_dec = (
+        t.double() for t in (case.x, case.W_enc, case.b_enc, case.W_dec, case.b_dec)
+    )
+    top = torch.topk(x @ W_enc.T + b_enc, case.k, dim=-1)
+    acts = torch.zeros(*x.shape[:-1], len(W_enc), dtype=torch.float64)
+    acts.scatter_(-1, top.indices, top.values.clamp(min=0))
+    edited = acts.clone()
+    edited[..., case.features] = case.values.double()
+    return (edited @ W_dec + b_dec) + (x - (acts @ W_dec + b_dec))

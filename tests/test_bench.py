@@ -13,15 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # bench is not installed
+from bench import baselines, miniature, peers, report, verify, workloads
+from bench import test_op as suite
+from bench.tables import common, summary
+from bench.tables import op as op_tables
+from bench.timing import Contestant, interleaved
+from saesteer_fast import ops, reference
 
-from bench import miniature, peers, report, verify, workloads  # noqa: E402
-from bench import test_op as suite  # noqa: E402
-from bench.tables import common, summary  # noqa: E402
-from bench.tables import op as op_tables  # noqa: E402
-from bench.timing import Contestant, interleaved  # noqa: E402
-from saesteer_fast import ops, reference  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 SMALL = workloads.Shape(d=256, N=2048, k=16)
 
@@ -166,8 +165,8 @@ def test_baselines(pair):
         x = w.x[:128]
         b_enc = w.b_enc.to(x.dtype)
         dense = x, w.W_enc, b_enc, w.W_dec, w.b_dec, w.features, w.values, w.k
-        assert verify.check_baseline(w, "naive", reference.naive(*dense)) >= 0.9
-        assert verify.check_baseline(w, "lean", reference.lean(*dense)) >= 0.9
+        assert verify.check_baseline(w, "naive", baselines.naive(*dense)) >= 0.9
+        assert verify.check_baseline(w, "lean", baselines.lean(*dense)) >= 0.9
         with pytest.raises(verify.Disagreement, match="nothing agrees on 0%"):
             verify.check_baseline(w, "nothing", x)
 
@@ -213,7 +212,7 @@ def test_what_does_not_compile_is_not_run(pair, small, monkeypatch):
         def call(*_):
             raise torch._dynamo.exc.TorchDynamoException(f"{run.__name__} has\ntwo lines")
 
-        return call if run is reference.naive else run
+        return call if run is baselines.naive else run
 
     monkeypatch.setattr(torch, "compile", fails)
     w = pair[0].first(1)

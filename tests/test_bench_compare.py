@@ -1,17 +1,15 @@
 """Two commits side by side: which are refused, what is measured, and the table."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # bench is not installed
+from bench import compare, machine, timing, verify, workloads
+from bench.test_op import Case
+from saesteer_fast import ops
 
-from bench import compare, machine, timing, verify, workloads  # noqa: E402
-from bench.test_op import Case  # noqa: E402
-from saesteer_fast import ops  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 SMALL = workloads.Shape(d=256, N=2048, k=16)
 

@@ -13,14 +13,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # bench is not installed
+import saesteer_fast as sf
+from bench import gpu, on_gpu, verify, workloads
+from bench.tables import gpu as tables
+from saesteer_fast import ops
+from saesteer_fast.verify import steps
 
-import saesteer_fast as sf  # noqa: E402
-from bench import gpu, on_gpu, verify, workloads  # noqa: E402
-from bench.tables import gpu as tables  # noqa: E402
-from saesteer_fast import ops  # noqa: E402
-from saesteer_fast.verify import steps  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 # ---- smoke ----
 

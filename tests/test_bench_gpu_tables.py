@@ -3,7 +3,6 @@ with a clock and a device that are not real: no figure of it leaves this file.""
 
 from __future__ import annotations
 
-import sys
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +11,11 @@ import pytest
 import torch
 from test_bench_suites import TINY_PHI3
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # bench is not installed
+from bench import gpu, on_gpu, phi3, report, workloads
+from bench.tables import gpu as tables
+from saesteer_fast.verify import smoke, steps
 
-from bench import gpu, on_gpu, phi3, report, workloads  # noqa: E402
-from bench.tables import gpu as tables  # noqa: E402
-from saesteer_fast.verify import smoke, steps  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 SMALL = dict(d=64, N=512, k=8)
 CACHED = ("whole", "workload", "phi3_mini", "planted_on_phi3", "torch_compiled")

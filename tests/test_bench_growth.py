@@ -1,14 +1,10 @@
 """How cost grows: which cases make a series, the slope of each, and plots that follow from them."""
 
 import math
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is not installed
 
 from bench import plots, report
 from bench import test_op as suite

@@ -38,7 +38,7 @@ def test_the_reference_path_in_double_precision(kind):
         arguments = x, sae.W_enc, sae.b_enc, features, sae.k
         acts = reference.feature_acts(*arguments, dtype=torch.float64)
         amounts = table.amounts(acts, values, table.kinds)
-        return reference.add_directions(x, directions, amounts, dtype=torch.float64)
+        return reference.add_directions(x, directions, amounts)
 
     assert torch.autograd.gradcheck(steered, (x, values))
     acts = reference.feature_acts(x, sae.W_enc, sae.b_enc, features, sae.k)

@@ -27,6 +27,7 @@ from ops_cases import (
     threads,
 )
 
+from bench import baselines
 from saesteer_fast import _build, ops, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -160,14 +161,14 @@ def test_core_integers_are_exact(dtype, weights):
             assert torch.equal(ops.decode(*ours, case.W_dec, case.b_dec, impl=impl), recon)
 
 
-@pytest.mark.parametrize("path", [reference.naive, reference.lean, reference.smart])
+@pytest.mark.parametrize("path", [baselines.naive, baselines.lean, baselines.smart])
 def test_integers_are_exact_on_the_textbook_paths(path):
     """Where torch.topk meets no tie: its order of ties is nobody's promise."""
     case = integer_case(400, 13, 200, 5, 3)
     p = reference.preacts(case.x, case.W_enc, case.b_enc).sort(descending=True).values
     case = case.rows(p[:, case.k - 1] > p[:, case.k])
     assert len(case.x) > 50
-    decoder = (case.directions,) if path is reference.smart else (case.W_dec, case.b_dec)
+    decoder = (case.directions,) if path is baselines.smart else (case.W_dec, case.b_dec)
     y = path(*case.encoder, *decoder, case.features, case.values, case.k)
     assert torch.equal(case.steer(), y)
     assert torch.equal(case.truth(), y.double())
@@ -331,7 +332,7 @@ def test_errs_no_more_than_the_naive_path(dtype):
     truth = case.truth()
     ours = (case.steer().double() - truth).abs()
     low = case.to(dtype)
-    y = reference.naive(*low.encoder, low.W_dec, low.b_dec, low.features, low.values, low.k)
+    y = baselines.naive(*low.encoder, low.W_dec, low.b_dec, low.features, low.values, low.k)
     naive = (y.double() - truth).abs()
     quantiles = torch.tensor([0.5, 0.9, 0.99], dtype=torch.double)
     assert (ours.flatten().quantile(quantiles) <= naive.flatten().quantile(quantiles)).all()
@@ -503,7 +504,7 @@ def test_core_a_bad_row_spoils_no_other(dtype, weights, kind):
     assert torch.equal(indices[rows], places[rows])
 
     low = bad.to(dtype)
-    naive = reference.naive(*low.encoder, low.W_dec, low.b_dec, low.features, low.values, low.k)
+    naive = baselines.naive(*low.encoder, low.W_dec, low.b_dec, low.features, low.values, low.k)
     assert torch.equal(naive.isnan(), y.isnan())
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from ops_cases import Case, random_case, threads
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is not installed
-
 from bench import heap
 
 TASKS = Path("/proc/self/task")

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops_cases import DTYPES, Case, gamma, integer_case, preact_bound, random_case, same_bits
+from ops_cases import (
+    DTYPES,
+    integer_case,
+    permutation,
+    random_case,
+    same_bits,
+    textbook,
+)
 
+import saesteer_fast as sf
 from saesteer_fast import reference
 
 SHAPES = [(1, 1, 1, 1, 1), (7, 33, 65, 4, 2), (63, 31, 200, 64, 17), (20, 67, 129, 129, 5)]
-
-
-def textbook(case: Case) -> torch.Tensor:
-    """decode(a') + (x - decode(a)), dense, in fp64."""
-    x, W_enc, b_enc, W_dec, b_dec = (
-        t.double() for t in (case.x, case.W_enc, case.b_enc, case.W_dec, case.b_dec)
-    )
-    top = torch.topk(x @ W_enc.T + b_enc, case.k, dim=-1)
-    acts = torch.zeros(*x.shape[:-1], len(W_enc), dtype=torch.float64)
-    acts.scatter_(-1, top.indices, top.values.clamp(min=0))
-    edited = acts.clone()
-    edited[..., case.features] = case.values.double()
-    return (edited @ W_dec + b_dec) + (x - (acts @ W_dec + b_dec))
 
 
 def counted(p: list[float], features: list[int], k: int) -> list[float]:
@@ -83,45 +78,60 @@ def test_unchanged_tokens_keep_their_bits():
     assert same_bits(none.steer("reference"), x)
 
 
-def test_tokens_are_taken_in_groups(monkeypatch):
-    case = random_case((9, 7), per_token=True)
-    acts, y = case.acts("reference"), case.steer("reference")
-    monkeypatch.setattr(reference, "CHUNK", 5 * 129 + 7)
-    torch.testing.assert_close(case.acts("reference"), acts)
-    torch.testing.assert_close(case.steer("reference"), y)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_pieces_are_the_whole(ordered, monkeypatch):
+    """A few tokens and latents at a time; and where no number may be read, all tokens ranked."""
+    case = integer_case(63, per_token=True)
+    case = case.stored(permutation(130)) if ordered else case
+    acts, y, best = case.acts("reference"), case.steer("reference"), case.encode("reference")
+    assert (acts > 0).any() and not (acts > 0).all()
+    with monkeypatch.context() as here:
+        here.setattr(reference, "HELD", 5 * case.x.shape[-1] + 7)
+        assert same_bits(case.acts("reference"), acts)
+        assert same_bits(case.steer("reference"), y)
+        assert all(map(torch.equal, case.encode("reference"), best))
+    monkeypatch.setattr(reference, "may_read", lambda t: False)
+    assert same_bits(case.acts("reference"), acts)
 
 
-def baseline(path, case: Case) -> torch.Tensor:
-    decoder = (case.directions,) if path is reference.smart else (case.W_dec, case.b_dec)
-    return path(*case.encoder, *decoder, case.features, case.values, case.k)
-
-
-@pytest.mark.parametrize("path", [reference.naive, reference.lean, reference.smart])
-@pytest.mark.parametrize("lead", [63, (3, 7)], ids=str)
-def test_baselines_are_the_textbook_form(path, lead):
-    case = random_case(lead, 67, 300, 16, 3)
-    exact = case.to(torch.float64)
-    truth = textbook(case)
-    torch.testing.assert_close(baseline(path, exact), truth, rtol=1e-13, atol=1e-12)
-
-    sure = ~case.undecided().any(-1)
-    assert sure.double().mean() > 0.99
-    # Each of two decodes sums k activations, each wrong by e at most, with unit rows.
-    e = preact_bound(*case.encoder).amax()
-    terms = case.k * reference.preacts(*case.encoder).amax() + case.values.abs().sum()
-    summed = 2 * (
-        case.k * e + gamma(300 + 2) * (terms + case.x.abs().amax() + case.b_dec.abs().amax())
+def test_closed_tokens_are_not_ranked(monkeypatch):
+    case = random_case(50, F=1)
+    p = reference.preacts(case.x, case.W_enc, case.b_enc)[:, case.features]
+    seen, ranked = [], reference._ranked
+    monkeypatch.setattr(
+        reference, "_ranked", lambda rows, *rest: seen.append(rows) or ranked(rows, *rest)
     )
-    assert (baseline(path, case) - truth)[sure].abs().max() <= summed < 0.05
+    case.acts("reference")
+    assert torch.equal(seen[0], case.x[p[:, 0] > 0]) and 0 < len(seen[0]) < 50
+    closed = case.rows(p[:, 0] <= 0)
+    assert not closed.acts("reference").any() and len(seen) == 1
 
 
-@pytest.mark.parametrize("path", [reference.naive, reference.lean, reference.smart])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_baselines_keep_the_dtype(path, dtype):
-    case = random_case(dtype=dtype, weights=dtype).to(dtype)
-    y = baseline(path, case)
-    assert y.dtype == dtype and y.shape == case.x.shape
-    assert (y.double() - case.truth()).abs().mean() < 0.05
+def test_rows_that_are_not_there_are_nan():
+    case = random_case(5)
+    acts = reference.feature_acts(*case.encoder, torch.tensor([-1, 3, 129]), case.k)
+    assert acts.isnan().all(0).tolist() == [True, False, True]
+    values, indices = torch.ones(1, 2), torch.tensor([[3, -1]])
+    assert reference.decode(values, indices, case.W_dec, case.b_dec).isnan().all()
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_fp32_stays_fp32(precision):
+    """Whatever products of fp32 PyTorch is told to round."""
+    case = random_case(64, 256, 300)
+
+    def computed():
+        sae = sf.SAE(case.W_enc, case.b_enc, case.W_dec, case.b_dec, k=case.k)
+        projected = sf.steer(case.x, sae, {3: 1.0}, measure="projection")
+        return case.acts("reference"), case.steer("reference"), sae.b_enc, projected
+
+    before = torch.get_float32_matmul_precision()
+    expected = computed()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert all(map(same_bits, computed(), expected))
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_undecided_is_where_fp32_sums_disagree():

@@ -20,6 +20,7 @@ from ops_cases import (
     same_bits,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saesteer_fast import ops, reference, verdicts
 
@@ -440,6 +441,21 @@ def test_gradients_are_the_references():
         grads[impl] = torch.autograd.grad(y.square().sum(), (x, values))
     torch.testing.assert_close(grads["triton"], grads["reference"], atol=1e-4, rtol=1e-4)
     assert (grads["triton"][0] != 0).any()
+
+
+def test_backward_too_is_tritons():
+    class Called(TorchDispatchMode):
+        ops = ()
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.ops += (op.namespace,)
+            return op(*args, **(kwargs or {}))
+
+    case = here(random_case(6, 33, 65, 8, 3))
+    y = ops.steer(case.x.requires_grad_(), *case.edit[1:], impl="triton")
+    with Called() as called:
+        y.sum().backward()
+    assert "saesteer_triton" in called.ops and "saesteer" not in called.ops
 
 
 def test_opcheck():
