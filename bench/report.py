@@ -1,7 +1,7 @@
 """Stores results, and puts them into the pages: `python -m bench.report [--write | --check]`.
 
 Without an option the newest result of every suite is printed as Markdown; --write puts it into
-README.md and docs/benchmarks.md between their markers and draws the plots, --check fails unless all
+README.md and docs/ between their markers and draws the plots, --check fails unless all
 of it is there already.
 """
 
@@ -27,8 +27,8 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
         ),
         "bench:gpu": lambda results: recorded(results, "gpu", gpu.short),
         "demo": miniature.demo,
-        "mini": lambda _: miniature.mini(),
     },
+    "docs/miniature.md": {"mini": lambda _: miniature.mini()},
     "docs/benchmarks.md": {
         "bench:op": lambda results: render(newest(results, "op")),
         "bench:growth": lambda results: grown(newest(results, "op", full=True)),

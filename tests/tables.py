@@ -20,12 +20,9 @@ ROOT = TESTS.parent
 
 
 def families_line() -> str:
-    """README's list of the model families that are tried."""
+    """docs/usage.md's list of the model families that are tried."""
     names = "; ".join(family.name for family in FAMILIES)
-    return (
-        f"Model families, each tried in tiny against a plain hook ([docs/families.md](docs/"
-        f"families.md)): {names}."
-    )
+    return f"Tried in tiny against a plain hook ([families.md](families.md)): {names}."
 
 
 def families_page() -> str:
@@ -67,17 +64,22 @@ def devices_table() -> str:
     )
 
 
-BLOCKS = {"support": support, "families": families_line, "devices": devices_table}
-"""What README.md holds between `<!-- name -->` and `<!-- /name -->`."""
-PAGES = {"faults": lambda: faults_page(TESTS), "families": families_page}
-"""The files of docs/."""
+BLOCKS = {
+    "README.md": {"devices": devices_table},
+    "docs/usage.md": {"families": families_line, "support": support},
+}
+"""What each page holds between `<!-- name -->` and `<!-- /name -->`."""
+PAGES = {"docs/faults.md": lambda: faults_page(TESTS), "docs/families.md": families_page}
+"""Pages that are nothing else."""
 
 
 def wanted() -> dict[Path, str]:
     """Each file that holds a table, as it ought to be."""
-    readme = ROOT / "README.md"
-    pages = {ROOT / "docs" / f"{name}.md": page() for name, page in PAGES.items()}
-    return {readme: report.filled(readme, {n: block() for n, block in BLOCKS.items()}), **pages}
+    filled = {
+        ROOT / page: report.filled(ROOT / page, {name: block() for name, block in blocks.items()})
+        for page, blocks in BLOCKS.items()
+    }
+    return {**filled, **{ROOT / page: made() for page, made in PAGES.items()}}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -602,10 +602,10 @@ def test_check_needs_a_model_that_is_there(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
-        ((ROOT / "README.md").read_text(), r"```json\n(.*?)```"),
+        ((ROOT / "docs" / "usage.md").read_text(), r"```json\n(.*?)```"),
         (DOCUMENTED, r"^(    \{\n.*?^    \})"),
     ],
-    ids=["README", "document"],
+    ids=["usage", "document"],
 )
 def test_documented_files_are_read(tmp_path, text, pattern):
     (example,) = re.findall(pattern, text, re.DOTALL | re.MULTILINE)

@@ -15,16 +15,18 @@ def test_what_is_written_is_so():
 
 
 def test_check_detects_drift(tmp_path, monkeypatch):
-    blocks = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in tables.BLOCKS)
-    (tmp_path / "README.md").write_text(f"before\n{blocks}after\n")
+    (tmp_path / "docs").mkdir()
+    for page, names in tables.BLOCKS.items():
+        blocks = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in names)
+        (tmp_path / page).write_text(f"before\n{blocks}after\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=r"README\.md differs"):
         tables.main(["--check"])
-    for drift in ("README.md", *(f"docs/{name}.md" for name in tables.PAGES)):
+    for drift in (*tables.BLOCKS, *tables.PAGES):
         tables.main(["--write"])
         tables.main(["--check"])
         text = (tmp_path / drift).read_text()
-        (tmp_path / drift).write_text(text.replace("|", "!", 1))
+        (tmp_path / drift).write_text(text.replace(" |", " !", 1))
         with pytest.raises(SystemExit, match=f"{drift} differs"):
             tables.main(["--check"])
     tables.main(["--write"])
@@ -57,7 +59,10 @@ def test_devices_are_what_the_op_chooses(monkeypatch, rows, text):
 
 
 @pytest.mark.parametrize("name", ops._NAMES)
-def test_readme_has_the_signatures(name):
+def test_usage_has_the_signatures(name):
     arguments = getattr(ops._OPS, name).default._schema.arguments
     signature = ", ".join(a.name + "=None" * a.has_default_value() for a in arguments)
-    assert f"`torch.ops.saesteer.{name}({signature})`" in (tables.ROOT / "README.md").read_text()
+    assert (
+        f"`torch.ops.saesteer.{name}({signature})`"
+        in (tables.ROOT / "docs" / "usage.md").read_text()
+    )
