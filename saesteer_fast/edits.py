@@ -206,12 +206,12 @@ class Table:
         kinds = self._listed(self.kinds)[row]
         kind = _NONE if column is None else kinds[column]
         if kind == _NONE:
-            held = [f for f, kind in zip(self.latents, kinds, strict=True) if kind != _NONE]
-            raise ValueError(f"edits: latent {latent} is not held; held are {held}")
+            edited = [f for f, kind in zip(self.latents, kinds, strict=True) if kind != _NONE]
+            raise ValueError(f"edits: latent {latent} is not edited; edited are {edited}")
         if KINDS[kind] != edit.kind:
             raise ValueError(
-                f"edits: latent {latent} is held by {KINDS[kind]}, not by {edit.kind}; "
-                "attach anew to change that"
+                f"edits: latent {latent} is edited by {KINDS[kind]}, and set() cannot change that "
+                f"to {edit.kind}; remove the steering and attach another"
             )
         return row * len(self.latents) + column
 

@@ -161,8 +161,8 @@ def test_set_refuses_and_changes_nothing(model, sae):
     with sf.steering(model, sae, {3: 6.0, 77: -2.0}) as handle:
         before = repr(handle)
         for edits, error, message in [
-            ({4: 1.0}, ValueError, r"edits: latent 4 is not held; held are \[3, 77\]"),
-            ({3: 1.0, -1: 1.0}, ValueError, "edits: latent -1 is not held"),
+            ({4: 1.0}, ValueError, r"edits: latent 4 is not edited; edited are \[3, 77\]"),
+            ({3: 1.0, -1: 1.0}, ValueError, "edits: latent -1 is not edited"),
             ({3: 1.0, 77: float("nan")}, ValueError, "edits: latent 77 is given nan"),
             ({77: torch.tensor(float("nan"))}, ValueError, "edits: a strength is nan, which is"),
             ({3: torch.tensor(1e39, dtype=torch.float64)}, ValueError, "is inf, which is not fin"),

@@ -130,8 +130,8 @@ def test_rows_are_set_in_the_form_they_were_given(model, sae):
         for edits, error, message in [
             ({3: 1.0}, TypeError, "changed in the form in which they were given"),
             ([{3: 1.0}], ValueError, "edits: got 1 rows, there are 3"),
-            ([{3: 9.0}, {3: 1.0}, {}], ValueError, r"latent 3 is not held; held are \[\]"),
-            ([{3: sf.add(9.0)}, {}, {}], ValueError, "held by set, not by add"),
+            ([{3: 9.0}, {3: 1.0}, {}], ValueError, r"latent 3 is not edited; edited are \[\]"),
+            ([{3: sf.add(9.0)}, {}, {}], ValueError, "edited by set, and set"),
         ]:
             with pytest.raises(error, match=message):
                 handle.set(edits)

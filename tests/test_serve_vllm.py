@@ -286,7 +286,7 @@ def test_strengths_change_while_an_engine_runs(tmp_path, shipped, prompts):
             llm.collective_rpc("set_strengths", args=({219: strength},))
             wanted = expected(shipped, prompts, [{219: strength}] * len(prompts))
             assert generate(llm, prompts, asking(None)) == wanted
-        with pytest.raises(Exception, match="latent 220 is not held"):
+        with pytest.raises(Exception, match="latent 220 is not edited"):
             llm.collective_rpc("set_strengths", args=({220: 1.0},))
         assert generate(llm, prompts, asking(None)) == wanted
     with engine(tmp_path, recipe({219: 12.0})) as llm:
