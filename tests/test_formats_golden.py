@@ -16,8 +16,11 @@ from saesteer_fast.cli import main
 
 CASES = {
     "dictionary_learning-batchtopk": ("threshold", "layers.6"),
+    "dictionary_learning-gated": ("gated", "layers.6"),
     "dictionary_learning-jumprelu": ("threshold", "layers.6"),
+    "dictionary_learning-matryoshka": ("threshold", "layers.6"),
     "dictionary_learning-relu": ("relu", "layers.6"),
+    "dictionary_learning-relu-decoder-norm": ("relu", "layers.6"),
     "dictionary_learning-topk": ("topk", "layers.6"),
     "gemma_scope-jumprelu": ("threshold", None),
     "openai-relu": ("relu", None),
@@ -36,8 +39,11 @@ CASES = {
 REFUSED = {
     "sparsify": {
         "dictionary_learning-batchtopk": "has no measure 'threshold'",
+        "dictionary_learning-gated": "has no measure 'gated'",
         "dictionary_learning-jumprelu": "has no measure 'threshold'",
+        "dictionary_learning-matryoshka": "has no measure 'threshold'",
         "dictionary_learning-relu": "has no measure 'relu'",
+        "dictionary_learning-relu-decoder-norm": "has no measure 'relu'",
         "gemma_scope-jumprelu": "has no measure 'threshold'",
         "openai-relu": "has no measure 'relu'",
         "openai-topk": "cannot say normalize='layer_norm'",
@@ -48,7 +54,10 @@ REFUSED = {
         "saelens-topk-layer-norm": "cannot say normalize='layer_norm'",
         "saelens-topk-no-b_dec": "cannot say subtract_b_dec=False",
     },
-    "saelens": {"sparsify-groupmax": "has no measure 'groupmax'"},
+    "saelens": {
+        "dictionary_learning-relu-decoder-norm": r"decoder_norm for 'relu'; fold\(\) the SAE first",
+        "sparsify-groupmax": "has no measure 'groupmax'",
+    },
 }
 
 

@@ -113,14 +113,24 @@ def sparsify(kind: str, folder: Path, w: dict[str, Tensor]) -> Codec:
 
 
 def dictionary_learning(kind: str, folder: Path, w: dict[str, Tensor]) -> Codec:
-    from dictionary_learning import trainers
+    from dictionary_learning.trainers import (
+        batch_top_k,
+        gdm,
+        jumprelu,
+        matryoshka_batch_top_k,
+        standard,
+        top_k,
+    )
     from dictionary_learning.utils import load_dictionary
 
     trainer_of = {
-        "batchtopk": trainers.BatchTopKTrainer,
-        "jumprelu": trainers.JumpReluTrainer,
-        "relu": trainers.StandardTrainer,
-        "topk": trainers.TopKTrainer,
+        "batchtopk": batch_top_k.BatchTopKTrainer,
+        "gated": gdm.GatedSAETrainer,
+        "jumprelu": jumprelu.JumpReluTrainer,
+        "matryoshka": matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer,
+        "relu": standard.StandardTrainer,
+        "relu-decoder-norm": standard.StandardTrainerAprilUpdate,
+        "topk": top_k.TopKTrainer,
     }
     trainer = trainer_of[kind](
         steps=10_000,
@@ -130,19 +140,26 @@ def dictionary_learning(kind: str, folder: Path, w: dict[str, Tensor]) -> Codec:
         lm_name="microsoft/Phi-3-mini-4k-instruct",
         submodule_name="resid_post_layer_6",
         device="cpu",
-        **({"k": K} if "topk" in kind else {}),
+        **({"k": K} if kind in ("batchtopk", "matryoshka", "topk") else {}),
+        **({"group_fractions": [0.25, 0.75]} if kind == "matryoshka" else {}),
     )
-    if kind == "jumprelu":
+    if kind in ("jumprelu", "matryoshka"):
         weights = {"W_enc": w["W_enc"].T, "b_enc": w["bias"], "W_dec": w["W_dec"]}
-        weights |= {"b_dec": w["b_dec"], "threshold": w["threshold"]}
     else:
-        b_dec = "bias" if kind == "relu" else "b_dec"
-        weights = {"encoder.weight": w["W_enc"], "encoder.bias": w["bias"]}
-        weights |= {"decoder.weight": w["W_dec"].T, b_dec: w["b_dec"]}
-    if kind == "batchtopk":
+        weights = {"encoder.weight": w["W_enc"], "decoder.weight": w["W_dec"].T}
+    if kind == "gated":
+        weights |= {"gate_bias": w["bias"] - 0.6, "mag_bias": w["b_mag"], "r_mag": w["r_mag"]}
+    elif "encoder.weight" in weights:
+        weights["encoder.bias"] = w["bias"]
+    if kind == "relu-decoder-norm":
+        weights["decoder.weight"] = weights["decoder.weight"] * w["norms"]
+    if kind == "jumprelu":
+        weights["threshold"] = w["threshold"]
+    elif kind in ("batchtopk", "matryoshka"):
         weights["threshold"] = torch.tensor(0.4)
-    state = trainer.ae.state_dict()
-    trainer.ae.load_state_dict(state | weights)
+    b_dec = {"gated": "decoder_bias", "relu": "bias", "relu-decoder-norm": "bias"}
+    weights[b_dec.get(kind, "b_dec")] = w["b_dec"]
+    trainer.ae.load_state_dict(trainer.ae.state_dict() | weights)
     # As its training.py ends.
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"trainer": trainer.config}, indent=4))
@@ -206,7 +223,10 @@ LIBRARIES = {
         "gated jumprelu standard topk topk-decoder-norm topk-layer-norm topk-no-b_dec",
     ),
     sparsify: ("eai-sparsify", "groupmax topk topk-default-width"),
-    dictionary_learning: ("dictionary-learning", "batchtopk jumprelu relu topk"),
+    dictionary_learning: (
+        "dictionary-learning",
+        "batchtopk gated jumprelu matryoshka relu relu-decoder-norm topk",
+    ),
     openai: ("sparse_autoencoder", "relu topk"),
     gemma_scope: ("sae-lens", "jumprelu"),
 }
