@@ -22,7 +22,7 @@ import saesteer_fast as sf
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+GOLDEN = Path(__file__).parent / "golden"
 LONGEST = "test_cuda_host", "test_triton", "test_build", "test_demo", "test_triton_ptx"
 
 
@@ -45,12 +45,10 @@ def poisoned_memory():
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], SimpleNamespace]:
-    """A case that an SAE library saved: .folder, .x, .acts, .recon, .steered, .edits, .k."""
+    """A case of golden/record.py: .folder, .x, .acts, .recon, .steered, .edits, .k."""
 
     def case(name: str) -> SimpleNamespace:
-        folder = SHARED / "golden" / name
-        if not folder.is_dir():
-            pytest.skip("the libraries' own outputs, ../shared/golden, are not here")
+        folder = GOLDEN / name
         case = json.loads((folder / "case.json").read_text())
         edits = dict(zip(case["features"], case["values"], strict=True))
         tensors = load_file(folder / "case.safetensors")
