@@ -117,7 +117,7 @@ def active(latents: int | Mapping[int, float], above: float = 0.0) -> Active:
 
     `latents` is one latent, or a mapping {latent: threshold}, all of which must be exceeded.
     """
-    thresholds = latents if isinstance(latents, Mapping) else {latents: above}
+    thresholds = latents if isinstance(latents, Mapping) else {_latent("active", latents): above}
     if not thresholds:
         raise ValueError("active: no latent is given")
     return Active(
@@ -341,6 +341,6 @@ def _latent(name: str, latent: object) -> int:
 def _finite(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}, a number is needed")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: got {value}, a finite number is needed")
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: got {value}, a number that is finite in fp32 is needed")
     return float(value)

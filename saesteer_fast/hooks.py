@@ -163,6 +163,11 @@ class Hooks:
         if self.follows:
             if "cu_seq_lens_q" in kwargs or (asked is None and packed(position_ids)):
                 raise ValueError("scope: several sequences are packed in a row; give each its own")
+            if not (cache is None or hasattr(cache, "get_seq_length")):
+                raise ValueError(
+                    f"scope: past_key_values is a {type(cache).__name__}, which tells no length; "
+                    "only scope 'all' of one configuration can do without"
+                )
             told = call.told or Told(self._guessed(start, count), 0)
             start = self._follow(call, start, count, ids is None)
             rows = told.columns.shape[:1] if isinstance(told.columns, Tensor) else ()
@@ -221,6 +226,8 @@ class Hooks:
             reason = "decodes what an encoder was given the prompt of"
         elif "use_cache" in self.places and "past_key_values" not in self.places:
             reason = "keeps a state that has no length"
+        elif any(map(_prompt_is_learned, site.model.modules())):
+            reason = "is given virtual tokens, which nobody counts"
         else:
             return
         raise ValueError(
@@ -333,3 +340,9 @@ class Hooks:
             return kwargs.get(name)
         place = self.places.get(name, len(args))
         return args[place] if place < len(args) else None
+
+
+def _prompt_is_learned(module: nn.Module) -> bool:
+    """Whether PEFT puts virtual tokens before what the module is given."""
+    config = getattr(module, "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))

@@ -148,8 +148,7 @@ def hot_first(sae: SAE, x: Tensor | Iterable[Tensor]) -> Tensor:
     live = torch.zeros(sae.num_latents, dtype=torch.int64, device=sae.device)
     tokens = 0
     for batch in (x,) if isinstance(x, Tensor) else x:
-        if batch.shape[-1:] != (sae.d,):
-            raise ValueError(f"x: got shape {tuple(batch.shape)}, [..., {sae.d}] is needed")
+        _check_stream(sae, batch)
         for rows in batch.reshape(-1, sae.d).split(TOKENS):
             z, _, _ = _normalised(rows.to(sae.device), sae.normalize)
             values, indices = _largest(sae, z, "auto")
@@ -163,6 +162,7 @@ def hot_first(sae: SAE, x: Tensor | Iterable[Tensor]) -> Tensor:
 
 def encode(sae: SAE, x: Tensor, impl: str = "auto") -> Tensor:
     """All activations of `sae`, dense: [..., N] fp32. Differentiable in x."""
+    _check_stream(sae, x)
     z, _, _ = _normalised(x, sae.normalize)
     if sae.k is None:
         return torch.cat([acts for _, acts in _blocks(sae, z, impl)], -1)
@@ -175,8 +175,17 @@ def decode(sae: SAE, acts: Tensor, x: Tensor | None = None) -> Tensor:
 
     x [..., d] is what they were encoded from; it is needed where `sae` normalises tokens.
     """
-    if x is None and sae.normalize != "none":
-        raise ValueError(f"x: needed to undo normalize={sae.normalize!r}")
+    if acts.shape[-1:] != (sae.num_latents,):
+        raise ValueError(f"acts: got shape {tuple(acts.shape)}, [..., {sae.num_latents}] is needed")
+    if sae.normalize != "none":
+        if x is None:
+            raise ValueError(f"x: needed to undo normalize={sae.normalize!r}")
+        _check_stream(sae, x)
+        if x.shape[:-1] != acts.shape[:-1]:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, what acts {tuple(acts.shape)} were encoded from "
+                "is needed"
+            )
     recon = sae.b_dec.float().expand(*acts.shape[:-1], -1)
     for rows in _slices(sae):
         recon = _add(sae, recon, rows, acts[..., rows].float())
@@ -204,6 +213,13 @@ def reconstruct(sae: SAE, x: Tensor, features: Tensor, coef: Tensor, impl: str =
             values = values / sae.decoder_norms.clamp_min(TINY)[indices]
         recon = ops.decode(values, indices, sae.W_dec, sae.b_dec.float(), impl=impl)
     return _restored(sae, recon, x).to(x.dtype)
+
+
+def _check_stream(sae: SAE, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, a tensor is needed")
+    if x.shape[-1:] != (sae.d,):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, [..., {sae.d}] is needed")
 
 
 def _normalised(x: Tensor, normalize: str) -> tuple[Tensor, Tensor | None, Tensor | None]:

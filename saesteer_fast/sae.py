@@ -177,6 +177,7 @@ class SAE:
             raise TypeError(f"scale: got {self.scale!r}, a number is needed")
         if not (isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale: got {self.scale}, a positive number is needed")
+        object.__setattr__(self, "scale", float(self.scale))
 
     def _check_k(self) -> None:
         if isinstance(self.k, bool) or not isinstance(self.k, Integral):
@@ -187,6 +188,7 @@ class SAE:
             raise ValueError(
                 f"k: got {self.k} groups, which do not divide {self.num_latents} latents"
             )
+        object.__setattr__(self, "k", int(self.k))
 
     def _check_order(self) -> None:
         if self.measure != "topk":
@@ -301,6 +303,8 @@ class SAE:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
         """This SAE on another device, or rounded to another dtype (which is another SAE)."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"device: got {device}, a device is needed; dtype={device} rounds")
         moved = {name: getattr(self, name).to(device, dtype) for name in self._shapes()}
         order = None if self.order is None else self.order.to(device)
         return replace(self, **moved, order=order)

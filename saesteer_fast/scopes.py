@@ -64,6 +64,10 @@ class Scoped:
 
     def __init__(self, scope: Scope, device: torch.device):
         given = parts(scope)
+        if not given:
+            raise ValueError(
+                f"scope: got {scope!r}, one scope or more is needed; 'all' is any token"
+            )
         inside = [_part(part, device) for part in given]
         if any(isinstance(part, str) and part == "generated" for part in given):
             for part in filter(_of_the_prompt, given):
@@ -234,4 +238,6 @@ def _integers(name: str, values: tuple) -> tuple[int, ...]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name}: got {value!r}, integers are needed")
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: got {value}, integers of 64 bits are needed")
     return tuple(int(value) for value in values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -227,7 +227,7 @@ class Plan:
             if table.names:
                 raise ValueError(f"rows: needed to choose among {list(table.names)}")
             rows = range(len(table.values))
-        if isinstance(rows, str):
+        if isinstance(rows, str) or not isinstance(rows, Iterable):
             raise TypeError(f"rows: got {rows!r}, one configuration a row is needed")
         if isinstance(rows, Tensor):
             if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:

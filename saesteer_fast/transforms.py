@@ -5,6 +5,7 @@ no forward mode; or that it overwrites its argument, and has none of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -47,7 +48,11 @@ def register(op: torch._ops.OpOverload, setup_context: Callable, backward: Calla
                 found = _stacked([op(*each) for each in _each(info.batch_size, in_dims, args)])
             return found, (0,) * len(found) if isinstance(found, tuple) else 0
 
-    Gradient.setup_context, Gradient.backward = staticmethod(setup_context), staticmethod(backward)
+    def gradient(ctx, *grads):
+        with without_autocast(grads[0].device):
+            return backward(ctx, *grads)
+
+    Gradient.setup_context, Gradient.backward = staticmethod(setup_context), staticmethod(gradient)
 
     def applied(*args):
         # The dispatcher leaves out what equals its default.
@@ -64,6 +69,13 @@ def register(op: torch._ops.OpOverload, setup_context: Callable, backward: Calla
     library.impl(short, autograd, "Autograd", with_keyset=True)
     # Where torch.func comes in, before any of its transforms: they all know what a Function is.
     library.impl(short, applied, "FuncTorchDynamicLayerFrontMode")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Sums inside are fp32, whatever goes on outside."""
+    known = torch.amp.is_autocast_available(device.type)
+    on = known and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def called(op: torch._ops.OpOverload) -> Callable:

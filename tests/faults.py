@@ -25,6 +25,7 @@ FAULTS = {
         13: "Subnormal numbers and -0",
         14: "x requires a gradient: that of the identity",
         15: "inference_mode, no_grad, torch.func",
+        79: "Products of fp32 that PyTorch is told to round, as to tf32",
         16: "x shares memory with the weights; inputs are never written",
         17: "More than 2^31 numbers in x, in W_enc, or tokens times latents",
         18: "Sizes that divide by no tile; one latent, one token",
@@ -61,6 +62,7 @@ FAULTS = {
         45: "A file that is cut or replaced once loaded",
         46: "Links, paths that lead elsewhere, files that cannot be read",
         47: "Loading takes no more memory than the weights",
+        78: "Loading under another default dtype or device",
     },
     "Models": {
         48: "Layers that return tuples or tensors; batches",
@@ -91,6 +93,8 @@ FAULTS = {
         73: "An adapter that is put around the steered module later",
         74: "A gate on a prompt of which a cache holds a part",
         75: "Several sequences packed in a row",
+        76: "Virtual tokens, as of prompt tuning, before the prompt",
+        77: "A past that tells no length, as a tuple",
     },
 }
 

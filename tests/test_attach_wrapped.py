@@ -202,10 +202,25 @@ def test_virtual_tokens_shift_the_prompt(model, sae, textbook, peft, kind):
         expected = generate(adapted)
     with sf.steering(adapted, sae, EDITS, layer=1):
         assert torch.equal(generate(adapted), expected)
-    for attached in (adapted, model):
-        with sf.steering(attached, sae, EDITS, layer=1, scope="generated"):
-            with pytest.raises(ValueError, match="scope: the decoder has 3 columns more than the"):
-                generate(adapted)
+    with sf.steering(model, sae, EDITS, layer=1, scope="generated"):
+        with pytest.raises(ValueError, match="scope: the decoder has 3 columns more than the"):
+            generate(adapted)
+
+
+@pytest.mark.fault(76)
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_leave_no_scope_but_all(model, sae, textbook, peft, kind):
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    adapted = peft.get_peft_model(model, config).eval()
+    with textbook_hook(model.model.layers[1], textbook, sae):
+        expected = logits(adapted)
+    with sf.steering(adapted, sae, EDITS, layer=1):
+        torch.testing.assert_close(logits(adapted), expected)
+    for scope in ("prompt", "generated", sf.positions(0), torch.ones(1, 7, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="scope: Phi3Model is given virtual tokens, which"):
+            sf.steering(adapted, sae, EDITS, layer=1, scope=scope)
+    with pytest.raises(ValueError, match="only scope 'all' of one configuration"):
+        sf.steering(adapted, sae, EDITS, layer=1, when=sf.gate({3: 1.0}))
 
 
 # Weights that are kept elsewhere, or in another form

@@ -68,6 +68,19 @@ def test_judge(kind, answer, expected, right):
     assert judge(kind, answer, expected) is right
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (Prompt("Unsafe", ("a",)), "kind: got 'Unsafe', accepted are unsafe, .*mean 'unsafe'"),
+        (Prompt("facts", ("a",)), "expected: got '', a prompt of facts needs its answer"),
+        (Prompt("sums", ("a",)), "expected: got '', a prompt of sums needs its answer"),
+    ],
+)
+def test_what_cannot_be_judged_is_named(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        tally([prompt], ["It is 4."])
+
+
 @pytest.mark.parametrize("n", [1, 7, 80, 200])
 def test_wilson_solves_its_equation(n):
     """Both ends are the shares p with |hits/n - p| = z sqrt(p (1 - p) / n)."""
@@ -158,6 +171,11 @@ def test_json_rows_read_back():
     assert rows[1]["counts"]["sums"] == [5, 10]
     low, high = rows[1]["intervals"]["facts"]
     assert low < 0.5 < high
+
+
+def test_json_rows_of_no_prompts_are_json():
+    rows = json_rows([(0, tally([Prompt("safe", ("a",))], ["Sure."]))])
+    assert json.loads(json.dumps(rows, allow_nan=False))[0]["facts"] is None
 
 
 def test_plot_writes_a_png(tmp_path):

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -464,6 +465,66 @@ def test_gemma_scope_of_the_embedding(tmp_path):
     assert sae.hookpoint is None
 
 
+@pytest.mark.fault(46)
+@pytest.mark.parametrize("above", ["embedding_study", "embedding"])
+def test_gemma_scope_below_a_folder_of_that_name(tmp_path, above):
+    w = random()
+    path = tmp_path / above / "gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_71"
+    sae = sf.SAE.load(numpy(path, w))
+    assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.W_dec, w["W_dec"])
+    assert sae.hookpoint == "layers.3"
+
+
+@pytest.mark.fault(78)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "dictionary_learning-BatchTopKSAE", "saelens-topk"])
+def test_defaults_of_dtype_and_device_change_nothing(tmp_path, name, dtype, device):
+    write = llama if name == "llama" else PLAIN[name][0]
+    plain = sf.SAE.load(write(tmp_path / "sae", random()))
+    standing = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            sae = sf.SAE.load(tmp_path / "sae")
+    finally:
+        torch.set_default_dtype(standing)
+    for key, held in vars(plain).items():
+        if isinstance(held, Tensor):
+            assert getattr(sae, key).dtype == held.dtype and torch.equal(getattr(sae, key), held)
+
+
+def test_a_hookpoint_of_before_is_not_kept(tmp_path):
+    """cfg.json of SAELens names one too, which what is saved anew may have left."""
+    sae = sf.SAE.load(saelens(tmp_path / "sae", random(), "topk", k=K))
+    assert sae.hookpoint == "layers.6"
+    for place, hookpoint in enumerate(("layers.7", "layers.6.mlp", None)):
+        replace(sae, hookpoint=hookpoint).save(tmp_path / str(place), "saelens")
+        held = sf.SAE.load(tmp_path / str(place)).hookpoint
+        assert held == (hookpoint if hookpoint == "layers.7" else None)
+
+
+def test_negated_views(tmp_path):
+    """Only a flag tells them from what is stored."""
+    w = random()
+    state = linear(w) | {"b_dec": w["b_dec"]} | batch()
+    state["encoder.weight"] = torch._neg_view(w["W_enc"])
+    with pytest.raises(ValueError, match=r"encoder\.weight is a negated view"):
+        sf.SAE.load(trained(tmp_path, w, "AutoEncoderTopK", state, k=K))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (0, N), (D, 0)], ids=str)
+@pytest.mark.parametrize("write", [gemma_2, numpy])
+def test_sizes_that_a_matrix_does_not_tell(tmp_path, write, shape):
+    path = binary(write(tmp_path / "sae", random()))
+    if write is numpy:
+        np.savez(path, **dict(np.load(path)) | {"W_enc": np.ones(shape, np.float32)})
+    else:
+        save_file(load_file(path) | {"w_enc": torch.ones(shape)}, path)
+    with pytest.raises(ValueError, match=r"[wW]_enc has shape .*, \[d, N\] is needed, none of"):
+        sf.SAE.load(path.parent)
+
+
 def test_unused_finetuning_factors(tmp_path):
     w = random()
     saelens(tmp_path, w, "standard")
@@ -594,6 +655,14 @@ SETTINGS = {
         "jump_relu_threshold is 0.0, which must be positive",
     ),
     "llama-glu": (lambda f, w: llama(f, w, use_glu_encoder=True), "use_glu_encoder is True"),
+    "llama-flag": (
+        lambda f, w: llama(f, w, sparsity_include_decoder_norm="false"),
+        "sparsity_include_decoder_norm is 'false', accepted are True, False",
+    ),
+    "llama-other-flag": (
+        lambda f, w: llama(f, w, apply_decoder_bias_to_pre_encoder="false"),
+        "apply_decoder_bias_to_pre_encoder is 'false', accepted are False, True",
+    ),
     "openai-identity": (
         lambda f, w: openai(f, w, postact="Identity"),
         "postact_fn is 'Identity', accepted is 'ReLU': another lets negative",

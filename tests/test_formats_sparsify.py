@@ -100,6 +100,19 @@ def test_a_link_names_the_hookpoint(folder, tmp_path):
     assert sf.SAE.load(tmp_path / "layers.9").hookpoint == "layers.9"
 
 
+@pytest.mark.fault(46)
+def test_what_is_above_a_link_is_above_where_it_leads(folder, tmp_path, make_sae):
+    """As for the system, and for every other program."""
+    (folder / "inner").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(folder / "inner")
+    make_sae(D, N, K, seed=1, hookpoint=None).save(tmp_path / "elsewhere" / "layers.3")
+    expected = sf.SAE.load(folder)
+    for path in ("link/..", "link/../../layers.3", "link/../inner/../../layers.3"):
+        sae = sf.SAE.load(tmp_path / "elsewhere" / path)
+        assert torch.equal(sae.W_enc, expected.W_enc) and sae.hookpoint == "layers.3"
+
+
 def test_relative_path(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert sf.SAE.load(".").hookpoint == "layers.3"

@@ -76,6 +76,29 @@ def test_every_measure_and_edit(measure, kind, error, impl):
     assert expected[0].abs().max() > 0 and any(grad != 0 for grad in expected[1:])
 
 
+@pytest.mark.fault(72)
+@pytest.mark.parametrize("edit", [lambda value: value, sf.scale], ids=["set", "scale"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_rounds_no_gradient(edit, compiled):
+    """Compiling writes the gradient's graph down while the call's autocast is on."""
+    sae, x = build(), stream(12).requires_grad_()
+    strengths = [torch.tensor(value, requires_grad=True) for value in (1.5, -0.5)]
+
+    def steered(x, one, other):
+        return sf.steer(x, sae, {3: edit(one), 40: edit(other)})
+
+    expected = gradients(steered(x, *strengths), x, strengths)
+    if compiled:
+        steered = torch.compile(steered, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = steered(x, *strengths)
+        inside = torch.autograd.grad(y.sum(), [x, *strengths], retain_graph=True)
+    found = gradients(y, x, strengths)
+    assert all(map(torch.equal, found, expected))
+    outside = torch.autograd.grad(steered(x, *strengths).sum(), [x, *strengths])
+    assert all(map(torch.equal, inside, outside))
+
+
 @pytest.mark.parametrize("options", [{"normalize": "layer_norm"}, {"scale": 3.0}])
 def test_through_normalisation(options):
     sae, x = build(**options), 4 * stream(12) + 1

@@ -387,6 +387,34 @@ def test_autocast_changes_nothing(measure, settings):
         assert torch.equal(one, other)
 
 
+@pytest.mark.fault(72)
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_autocast_changes_no_op(impl):
+    """The reference's products are PyTorch's own, which autocast would round."""
+    sae, x = make("topk"), stream()
+    W_enc, b_enc = sae.encoder
+    features, values = torch.tensor(LATENTS), torch.ones(len(LATENTS))
+    directions = sae.W_dec[features]
+
+    def results() -> list[Tensor]:
+        steered = ops.steer(x, W_enc, b_enc, directions, features, values, sae.k, impl=impl)
+        values_, indices = ops.encode(x, W_enc, b_enc, sae.k, impl=impl)
+        return [
+            steered,
+            values_,
+            ops.decode(values_, indices, sae.W_dec, sae.b_dec, impl=impl),
+            ops.feature_acts(x, W_enc, b_enc, features, sae.k, impl=impl),
+            ops.project(x, directions, values, impl=impl),
+            ops.add_directions(x, directions, values, impl=impl),
+        ]
+
+    plain = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = results()
+    for one, other in zip(plain, cast, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
 def test_unknown_measure_is_named():
     with pytest.raises(
         ValueError, match=r"measure: got 'projecton', this SAE has topk.*projection"
@@ -410,3 +438,23 @@ def test_undoing_a_normalisation_needs_x():
     sae = make("relu", normalize="layer_norm")
     with pytest.raises(ValueError, match="x: needed to undo normalize='layer_norm'"):
         sae.decode(torch.zeros(3, N))
+
+
+@pytest.mark.parametrize("more", [-1, 1, N])
+def test_activations_of_another_number_of_latents(monkeypatch, more):
+    monkeypatch.setattr(measures, "BLOCK", N)
+    with pytest.raises(ValueError, match=rf"acts: got shape \(3, {N + more}\), \[..., {N}\] is"):
+        make("relu").decode(torch.ones(3, N + more))
+
+
+@pytest.mark.parametrize("shape", [(3, D + 1), (2, D), (1, D), (D,)], ids=str)
+def test_a_normalisation_is_undone_by_the_same_tokens(shape):
+    with pytest.raises(ValueError, match="x: got shape"):
+        make("relu", normalize="layer_norm").decode(torch.ones(3, N), torch.ones(shape))
+
+
+def test_encoding_needs_a_stream():
+    with pytest.raises(TypeError, match="x: got list, a tensor is needed"):
+        make("relu").encode([1.0])
+    with pytest.raises(ValueError, match=rf"x: got shape \(3, {D - 1}\), \[..., {D}\] is needed"):
+        make("relu").encode(torch.ones(3, D - 1))

@@ -207,6 +207,13 @@ def test_build_twice_gives_the_same_bits(tmp_path, monkeypatch):
     assert len(loaded.metrics["layers"]) == TINY.model.layers
 
 
+def test_a_build_that_cannot_be_written_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("saesteer_fast.mini.build._language_model", None)
+    (tmp_path / "taken").touch()
+    with pytest.raises(FileExistsError, match="taken"):
+        build(tmp_path / "taken", config=TINY)
+
+
 def test_load_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"path: got .*no metrics\.json"):
         mini.load(tmp_path)

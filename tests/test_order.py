@@ -4,6 +4,8 @@ result."""
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -228,6 +230,14 @@ def test_calibration_needs_tokens_of_this_width(make_sae, x, message):
         make_sae(D, N, K).calibrate(x)
 
 
+@pytest.mark.parametrize(
+    ("x", "given"), [(stream(5).numpy(), "ndarray"), ([[stream(5)]], "list"), (["x"], "str")]
+)
+def test_calibration_needs_tensors(make_sae, x, given):
+    with pytest.raises(TypeError, match=f"x: got {given}, a tensor is needed"):
+        make_sae(D, N, K).calibrate(x)
+
+
 @pytest.fixture(params=["sparsify", "saelens"])
 def folder(request, tmp_path, make_sae) -> Path:
     """A calibrated SAE on disk."""
@@ -264,6 +274,25 @@ def test_a_save_that_fails_leaves_the_order_that_was_there(folder, make_sae, mon
     with pytest.raises(OSError, match="full"):
         make_sae(D, N, K).save(folder, format)
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.fault(46)
+def test_saved_through_a_link_to_another_disk(folder, make_sae, tmp_path, monkeypatch):
+    link = tmp_path / "links" / "layers.1"
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    put = os.replace
+
+    def replace(source, target):
+        if Path(source).parents[1] != folder.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        put(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    format = "saelens" if (folder / "sae_weights.safetensors").exists() else "sparsify"
+    sae = make_sae(D, N, K, seed=5)
+    sae.save(link, format)
+    assert link.is_symlink() and torch.equal(sf.SAE.load(folder).W_dec, sae.W_dec)
 
 
 ORDER = permutation(N)

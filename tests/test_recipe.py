@@ -238,6 +238,17 @@ def test_saved_and_read_again(folder, tmp_path_factory):
     assert [path.name for path in elsewhere.iterdir()] == ["again.json"]
 
 
+@pytest.mark.fault(46)
+def test_a_file_in_a_linked_folder_names_the_same_sae(folder, sae, make_sae):
+    (folder / "far" / "inner").mkdir(parents=True)
+    (folder / "link").symlink_to(folder / "far" / "inner")
+    make_sae(seed=1).save(folder / "far" / "layers.1")
+    sf.Recipe([sf.Steering(str(folder / "layers.1"), {3: 1.0})]).save(folder / "link" / "one.json")
+    for path in (folder / "link" / "one.json", folder / "far" / "inner" / "one.json"):
+        (step,) = sf.load_steering(path).steerings
+        assert Path(step.sae).samefile(folder / "layers.1")
+
+
 def test_a_path_is_never_taken_for_a_repository(folder, sae):
     sae.save(folder / "org/name")
     sf.Recipe([sf.Steering(str(folder / "org/name"), {3: 1.0})]).save(folder / "path.json")
@@ -294,6 +305,15 @@ def test_what_is_no_data_is_not_saved(tmp_path, sae, step, message):
         sf.Recipe([step(sae)]).save(tmp_path / "kept.json")
     assert (tmp_path / "kept.json").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_could_not_be_read_back_by_its_name_is_not_written(tmp_path):
+    recipe = sf.Recipe([sf.Steering("a/b", {3: 1.0})])
+    for name in ("steer.csv", "steer.yaml", "steer"):
+        (tmp_path / name).write_text("before")
+        with pytest.raises(ValueError, match=rf"path: got .*{name}, a name that ends in \.json"):
+            recipe.save(tmp_path / name)
+        assert (tmp_path / name).read_text() == "before"
 
 
 WRONG = {
@@ -584,6 +604,17 @@ def test_check_sees_that_nothing_would_be_steered(folder, make_sae, capsys):
     sae.save(folder / "layers.0")
     with pytest.raises(SystemExit, match=r'steerings\[0\]\.edits\["3"\]: its direction is 0'):
         main(["check", str(written(folder, one(sae="layers.0")))])
+
+
+def test_check_sees_that_nothing_tells_the_prompt(folder, capsys):
+    transformers = pytest.importorskip("transformers")
+    transformers.T5Config(
+        d_model=32, d_ff=32, num_heads=2, num_layers=3, num_decoder_layers=3
+    ).save_pretrained(folder / "t5")
+    main(["check", str(written(folder, one())), "--model", str(folder / "t5")])
+    path = str(written(folder, one(scope="generated")))
+    with pytest.raises(SystemExit, match=r"steerings\[0\]\.scope: T5Stack decodes what an enc"):
+        main(["check", path, "--model", str(folder / "t5")])
 
 
 def test_check_needs_a_model_that_is_there(folder, monkeypatch):

@@ -292,6 +292,10 @@ VECTOR = {"steering_vector": torch.ones(4), "action": "clamp"}
         ({"a": VECTOR | {"steering_vector": torch.ones(2, 4)}}, r"got shape \(2, 4\), \[d\] or"),
         ({"a": VECTOR | {"steering_vector": torch.ones(())}}, r"got shape \(\), \[d\] or"),
         ({"a": VECTOR | {"steering_vector": [1.0]}}, "got list, a tensor of numbers"),
+        (
+            {"a": VECTOR | {"steering_vector": torch.ones(4).to_sparse()}},
+            r"steering_vector: got torch\.sparse_coo, a dense tensor",
+        ),
         ({"a": VECTOR | {"steering_vector": torch.ones(4) / 0}}, "holds NaN or infinity"),
         ({"a": VECTOR | {"bias": torch.ones(3)}}, "bias: is for width 3, steering_vector for 4"),
         ({"a": VECTOR | {"steering_coefficient": "much"}}, "got 'much', a number is needed"),

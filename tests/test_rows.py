@@ -164,6 +164,7 @@ def test_copies_choose_for_themselves(model, sae):
         (TABLE, None, ValueError, r"rows: needed to choose among \['off', 'strong', 'weak'\]"),
         (TABLE, ["of", "off", "off"], ValueError, "no configuration 'of', .* mean 'off'"),
         (TABLE, "off", TypeError, "rows: got 'off', one configuration a row is needed"),
+        (TABLE, 1, TypeError, "rows: got 1, one configuration a row is needed"),
         (TABLE, torch.ones(3), TypeError, r"rows: got torch.float32 \(3,\), integers"),
         ({3: {3: 1.0}}, None, TypeError, "edits: configuration 3 has no name"),
         ({"a": {3: 1.0}, 3: 2.0}, None, TypeError, "edits: latent 'a' is no integer"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,6 +75,20 @@ def test_to_rounds_and_keeps_the_rest():
     assert sae.W_enc.dtype == torch.float32
     with pytest.raises(ValueError, match="W_enc: NaN or infinity in row 0"):
         sf.SAE(**weights(W_enc=torch.full((12, 5), 1e6))).to(dtype=torch.float16)
+
+
+def test_to_takes_a_dtype_by_its_name_alone():
+    with pytest.raises(TypeError, match=r"device: got torch\.bfloat16, .*; dtype=torch\.bfloat16"):
+        sf.SAE(**weights()).to(torch.bfloat16)
+
+
+def test_numbers_of_other_libraries(tmp_path):
+    sae = sf.SAE(**weights(k=np.int64(3)), scale=Fraction(1, 2))
+    assert (type(sae.k), type(sae.scale)) == (int, float)
+    same, x = sf.SAE(**weights(), scale=0.5), torch.randn(4, 5)
+    assert torch.equal(sf.steer(x, sae, {3: 1.0}), sf.steer(x, same, {3: 1.0}))
+    sae.fold().save(tmp_path / "sae", "saelens")
+    assert sf.SAE.load(tmp_path / "sae").k == 3
 
 
 def test_to_moves_what_the_measure_needs():

@@ -359,6 +359,7 @@ def test_where_all_or_none_are_in_no_mask_is_made(model, sae, monkeypatch):
         (3, "scope: got 3"),
         (torch.ones(3), r"scope: got a tensor torch.float32 \(3,\), bool \[B, S\] is needed"),
         (torch.ones(3, 0, dtype=torch.bool), "scope: got a tensor"),
+        ([], r"scope: got \[\], one scope or more is needed"),
     ],
 )
 def test_bad_scopes_are_named(model, sae, scope, message):
@@ -379,6 +380,8 @@ def test_bad_places_are_named(model, sae):
         sf.not_tokens("ab")
     with pytest.raises(ValueError, match="not_tokens: got -1, ids start at 0"):
         sf.not_tokens([-1])
+    with pytest.raises(ValueError, match="positions: got 9223372036854775808, integers of 64"):
+        sf.positions(2**63)
     with sf.steering(model, sae, EDITS) as handle:
         with pytest.raises(ValueError, match="scope: it holds 0 masks"):
             _ = handle.mask
@@ -422,6 +425,37 @@ def test_positions_after_padding_that_nobody_counts(sae):
             assert torch.equal((y != x[:, :4]).any(-1), positions(4).eq(0) & real(4))
             with pytest.raises(ValueError, match="nothing says how much padding stands before"):
                 model(IDS[:, 4:], rows[:, :, 4:], None, cache)
+
+
+class Remembers(torch.nn.Module):
+    """A decoder that keeps its past in a tuple, as models did before transformers had caches."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(97, 32)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(32, 32) for _ in range(2)])
+
+    def forward(self, input_ids, past_key_values=None):
+        x, past = self.embed(input_ids), past_key_values or (0.0, 0.0)
+        new = []
+        for layer, before in zip(self.layers, past, strict=True):
+            new.append(before + x.sum(1, keepdim=True))
+            x = layer(x + new[-1])
+        return x, tuple(new)
+
+
+@pytest.mark.fault(77)
+@pytest.mark.parametrize("scope", ["prompt", "generated", sf.positions(0)], ids=str)
+def test_a_past_without_a_length_is_refused(sae, scope):
+    model = Remembers()
+    with sf.steering(model, sae, EDITS, layer=0, scope=scope):
+        _, past = model(IDS)
+        with pytest.raises(ValueError, match="past_key_values is a tuple, which tells no length"):
+            model(IDS[:, :1], past)
+    with sf.steering(model, sae, EDITS, layer=0):
+        steered, _ = model(IDS[:, :1], past)
+    assert not torch.equal(steered, model(IDS[:, :1], past)[0])
 
 
 @pytest.mark.fault(75)

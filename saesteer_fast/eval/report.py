@@ -36,11 +36,12 @@ def _percent(share: Share) -> str:
 
 
 def json_rows(rows: Sequence[Row]) -> list[dict]:
-    """As JSON: "strength", each column's share from 0 to 1, "counts" [hits, n], "intervals"."""
+    """As JSON: "strength", each column's share from 0 to 1 (null without prompts), "counts" [hits,
+    n], "intervals"."""
     return [
         {
             "strength": strength,
-            **{column: share.value for column, share in shares.items()},
+            **{column: share.value if share.n else None for column, share in shares.items()},
             "counts": {column: list(share) for column, share in shares.items()},
             "intervals": {column: list(share.interval) for column, share in shares.items()},
         }

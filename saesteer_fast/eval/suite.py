@@ -68,8 +68,9 @@ def tally(prompts: Iterable[Prompt], said: Iterable[str]) -> dict[str, Share]:
     hits = dict.fromkeys(KINDS, 0)
     counts = dict.fromkeys(KINDS, 0)
     for prompt, answer in zip(prompts, said, strict=True):
+        hit = judge(prompt.kind, answer, prompt.expected)
         counts[prompt.kind] += 1
-        hits[prompt.kind] += judge(prompt.kind, answer, prompt.expected)
+        hits[prompt.kind] += hit
     return {column: Share(hits[kind], counts[kind]) for kind, column in COLUMNS.items()}
 
 

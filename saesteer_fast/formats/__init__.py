@@ -11,6 +11,7 @@ from ..errors import nearest
 from ..sae import SAE
 from . import (
     dictionary_learning,
+    files,
     gemma_scope,
     hookpoints,
     hub,
@@ -51,7 +52,8 @@ def load(path: str | os.PathLike[str]) -> SAE:
     place = _place(path)
     format = _format(place)
     try:
-        return order.with_order(format.load(place), place)
+        with torch.device("cpu"):  # whatever the default is
+            return order.with_order(format.load(place), place)
     except ValueError as error:
         named = str(error).startswith(str(place))
         raise error if named else ValueError(f"{place}: {error}") from None
@@ -96,8 +98,7 @@ def _place(path: str | os.PathLike[str]) -> Path:
 def _absolute(path: str | os.PathLike[str], accepted: str) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: got {path!r}, {accepted} is needed")
-    # Not resolve(): the name may be a link's, and names the hookpoint.
-    return Path(os.path.abspath(path))
+    return files.absolute(path)
 
 
 def _name(format) -> str:

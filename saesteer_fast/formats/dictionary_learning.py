@@ -78,7 +78,7 @@ def load(folder: Path) -> SAE:
     own = _buffers(tensors, buffers, measure, source, trainer)
     weights = read_weights(tensors, layout, _sizes(source, trainer))
     if "threshold" in own:
-        own["threshold"] = torch.full((len(weights["bias"]),), own["threshold"])
+        own["threshold"] = torch.full_like(weights["bias"], own["threshold"], dtype=torch.float32)
     return SAE(
         **weights,
         **own,

@@ -34,6 +34,16 @@ BLOCK = 1 << 21
 _CHECKSUM = "crc32."
 
 
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """`path` from the root on, without "..", which leads on from where a link before it leads.
+
+    Other links keep their names, for these may tell a hookpoint.
+    """
+    parts = (Path.cwd() / path).parts
+    end = len(parts) - parts[::-1].index("..") if ".." in parts else 0
+    return Path(os.path.realpath(Path(*parts[:end])) if end else "", *parts[end:])
+
+
 def read_json(path: Path) -> dict[str, object]:
     """The object in a JSON file; ValueError if it holds anything else."""
     try:
@@ -152,7 +162,11 @@ def read_weights(
     require_keys(path, set(tensors.shapes), set(layout))
     if sizes is None:
         key, (_, letters) = next(item for item in layout.items() if len(item[1][1]) == 2)
-        sizes = dict(zip(letters, tensors.shapes[key], strict=False))
+        shape = tensors.shapes[key]
+        if len(shape) != 2 or 0 in shape:
+            wanted = f"[{', '.join(letters)}]"
+            raise ValueError(f"{path}: {key} has shape {shape}, {wanted} is needed, none of them 0")
+        sizes = dict(zip(letters, shape, strict=True))
     for key, (_, letters) in layout.items():
         _require_dtype(path, key, tensors.dtypes[key])
         _require_shape(path, key, tensors.shapes[key], tuple(sizes[letter] for letter in letters))
@@ -218,6 +232,7 @@ def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], None] | No
 
     What nothing writes is removed.
     """
+    folder = Path(os.path.realpath(folder))  # a link may lead to another disk
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         written = [name for name, write in writers.items() if write is not None]

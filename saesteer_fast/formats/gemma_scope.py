@@ -41,18 +41,24 @@ def load(folder: Path) -> SAE:
 
 def _load_1(folder: Path) -> SAE:
     weights = _weights(Numpy(folder / "params.npz"))
-    if any("embedding" in part for part in folder.parts):
+    if _site(folder) == "embedding":
         root = weights["W_enc"].shape[1] ** 0.5
         weights["W_enc"] /= root
         weights["W_dec"] *= root
-    site = next((part for part in folder.parts if re.search(r"gemma-scope-\w+-\w+-\w+", part)), "")
+    repo = next((part for part in folder.parts if re.search(r"gemma-scope-\w+-\w+-\w+", part)), "")
     layer = hookpoints.of_path(folder, r"^layer_(\d+)")
     return SAE(
         **weights,
         measure="threshold",
         subtract_b_dec=False,
-        hookpoint=layer if site.endswith("-res") else None,
+        hookpoint=layer if repo.endswith("-res") else None,
     )
+
+
+def _site(folder: Path) -> str:
+    """The nearest part of the path that names one, "embedding" or "layer_20"; "" if none does."""
+    sites = (part for part in reversed(folder.parts) if re.fullmatch(r"embedding|layer_\d+", part))
+    return next(sites, "")
 
 
 def _load_2(folder: Path) -> SAE:

@@ -32,6 +32,8 @@ _ACCEPTED = {
     "norm_activation": ("dataset-wise", "inference"),
     "use_decoder_bias": (True,),
     "use_glu_encoder": (False, None),
+    "apply_decoder_bias_to_pre_encoder": (False, True),
+    "sparsity_include_decoder_norm": (True, False),
 }
 
 
@@ -56,7 +58,9 @@ def load(folder: Path) -> SAE:
     return SAE(
         **weights,
         measure="threshold",
-        threshold=torch.full((config["d_sae"],), config["jump_relu_threshold"]),
+        threshold=torch.full(
+            (config["d_sae"],), config["jump_relu_threshold"], dtype=torch.float32
+        ),
         subtract_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
         decoder_norm=bool(config.get("sparsity_include_decoder_norm", True)),
         hookpoint=hookpoints.of_transformer_lens(config.get("hook_point_in")),

@@ -120,8 +120,11 @@ def _config(sae: SAE, architecture: str) -> dict[str, object]:
     names = {name: key for key, name in reversed(_NORMALIZE.items())}
     own = {"k": sae.k, "rescale_acts_by_decoder_norm": sae.decoder_norm}
     metadata = dict(sae.config.get("metadata") or {})
+    said = hookpoints.of_transformer_lens(metadata.get("hook_name"))
+    if said is not None and said != sae.hookpoint:
+        del metadata["hook_name"]
     hook_name = hookpoints.to_transformer_lens(sae.hookpoint)
-    if hook_name and hookpoints.of_transformer_lens(metadata.get("hook_name")) != sae.hookpoint:
+    if hook_name and said != sae.hookpoint:
         metadata["hook_name"] = hook_name
     return {
         "d_in": sae.d,

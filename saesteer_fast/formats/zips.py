@@ -109,6 +109,8 @@ class Torch(_Zipped):
     def _member(self, key: str, value: Tensor, begins: dict[int, str]) -> _Member:
         if not (value.is_contiguous() or (value.ndim == 2 and value.T.is_contiguous())):
             raise ValueError(f"{self.path}: {key} is a view with gaps, a dense tensor is needed")
+        if value.is_neg():
+            raise ValueError(f"{self.path}: {key} is a negated view, its own numbers are needed")
         name = begins.get(value.untyped_storage()._checkpoint_offset)
         if name is None:
             raise ValueError(f"{self.path}: {key} lies where no member of the archive does")

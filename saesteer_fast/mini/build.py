@@ -47,6 +47,7 @@ DEFAULT = BuildConfig()
 def build(out: str | Path, seed: int = 0, threads: int = 1, config: BuildConfig = DEFAULT) -> dict:
     """Builds the miniature into the folder `out` and returns what metrics.json holds."""
     out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before all the training
     with running_on(threads):
         model, tokenizer, encoded = _language_model(config, seed)
         model.save_pretrained(out)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from .. import formats, sites
 from ..edits import Edit
 from ..errors import named
+from ..hooks import Hooks
 from ..sae import SAE
-from ..scopes import NotTokens, Positions, Scope
+from ..scopes import NotTokens, Positions, Scope, Scoped
+from ..sites import Site
 from ..steering import Plan
 from . import Steering, load_sae, load_steering
 
@@ -44,11 +46,14 @@ def report(path: str | os.PathLike[str], model: str | None = None) -> str:
 
 
 def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[str, str]]:
-    yield "module", _module(step, sae, body)
+    site = None if body is None else _site(step, sae, body)
+    yield "module", _module(step, sae, site)
     yield "SAE", f"{_source(step)}: N={sae.num_latents}, d={sae.d}, {sae.kind}, {_dtype(sae)}"
     keywords = {name: getattr(step, name) for name in ("when", "error", "measure")}
     plan = Plan(sae, step.edits, torch.device("cpu"), **keywords)
     plan.choose(step.rows)
+    if site is not None:
+        Hooks(site, plan, Scoped(step.scope, plan.device))
     yield "measure", _measured(plan.measured.measure)
     yield from _edits(step, plan)
     if plan.chosen is not None:
@@ -61,16 +66,20 @@ def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[s
     yield "memory", f"{_size(plan.nbytes)} on the module's device"
 
 
-def _module(step: Steering, sae: SAE, body: nn.Module | None) -> str:
+def _site(step: Steering, sae: SAE, body: nn.Module) -> Site:
+    site = sites.locate(body, sae.hookpoint if step.layer is None else step.layer)
+    site.check_width(sae)
+    return site
+
+
+def _module(step: Steering, sae: SAE, site: Site | None) -> str:
     layer = sae.hookpoint if step.layer is None else step.layer
     if layer is None:
         raise ValueError("layer: none is given, and the SAE names no hookpoint")
     by = " (the SAE's hookpoint)" if step.layer is None else ""
-    if body is None:
+    if site is None:
         return f"{'decoder layer ' if isinstance(layer, int) else ''}{layer}{by}"
-    site = sites.locate(body, layer)
-    site.check_width(sae)
-    return f"{site.path}{by}, a {type(site.module).__name__} of {type(body).__name__}"
+    return f"{site.path}{by}, a {type(site.module).__name__} of {type(site.model).__name__}"
 
 
 def _source(step: Steering) -> str:

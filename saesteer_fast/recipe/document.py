@@ -51,7 +51,7 @@ from torch import Tensor
 from ..conditions import POOLS, Condition, Gate, Logistic, active, gate, split
 from ..edits import KINDS, Edit
 from ..errors import named
-from ..formats import hub
+from ..formats import files, hub
 from ..node import Node
 from ..sae import MEASURES, SAE
 from ..scopes import NotTokens, Positions, Scope, Scoped, not_tokens, positions
@@ -108,7 +108,7 @@ def _steering(node: Node, folder: Path) -> Steering:
 def _located(node: Node, folder: Path) -> str:
     text = node.text()
     with named(f"{node.place}: "):
-        place = Path(os.path.abspath(folder / text))
+        place = files.absolute(folder / text)
         return text if hub.is_id(text) and not place.exists() else str(place)
 
 
@@ -202,6 +202,8 @@ def _gate(node: Node, folder: Path) -> Gate:
 
 def write(recipe: Recipe, path: Path) -> None:
     """See Recipe.save."""
+    if path.suffix != ".json":
+        raise ValueError(f"path: got {path}, a name that ends in .json is needed")
     content = {"format": FORMAT, "version": VERSION}
     if recipe.model is not None:
         content["model"] = recipe.model
@@ -244,9 +246,10 @@ def _written(step: Steering, folder: Path) -> dict[str, object]:
 def _relative(sae: SAE | str, folder: Path) -> str:
     if isinstance(sae, SAE):
         raise ValueError("sae: lies in no file that could be named; SAE.save it, and give its path")
+    sae = os.fspath(sae)
     if hub.is_id(sae) and not Path(sae).exists():
         return sae
-    path = Path(os.path.relpath(sae, folder)).as_posix()
+    path = Path(os.path.relpath(files.absolute(sae), os.path.realpath(folder))).as_posix()
     return f"./{path}" if hub.is_id(path) else path
 
 

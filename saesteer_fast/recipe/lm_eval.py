@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from ..edits import add
 from ..errors import named, nearest
+from ..formats import files
 from ..sae import SAE
 from . import Recipe, Steering, load_sae
 
@@ -128,7 +128,7 @@ def _sparse_model(row: Mapping[str, str], load: Callable[[str], SAE]) -> tuple[s
     elif not folder:
         raise ValueError("hookpoint: is missing")
     found = f"{model}/{folder}".rstrip("/")
-    found = os.path.abspath(found) if Path(model).exists() else found
+    found = str(files.absolute(found)) if Path(model).exists() else found
     sae = load(found)
     if sae.normalize != "none" or sae.scale != 1 or sae.decoder_norm:
         raise ValueError(
@@ -175,7 +175,7 @@ def _vector(hookpoint: object, told: object) -> Steering:
     value = _number("steering_coefficient", told.get("steering_coefficient", 1.0))
     sae = SAE(
         W_enc=vector[None],
-        bias=torch.zeros(1),
+        bias=vector.new_zeros(1),
         W_dec=vector[None],
         b_dec=bias,
         measure="relu",
@@ -197,6 +197,8 @@ def _flat(name: str, tensor: object) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype == torch.bool or tensor.is_complex():
         what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name}: got {what}, a tensor of numbers is needed")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: got {tensor.layout}, a dense tensor is needed")
     if tensor.ndim == 0 or tensor.numel() != tensor.shape[-1]:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, [d] or [1, d] is needed")
     flat = tensor.reshape(-1).float()
