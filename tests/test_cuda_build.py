@@ -95,6 +95,7 @@ OCCUPANCY = {
     "settleILin1": (128, 4),
     "add_rows": (128, 8),
     "decode_token": (128, 8),
+    "6select": (512, 2),
     "scan_any.*Li16ELi2E": (256, 2),
     "scan_any.*Li8ELi3E": (128, 3),
     SCANS["fewest"]: (128, 2),
@@ -139,6 +140,17 @@ def test_a_token_is_loaded_at_once(arch, bf16):
         order = re.findall(r"\b(BRA|BAR|LDG\.E\.\S*128)", of(arch, *marks))
         runs = re.split("BRA|BAR", " ".join(order))
         assert max(run.count("LDG") for run in runs) >= 6, marks
+
+
+def test_preactivations_are_stored_by_two_and_loaded_at_once(arch):
+    """Six fours of a row, no branch between them; of the stores, nvcc parts a tile's first two."""
+    if arch == "sm_90a":
+        rows, columns = 2, (192 + 256) // 4
+        stores = count(scan_groups("Lb1E"), r"STG\.E\.64")
+        assert stores >= 0.9 * rows * columns / 2
+    order = re.findall(r"\b(BRA|BAR|LDG\.E\.\S*128)", of(arch, "6select"))
+    runs = re.split("BRA|BAR", " ".join(order))
+    assert max(run.count("LDG") for run in runs) >= 6
 
 
 @pytest.mark.parametrize("plan", SCANS)

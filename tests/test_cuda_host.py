@@ -483,11 +483,12 @@ def test_project_and_add_directions_are_the_truth(machine, pair):
 
 
 @pytest.mark.parametrize(
-    ("T", "N", "k"), [(3, 1, 1), (5, 129, 129), (3, 700, 300), (2, 8192, 256), (130, 300, 8)]
+    ("T", "N", "k"),
+    [(3, 1, 1), (5, 129, 129), (3, 700, 300), (2, 8192, 256), (2, 4099, 600), (130, 300, 8)],
 )
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_encode_is_the_truth(machine, T, N, k, dtype):
-    """k = 256 of 8192: more candidates than are kept; k = 300: more than there are threads."""
+    """k = 600: more than there are threads, and more candidates than are kept."""
     case = random_case(T, 16, N, k, 0, dtype, dtype)
     values, indices = machine.encode(*case.encoder, k)
     p, e = reference.preacts(*case.encoder), preact_bound(*case.encoder)
@@ -498,6 +499,31 @@ def test_encode_is_the_truth(machine, T, N, k, dtype):
     assert (left_out.sum(-1) == N - k).all()
     largest = torch.where(left_out, p - e, -torch.inf).amax(-1)
     assert (largest <= (chosen + slack).amin(-1)).all()
+
+
+def test_encode_takes_tokens_in_pieces(cuda_machine):
+    T, N, k = 258, 24577, 4
+    case = integer_case(T, 8, N, k, 0, BF16, BF16)
+    before = cuda_machine.settle(hopper=True, multiprocessors=9).launches()
+    values, indices = cuda_machine.encode(*case.encoder, k)
+    assert cuda_machine.launches() == before + 4
+    expected, places = reference.encode(*case.encoder, k, dtype=torch.float64)
+    assert torch.equal(values.double(), expected) and torch.equal(indices, places)
+
+
+@pytest.mark.parametrize("N", [131, 2051])
+def test_encode_ranks_what_is_alike_or_not_finite(machine, N):
+    """NaN, infinity, numbers, -infinity; the lower latent first, of however many."""
+    case = integer_case(3, 8, N, 8, 0, BF16, BF16)
+    some = case.b_enc.clone()
+    some[[5, N - 1]], some[[3, N - 2]], some[::2] = NAN, INF, -INF
+    for b_enc in (some, *(torch.full((N,), b) for b in (0.0, NAN, INF, -INF))):
+        alike = case.but(b_enc=b_enc, x=case.x if b_enc is some else 0 * case.x)
+        for k in (1, 3, 64):
+            values, indices = reference.encode(*alike.encoder, k, dtype=torch.float64)
+            ours = machine.encode(*alike.encoder, k)
+            assert torch.equal(ours[1], indices)
+            torch.testing.assert_close(ours[0].double(), values, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

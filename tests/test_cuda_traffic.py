@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from ops_cases import DTYPES, integer_case
+from ops_cases import DTYPES, integer_case, random_case
 from ptx.executor import SECTOR, assert_rows_move_whole
 
 _, *HALVES = DTYPES
@@ -40,3 +40,17 @@ def test_a_tokens_whole_scan_reads_the_encoder_once(
     # Rows are short enough here to be asked for whole, but for the first tiles of separate kernels
     ahead = sum(SECTOR * t.parts for t in traffic if t.kind == "ahead")
     assert (7 / 8 if ladder else 1) * case.W_enc.nbytes == ahead
+
+
+@pytest.mark.parametrize("T", [3, 70])
+def test_preactivations_are_written_and_read_once(cuda_machine, ptx_executor, T):
+    """And once more where a thread has some of the k largest: few do."""
+    N, k = 4096, 8
+    case = random_case(T, 8, N, k, 0, *HALVES[:1] * 2)
+    machine = cuda_machine.settle(hopper=True)
+    traffic = ptx_executor.traffic(lambda: machine.encode(*case.encoder, k))
+    select = [t for t in traffic if "6select" in t.kernel]
+    read = sum(SECTOR * t.parts for t in select if t.kind == "read")
+    written = sum(t.bytes for t in traffic if t.kind == "written" and t not in select)
+    p = 4 * T * N
+    assert written == p <= read <= 1.2 * p

@@ -244,6 +244,7 @@ def test_products_and_sums_round_once(ptx_executor):
         "mul.f32 %f3, %f1, %f2": x * y,
         "fma.rn.f32 %f3, %f1, %f2, %f2": (x.double() * y.double() + y.double()).float(),
         "max.f32 %f3, %f1, %f2": torch.fmax(x, y),
+        "max.NaN.f32 %f3, %f1, %f2": torch.maximum(x, y),
         "min.f32 %f3, %f1, %f2": torch.fmin(x, y),
     }.items():
         found = reals(ptx_executor, name, a, b).view(torch.float32)
@@ -345,6 +346,18 @@ def test_a_barrier_orders_warps(run):
         run(MINE + NEIGHBOURS, torch.zeros(1), integers(64), **OF_64)
     with pytest.raises(RuntimeError, match=r"a race|nobody has written"):
         run(MINE + "bar.warp.sync -1;" + NEIGHBOURS, torch.zeros(1), integers(64), **OF_64)
+
+
+def test_a_barrier_counts(run):
+    body = """
+    setp.lt.s32 %p1, %tid, 37;
+    bar.red.popc.u32 %r3, 0, %p1;
+    bar.red.popc.u32 %r2, 0, !%p1;
+    mad.lo.s32 %r3, %r3, 100, %r2;
+    mad.wide.s32 %d6, %tid, 4, %out;
+    st.global.u32 [%d6], %r3;
+    """
+    assert run(body, torch.zeros(1), integers(64), **OF_64).tolist() == [3727] * 64
 
 
 def test_lanes_of_a_warp_race_too(run):

@@ -36,7 +36,8 @@ void project(const Rows& x, int64_t tokens, const Rows& rows, int64_t count, con
 void add_directions(const Rows& x, int64_t tokens, const Rows& directions, int64_t features,
                     const Values& coef, const OutRows& y, void* stream);
 
-// Bytes that encode needs: the preactivations of as many tokens as fit the second-level cache.
+// Bytes that encode needs: the preactivations of as many tokens as fit the second-level cache, at
+// least 256.
 int64_t encode_workspace(int64_t tokens, const Encoder& encoder);
 
 // values[t, 0..k), descending, and indices[t, 0..k): the k largest p_j, ties to the lower index,

@@ -44,6 +44,13 @@ __device__ inline uint16_t f32_to_bf16(float v) {
   return bits;
 }
 
+// NaN if one of them is.
+__device__ inline float larger(float a, float b) {
+  float v;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+
 __device__ inline int lowest_bit(uint64_t word) {
   return __ffsll(static_cast<long long>(word)) - 1;
 }
@@ -52,6 +59,7 @@ __device__ inline int lowest_bit(uint64_t word) {
 
 __device__ inline void sync_threads() { __syncthreads(); }
 __device__ inline bool sync_threads_or(bool v) { return __syncthreads_or(v); }
+__device__ inline int sync_threads_count(bool v) { return __syncthreads_count(v); }
 __device__ inline void sync_warp() { __syncwarp(); }
 
 // Among `threads` threads that name the same barrier; 0 is sync_threads's own.

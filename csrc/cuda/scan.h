@@ -24,9 +24,12 @@ struct Scan {
   Features features;
   const float* p;
   int32_t* beaten;
-  // ... or, if not null, stored: preacts[slot, j]
+  // ... or, if not null, stored: preacts[slot, j], rows preact_pitch apart
   float* preacts;
 };
+
+// Rows of preactivations begin at a sector of memory.
+SAESTEER_HD inline int64_t preact_pitch(int64_t latents) { return (latents + 7) / 8 * 8; }
 
 // Up to kFew tokens the reading of W_enc is what takes the time, and small tiles stop sooner; up to
 // kSome it takes about as long as the products.
@@ -155,6 +158,23 @@ __device__ __forceinline__ int beating(const Scan& s, const P& p, float p_f, int
   return beaten;
 }
 
+// Two latents at a time: a row has room for an even number.
+template <int kRows, int kCols, class P, class Step>
+__device__ __forceinline__ void store(const Scan& s, const int32_t (&token)[kRows], const P& p,
+                                      int64_t first, const Step& step) {
+  static_assert(kCols % 2 == 0);
+  const int left = latents_from(s, first);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (token[r] < 0) continue;
+    auto* const row =
+        reinterpret_cast<float2*>(s.preacts + token[r] * preact_pitch(s.encoder.count) + first);
+#pragma unroll
+    for (int c = 0; c < kCols; c += 2)
+      if (step(c) < left) row[step(c) / 2] = make_float2(p(r, c), p(r, c + 1));
+  }
+}
+
 // The end of a tile, whose latents are first ... end - 1. Each thread holds p(r, c) of kRows slots,
 // whose tokens are given, and of the latents first + at + step(c); kLanes lanes, next to each
 // other, hold the same slots. `bars` are the first feature's. All threads of a warp come here
@@ -163,17 +183,7 @@ template <int kRows, int kCols, int kLanes, class P, class Step>
 __device__ __forceinline__ void deliver(const Scan& s, const int32_t (&token)[kRows],
                                         Bars<kRows> bars, const P& p, int64_t first, int64_t end,
                                         int at, const Step& step) {
-  if (s.preacts) {
-    const int64_t N = s.encoder.count;
-    const int left = latents_from(s, first + at);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int c = 0; c < kCols; ++c)
-        if (token[r] >= 0 && step(c) < left)
-          s.preacts[token[r] * N + first + at + step(c)] = p(r, c);
-    return;
-  }
+  if (s.preacts) return store<kRows, kCols>(s, token, p, first + at, step);
   const int64_t F = s.features.count;
   for (int64_t f = 0; f < F; ++f) {
     const Bars<kRows> now = bars;

@@ -73,6 +73,10 @@ Handler of_numbers(const std::string& op) {
   return nullptr;
 }
 
+float largest_or_nan(float a, float b) {
+  return a != a || b != b ? std::numeric_limits<float>::quiet_NaN() : std::fmax(a, b);
+}
+
 template <class T>
 Handler of_floats(const std::string& op) {
   if (op == "mul")
@@ -374,6 +378,10 @@ Handler convert(Instruction& i) {
 Handler arithmetic(Instruction& i) {
   const std::string &op = i.words[0], &type = i.words.back();
   if (type == "pred") return of_predicates(op);
+  if (i.has("NaN")) {
+    if (op != "max" || type != "f32") return nullptr;
+    return PTX_HANDLER((apply<float, float, float>(w, i, lanes, largest_or_nan)));
+  }
   for (const char* word : {"ftz", "sat", "approx", "full"})
     if (i.has(word)) return nullptr;
   if (op == "cvt") return convert(i);

@@ -41,7 +41,7 @@ struct Clocks {
 struct Barrier {
   int arrived = 0;
   uint32_t generation = 0;
-  bool any = false, result = false;
+  int holding = 0, result = 0;  // lanes whose predicate does
   Clocks gathered, released;
 };
 

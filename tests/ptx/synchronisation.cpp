@@ -19,13 +19,13 @@ Outcome trap(Warp&, const Instruction&, uint32_t) { throw std::runtime_error("a 
 
 // ---- barriers of a block ----
 
-bool any_lane(const Warp& w, const Operand& o, uint32_t lanes) {
-  bool any = false;
-  each(lanes, [&](int l) { any |= w.holds(o, l); });
-  return any;
+int holding(const Warp& w, const Operand& o, uint32_t lanes) {
+  int count = 0;
+  each(lanes, [&](int l) { count += w.holds(o, l); });
+  return count;
 }
 
-// bar.sync name{, threads}, bar.red.or.pred result, name{, threads}, value
+// bar.sync name{, threads}, bar.red.or.pred and bar.red.popc.u32 result, name{, threads}, value
 Outcome barrier(Warp& w, const Instruction& i, uint32_t lanes) {
   const bool reduces = i.has("red");
   const auto& o = i.operands;
@@ -39,12 +39,12 @@ Outcome barrier(Warp& w, const Instruction& i, uint32_t lanes) {
     w.at_barrier = true;
     w.generation = b.generation;
     b.gathered.gather(w.agent);
-    b.any |= reduces && any_lane(w, o.back(), lanes);
+    if (reduces) b.holding += holding(w, o.back(), lanes);
     b.arrived += kWarp;
     if (b.arrived > expected) throw std::runtime_error("more threads than the barrier expects");
     if (b.arrived == expected) {
       b.arrived = 0;
-      b.result = std::exchange(b.any, false);
+      b.result = std::exchange(b.holding, 0);
       b.released = std::exchange(b.gathered, {});
       ++b.generation;
     }
@@ -54,7 +54,13 @@ Outcome barrier(Warp& w, const Instruction& i, uint32_t lanes) {
   w.agent.take(b.released);
   w.agent.tick();
   ++w.syncs;
-  if (reduces) each(lanes, [&](int l) { w.put(o[0].reg, l, Predicate{b.result}); });
+  if (!reduces) return Outcome::done;
+  each(lanes, [&](int l) {
+    if (i.has("or"))
+      w.put(o[0].reg, l, Predicate{b.result > 0});
+    else
+      w.put(o[0].reg, l, static_cast<uint32_t>(b.result));
+  });
   return Outcome::done;
 }
 
@@ -226,7 +232,7 @@ Handler synchronisation(Instruction& i) {
   }
   if (op == "bar" || op == "barrier") {
     i.aligned = true;
-    return i.has("sync") || (i.has("red") && i.has("or")) ? barrier : nullptr;
+    return i.has("sync") || (i.has("red") && (i.has("or") || i.has("popc"))) ? barrier : nullptr;
   }
   if (op == "mbarrier") {
     if (!i.has("b64") || i.has("noComplete")) return nullptr;
