@@ -223,7 +223,7 @@ __device__ inline void products_wait() {
 
 // Nothing that uses these registers moves across this line, from where products still write them.
 template <int kCount>
-__device__ __forceinline__ void hold(float (&c)[kCount]) {
+__device__ __forceinline__ void fence_registers(float (&c)[kCount]) {
 #pragma unroll
   for (float& v : c) asm volatile("" : "+f"(v)::"memory");
 }

@@ -109,21 +109,22 @@ __device__ __forceinline__ void add_biases(const P& p, const Bias& bias) {
 
 // What the latents have to beat: p of one feature, for the tokens of kRows slots.
 template <int kRows>
-struct Bars {
+struct Thresholds {
   int64_t index;  // of the feature
   float p[kRows];
 };
 
 template <int kRows>
-__device__ __forceinline__ Bars<kRows> bars_of(const Scan& s, const int32_t (&token)[kRows],
-                                               int64_t f) {
-  Bars<kRows> bars{};
+__device__ __forceinline__ Thresholds<kRows> thresholds_of(const Scan& s,
+                                                           const int32_t (&token)[kRows],
+                                                           int64_t f) {
+  Thresholds<kRows> thresholds{};
   const int64_t F = s.features.count;
-  if (f >= F) return bars;
-  bars.index = s.features.index[f];
+  if (f >= F) return thresholds;
+  thresholds.index = s.features.index[f];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) bars.p[r] = token[r] < 0 ? 0.f : s.p[token[r] * F + f];
-  return bars;
+  for (int r = 0; r < kRows; ++r) thresholds.p[r] = token[r] < 0 ? 0.f : s.p[token[r] * F + f];
+  return thresholds;
 }
 
 // How many of the latents first + at + step(c), c < kCols, beat a feature; p(c) are their p.
@@ -137,16 +138,16 @@ __device__ __forceinline__ int beating(const Scan& s, const P& p, float p_f, int
     uint64_t ties = 0;
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
-      beaten += step(c) != self && clears(p(c), p_f);
+      beaten += step(c) != self && exceeds(p(c), p_f);
       ties |= uint64_t{step(c) != self && p(c) == p_f} << c;
     }
     for (; ties; ties &= ties - 1)
       beaten += order[first + at + step(lowest_bit(ties))] < order[index];
   } else if (index < first || index >= end) {
-    const float height = bar(p_f, index >= end);
+    const float threshold = threshold_of(p_f, index >= end);
     float number = 0;  // a comparison gives 0 or 1 as a float in one instruction
 #pragma unroll
-    for (int c = 0; c < kCols; ++c) number += clears(p(c), height) ? 1.f : 0.f;
+    for (int c = 0; c < kCols; ++c) number += exceeds(p(c), threshold) ? 1.f : 0.f;
     beaten = static_cast<int>(number);
   } else {
 #pragma unroll
@@ -157,12 +158,12 @@ __device__ __forceinline__ int beating(const Scan& s, const P& p, float p_f, int
 
 // The end of a tile, whose latents are first ... end - 1. Each thread holds p(r, c) of kRows slots,
 // whose tokens are given, and of the latents first + at + step(c); kLanes lanes, next to each
-// other, hold the same slots. `bars` are the first feature's. All threads of a warp come here
+// other, hold the same slots. `thresholds` are the first feature's. All threads of a warp come here
 // together.
 template <int kRows, int kCols, int kLanes, class P, class Step>
 __device__ __forceinline__ void deliver(const Scan& s, const int32_t (&token)[kRows],
-                                        Bars<kRows> bars, const P& p, int64_t first, int64_t end,
-                                        int at, const Step& step) {
+                                        Thresholds<kRows> thresholds, const P& p, int64_t first,
+                                        int64_t end, int at, const Step& step) {
   if (s.preacts) {
     const int64_t N = s.encoder.count;
     const int left = latents_from(s, first + at);
@@ -176,8 +177,8 @@ __device__ __forceinline__ void deliver(const Scan& s, const int32_t (&token)[kR
   }
   const int64_t F = s.features.count;
   for (int64_t f = 0; f < F; ++f) {
-    const Bars<kRows> now = bars;
-    bars = bars_of(s, token, f + 1);  // under way while these are counted
+    const Thresholds<kRows> now = thresholds;
+    thresholds = thresholds_of(s, token, f + 1);  // under way while these are counted
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       int beaten = 0;

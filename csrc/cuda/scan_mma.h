@@ -141,7 +141,7 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       own[r] = token[warp / P::kAcross % P::kDown * P::kM * 16 + r / 2 * 16 + r % 2 * 8 + lane / 4];
-    const auto bars = bars_of(s, own, 0);
+    const auto thresholds = thresholds_of(s, own, 0);
 
     const Panels<P> panels(s, first_latent, token, stages);
     float sum[P::kM][P::kN][4] = {};
@@ -169,8 +169,8 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
     const int latents = latents_from(s, first_latent + at);
     add_biases<kRows, P::kN * 2>(
         p, [&](int c) { return bias_of(s, first_latent + at, step(c), latents); });
-    deliver<kRows, P::kN * 2, 4>(s, own, bars, p, first_latent, first_latent + P::kLatents, at,
-                                 step);
+    deliver<kRows, P::kN * 2, 4>(s, own, thresholds, p, first_latent, first_latent + P::kLatents,
+                                 at, step);
   }
 }
 

@@ -124,12 +124,12 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       token[r] = static_cast<int32_t>(token_of(s, first_slot + down * kRows + r, slots));
-    const auto bars = bars_of(s, token, 0);
+    const auto thresholds = thresholds_of(s, token, 0);
     const auto p = [&](int r, int c) -> float& { return sum[r][c]; };
     const int64_t own = first_latent + across * kCols;
     const int latents = latents_from(s, own);
     add_biases<kRows, kCols>(p, [&](int c) { return bias_of(s, own, c, latents); });
-    deliver<kRows, kCols, kAcross>(s, token, bars, p, first_latent, first_latent + kLatents,
+    deliver<kRows, kCols, kAcross>(s, token, thresholds, p, first_latent, first_latent + kLatents,
                                    across * kCols, [](int c) { return c; });
   }
 }

@@ -192,16 +192,16 @@ struct Consumer {
     const int row = group * 64 + thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
     const int32_t token[2] = {ends.token[row], ends.token[row + 8]};
     const int64_t first_latent = ends.first_latent;
-    const auto bars = bars_of(s, token, 0);
+    const auto thresholds = thresholds_of(s, token, 0);
     products_wait<0>();
-    hold(sum);
+    fence_registers(sum);
 
     const auto p = [&](int r, int c) -> float& { return sum[c / 2 * 4 + r * 2 + c % 2]; };
     const auto step = [](int c) { return c / 2 * 8 + c % 2; };
     add_biases<2, kLatents / 4>(p, [&](int c) { return ends.bias[column + step(c)]; });
     free(last);
-    deliver<2, kLatents / 4, 4>(s, token, bars, p, first_latent, first_latent + kLatents, column,
-                                step);
+    deliver<2, kLatents / 4, 4>(s, token, thresholds, p, first_latent, first_latent + kLatents,
+                                column, step);
   }
 };
 
