@@ -53,7 +53,7 @@ class Selection {
   void scan(int64_t begin, int64_t end, Pieces& pieces, Best* best) {
     Tokens tile(x_, encoder_.W);
     Block block;
-    float p[Tokens::kMost * kBlock];
+    float p[Tokens::kCapacity * kBlock];
     int64_t b, next;
     for (bool more = pieces.take(b); more; b = next) {
       more = pieces.take(next);

@@ -11,7 +11,7 @@ namespace saesteer::cpu {
 
 class Tokens {
  public:
-  static constexpr int kMost = 8;
+  static constexpr int kCapacity = 8;  // at least kernels().tokens and kFusedTokens
 
   Tokens(const Rows& x, const Rows& W) : x_(x) {
     const bool native = x.dtype == Dtype::bf16 && W.dtype == Dtype::bf16 && kernels().native_bf16;
@@ -33,7 +33,7 @@ class Tokens {
 
   // Takes as many of the tokens first ... end - 1 as fit.
   void load_from(int64_t first, int64_t end) {
-    int64_t tokens[kMost];
+    int64_t tokens[kCapacity];
     const int m = static_cast<int>(std::min<int64_t>(kernels().tokens, end - first));
     for (int i = 0; i < m; ++i) tokens[i] = first + i;
     load(tokens, m);
@@ -51,7 +51,7 @@ class Tokens {
   const Rows x_;
   Dtype dtype_;
   int count_ = 0;
-  const void* rows_[kMost];
+  const void* rows_[kCapacity];
   std::vector<float> scratch_;
 };
 
@@ -65,15 +65,15 @@ struct alignas(64) Share {
 // from the call before, then what is left of the others'.
 class Spans {
  public:
-  static constexpr int64_t kMost = 12;  // a multiple of every tile's tokens
+  static constexpr int64_t kLength = 12;  // a multiple of every tile's tokens
 
   Spans(std::vector<Share>& shares, int64_t worker) : shares_(shares), at_(worker) {}
 
   bool take(int64_t& from, int64_t& to) {
     for (; visited_ < shares_.size(); ++visited_, at_ = (at_ + 1) % shares_.size()) {
       Share& share = shares_[at_];
-      from = share.next.fetch_add(kMost, std::memory_order_relaxed);
-      to = std::min(share.end, from + kMost);
+      from = share.next.fetch_add(kLength, std::memory_order_relaxed);
+      to = std::min(share.end, from + kLength);
       if (from < to) return true;
     }
     return false;
@@ -104,14 +104,14 @@ void over_tokens(int64_t count, const F& work) {
 struct Block {
   int64_t first;
   int count;
-  const void* rows[kBlock + kAhead];
+  const void* rows[kBlock + kRowsAhead];
 
   // Takes a block, and of `next`, which the same thread will take then, what is read ahead.
   void select(const Encoder& encoder, int64_t block, int64_t next) {
     first = block * kBlock;
     count = static_cast<int>(std::min<int64_t>(kBlock, encoder.count - first));
     for (int j = 0; j < count; ++j) rows[j] = encoder.W[first + j];
-    for (int j = 0; j < kAhead; ++j)
+    for (int j = 0; j < kRowsAhead; ++j)
       rows[count + j] = encoder.W[std::min(next * kBlock + j, encoder.count - 1)];
   }
 

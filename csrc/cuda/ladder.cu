@@ -55,23 +55,23 @@ __global__ void __launch_bounds__(kTokenThreads, 8) add_rows(Add c) {
                        c.x.dtype);
 }
 
-constexpr int64_t kWorkspace = int64_t{1} << 20, kHead = 16;
+constexpr int64_t kWorkspaceBytes = int64_t{1} << 20, kCountBytes = 16;
 
 int64_t bytes_a_token(int64_t features) { return 4 + 8 * features; }
 
 // Tokens taken at once, so that what is kept of them stays below a megabyte.
 int64_t tokens_at_once(int64_t features) {
-  return std::max<int64_t>(128, (kWorkspace - kHead) / bytes_a_token(features));
+  return std::max<int64_t>(128, (kWorkspaceBytes - kCountBytes) / bytes_a_token(features));
 }
 
 Open carve(void* workspace, int64_t tokens, int64_t features) {
   char* at = static_cast<char*>(workspace);
   auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
-  auto* count = reinterpret_cast<int32_t*>(take(kHead));
+  auto* count = reinterpret_cast<int32_t*>(take(kCountBytes));
   auto* token = reinterpret_cast<int32_t*>(take(4 * tokens));
   auto* p = reinterpret_cast<float*>(take(4 * tokens * features));
   auto* beaten = reinterpret_cast<int32_t*>(take(4 * tokens * features));
-  return {tokens > kFew ? count : nullptr, token, p, beaten};
+  return {tokens > kFewTokens ? count : nullptr, token, p, beaten};
 }
 
 Scan scan_of(const Ladder& c) {
@@ -117,7 +117,7 @@ void climb_all(Ladder c, Dtype directions, void* workspace, Stream stream) {
 int64_t most_features() { return (shared_limit() - level0_bytes(0)) / 4; }
 
 int64_t ladder_workspace(int64_t tokens, int64_t features) {
-  return kHead + std::min(tokens, tokens_at_once(features)) * bytes_a_token(features);
+  return kCountBytes + std::min(tokens, tokens_at_once(features)) * bytes_a_token(features);
 }
 
 void steer(const Rows& x, int64_t tokens, const Encoder& encoder, const Rows& directions,

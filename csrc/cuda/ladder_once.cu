@@ -90,15 +90,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 
 // Up to so many rows of x and W at L0 every block reads them all, from the second-level cache: no
 // longer than a barrier of the grid takes.
-constexpr int64_t kAll = 6;
+constexpr int64_t kRowsForAll = 6;
 // Bytes of shared memory for directions.
-constexpr int64_t kFetched = 32 << 10;
+constexpr int64_t kFetchedBytes = 32 << 10;
 
 template <class S>
 bool run(const Ladder& c, Scan s, Stream stream) {
   const int64_t F = c.features.count, rows = bytes_of(c.directions, F);
   Sharing sharing{};
-  sharing.fetch = !c.acts && rows <= kFetched && rows % 16 == 0 &&
+  sharing.fetch = !c.acts && rows <= kFetchedBytes && rows % 16 == 0 &&
                   reinterpret_cast<uintptr_t>(c.directions.data) % 16 == 0;
   const int64_t shared =
       std::max<int64_t>(S::kShared, fetched_from(F) + (sharing.fetch ? rows : 0));
@@ -110,7 +110,8 @@ bool run(const Ladder& c, Scan s, Stream stream) {
   const int64_t tiles = Tiles<S::kTokens, S::kLatents>(s.slots, s.encoder.count).count();
   const int64_t blocks = std::max(balanced(tiles, most), std::min(c.tokens, most));
   // Not in place, where one block may have written the x that another still measures.
-  sharing.each_all = c.y.data != c.x.data && c.tokens <= blocks && c.tokens * (1 + F) <= kAll;
+  sharing.each_all =
+      c.y.data != c.x.data && c.tokens <= blocks && c.tokens * (1 + F) <= kRowsForAll;
   return launch(ladder_once<S>, {blocks, S::kThreads, shared, true}, stream, c, s, sharing);
 }
 
@@ -130,7 +131,7 @@ bool by_simt(const Ladder& c, const Scan& s, Stream stream) {
 // SAESTEER_LADDER=steps leaves this kernel out.
 bool climb_once(const Ladder& c, const Scan& s, Dtype directions, Stream stream) {
   if (c.open.count || setting("SAESTEER_LADDER", {"steps"}) == "steps") return false;
-  static_assert(mma::Few::kTokens == kFew && simt::Few::kTokens == kFew);
+  static_assert(mma::Few::kTokens == kFewTokens && simt::Few::kTokens == kFewTokens);
   const bool alike = s.x.dtype == s.encoder.W.dtype && s.x.dtype == directions;
   if (uses_mma(s)) {
     if (!alike) return false;

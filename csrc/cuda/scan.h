@@ -28,9 +28,9 @@ struct Scan {
   float* preacts;
 };
 
-// Up to kFew tokens the reading of W_enc is what takes the time, and small tiles stop sooner; up to
-// kSome it takes about as long as the products.
-constexpr int64_t kFew = 64, kSome = 384;
+// Up to kFewTokens the reading of W_enc is what takes the time, and small tiles stop sooner; up to
+// kSomeTokens it takes about as long as the products.
+constexpr int64_t kFewTokens = 64, kSomeTokens = 384;
 
 // Those that are in use, 0 if another kernel serves so many.
 __device__ inline int64_t slots_here(const Scan& s) {

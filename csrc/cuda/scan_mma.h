@@ -29,7 +29,7 @@ struct Plan {
 };
 
 // Bytes of W that a block asks for ahead: what reaches it while it goes from tile to tile.
-constexpr int kAhead = 32 << 10;
+constexpr int kAheadBytes = 32 << 10;
 
 using Fewest = Plan<16, 32, 1, 2, 8>;
 using Few = Plan<64, 64, 2, 2, 4>;
@@ -87,7 +87,7 @@ __device__ __forceinline__ void expect_tile(const Scan& s, int64_t slots, int64_
   int64_t first_slot, first_latent;
   tiles.locate(tile, first_slot, first_latent);
   const int64_t row_bytes = s.x.width * 2;
-  constexpr int kEach = kAhead / P::kLatents;
+  constexpr int kEach = kAheadBytes / P::kLatents;
   if (first_latent + row < s.encoder.count)
     fetch_ahead(s.encoder.W[first_latent + row],
                 row_bytes < kEach ? static_cast<int>(row_bytes) : kEach);

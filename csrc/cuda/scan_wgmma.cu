@@ -16,8 +16,9 @@ constexpr int kGroup = 128;     // threads of a warpgroup
 constexpr int kThreads = 3 * kGroup;
 constexpr int kXBytes = kTokens * kRowBytes, kStageBytes = kXBytes + kWide * kRowBytes;
 // Stages whose copies of x are under way before the first of them is handed over.
-constexpr int kBehind = 2;
-static_assert(kBehind <= kStages - 2, "a stage is freed one stage later than it is multiplied");
+constexpr int kPendingStages = 2;
+static_assert(kPendingStages <= kStages - 2,
+              "a stage is freed one stage later than it is multiplied");
 
 // What a tile's end needs to know, so that it has to wait for nothing.
 struct Ends {
@@ -101,8 +102,8 @@ struct Producer {
       token[i] = static_cast<int32_t>(token_of(s, tile.first_slot + thread / 8 + i * 16, slots));
     Tile next;
     for (int64_t k = 0; k < depth; ++k) {
-      if (pending == kBehind) {
-        wait_copies<kBehind - 1>();
+      if (pending == kPendingStages) {
+        wait_copies<kPendingStages - 1>();
         hand_over();
       }
       if (k == depth / 2) next = look(tile.number + gridDim.x);
@@ -211,11 +212,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const __grid_constant__ TensorMap wide) {
   const int64_t slots = slots_here(s), depth = (s.x.width * 2 + kRowBytes - 1) / kRowBytes;
   if (slots == 0) return;
-  const bool few = slots <= kSome;
+  const bool is_narrow = slots <= kSomeTokens;
   unsigned char* const stages = shared<unsigned char>();
   Ring& ring = *shared<Ring>(kStages * kStageBytes);
   if (threadIdx.x == 0) {
-    prefetch_map(few ? &narrow : &wide);
+    prefetch_map(is_narrow ? &narrow : &wide);
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&ring.full[i], kGroup);
       barrier_init(&ring.empty[i], 2 * kGroup / 32);
@@ -227,13 +228,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
   if (group == 0) {
     give_registers<104>();
-    if (few)
+    if (is_narrow)
       Producer<kNarrow>{s, &narrow, ring, stages, slots, depth, thread, {}, {}}.run();
     else
       Producer<kWide>{s, &wide, ring, stages, slots, depth, thread, {}, {}}.run();
   } else {
     take_registers<200>();
-    if (few)
+    if (is_narrow)
       Consumer<kBf16, kNarrow>{s, ring, stages, depth, group - 1, thread, {}}.run();
     else
       Consumer<kBf16, kWide>{s, ring, stages, depth, group - 1, thread, {}}.run();

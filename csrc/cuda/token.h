@@ -32,7 +32,7 @@ constexpr int kTokenScratch = kTokenThreads / 32 * kRowsAtOnce;
 
 // Chunks that are loaded at once, as far as registers allow.
 template <bool kWhole, int kCount>
-constexpr int kUnderWay = kWhole && kCount == 1 ? 3 : 1;
+constexpr int kDotChunks = kWhole && kCount == 1 ? 3 : 1;
 
 // p[i] = rows[index[i]] . x + bias[index[i]] for kCount rows; NaN where the index is not below
 // `limit`. `index` may be null: 0, 1, ... Whether one of them is undecided.
@@ -60,7 +60,7 @@ __device__ __forceinline__ bool project_some(const void* x, Dtype dtype, const R
     wide[i] = aligned(row[i]);
   }
   const bool x_wide = aligned(x);
-#pragma unroll(kUnderWay<kWhole, kCount>)
+#pragma unroll(kDotChunks<kWhole, kCount>)
   for (int64_t c = threadIdx.x; c < chunks(rows.width); c += kTokenThreads) {
     float a[kChunk], b[kChunk];
     load8<kWhole>(x, dtype, rows.width, c, x_wide, a);
@@ -108,7 +108,7 @@ __device__ __forceinline__ bool project_token(const void* x, Dtype dtype, const 
 
 // Chunks of a row that a thread has under way at once; of unknown dtypes they take more registers.
 template <int kDtype>
-constexpr int kTogether = kDtype < 0 ? 1 : 3;
+constexpr int kAddChunks = kDtype < 0 ? 1 : 3;
 
 // Of kCount chunks, kTokenThreads apart.
 template <bool kWhole, int kCount>
@@ -164,7 +164,7 @@ __device__ __forceinline__ void add_to_token(const void* x, const Rows& rows, in
   if (!sync_threads_or(any))
     return copy_row(x, y, rows.width * bytes(dtype), threadIdx.x, kTokenThreads);
   if (whole(rows) && aligned(x) && aligned(y))
-    add_all<true, kTogether<kDtype>>(x, rows, count, coef, y, dtype);
+    add_all<true, kAddChunks<kDtype>>(x, rows, count, coef, y, dtype);
   else
     add_all<false, 1>(x, rows, count, coef, y, dtype);
 }
