@@ -4,6 +4,8 @@
 #include <functional>
 
 #include "../keys.h"
+#include "blocks.h"
+#include "parallel.h"
 #include "tokens.h"
 
 namespace saesteer::cpu {

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <memory>
 
+#include "blocks.h"
+#include "spans.h"
 #include "tokens.h"
 
 namespace saesteer::cpu {

@@ -1,5 +1,7 @@
 #include "project.h"
 
+#include "blocks.h"
+#include "spans.h"
 #include "tokens.h"
 
 namespace saesteer::cpu {
