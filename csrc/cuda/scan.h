@@ -29,7 +29,9 @@ struct Scan {
 };
 
 // Up to kFewTokens the reading of W_enc is what takes the time, and small tiles stop sooner; up to
-// kSomeTokens it takes about as long as the products.
+// kSomeTokens it takes about as long as the products. Then 24,576 latents are few rounds of tiles
+// for 132 multiprocessors, and narrow ones fill them better; beyond it wide ones read x less often.
+// Estimates: by counting, not by a clock.
 constexpr int64_t kFewTokens = 64, kSomeTokens = 384;
 
 // Those that are in use, 0 if another kernel serves so many.
@@ -43,9 +45,9 @@ __device__ inline int64_t token_of(const Scan& s, int64_t slot, int64_t slots) {
 }
 
 // Tiles in the order in which they are taken: the first latents first, so that tokens are decided
-// soon if these are the ones most often live; some blocks of tokens side by side, so that what they
-// share stays in the cache. As many as are taken at once should be about as many rows of x as of W:
-// then these rows are fewest.
+// soon if these are the ones most often live; kSide blocks of tokens side by side, so that what
+// they share stays in the cache. The tiles of one moment read fewest rows if as many are x's as
+// W's: on 132 multiprocessors 16 times 128 tokens and 8 times 256 latents.
 template <int kTokens, int kLatents>
 struct Tiles {
   static constexpr int64_t kSide = 16;
@@ -85,7 +87,7 @@ __device__ inline bool any_open(const Scan& s, int64_t first_slot, int tokens, i
   return open;
 }
 
-// Latents from this one on, as far as a tile can tell.
+// Latents from this one on, or a number beyond every tile that fits an int.
 __device__ inline int latents_from(const Scan& s, int64_t latent) {
   const int64_t left = s.encoder.count - latent;
   return static_cast<int>(left < (1 << 20) ? left : 1 << 20);
@@ -135,6 +137,7 @@ __device__ __forceinline__ int beating(const Scan& s, const P& p, float p_f, int
   const int self = index < first || index >= end ? -1 : static_cast<int>(index - first) - at;
   int beaten = 0;
   if (const int64_t* order = s.encoder.order) {
+    // Ties, which are rare, are looked up one by one afterwards.
     uint64_t ties = 0;
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
@@ -144,6 +147,7 @@ __device__ __forceinline__ int beating(const Scan& s, const P& p, float p_f, int
     for (; ties; ties &= ties - 1)
       beaten += order[first + at + step(lowest_bit(ties))] < order[index];
   } else if (index < first || index >= end) {
+    // Nearly every tile: all its latents lie on one side of f.
     const float threshold = threshold_of(p_f, index >= end);
     float number = 0;  // a comparison gives 0 or 1 as a float in one instruction
 #pragma unroll
@@ -185,6 +189,7 @@ __device__ __forceinline__ void deliver(const Scan& s, const int32_t (&token)[kR
       if (undecided(now.p[r]))
         beaten = beating<kCols>(
             s, [&](int c) { return p(r, c); }, now.p[r], now.index, first, end, at, step);
+      // Of the lanes with this slot one adds for all.
       for (int lanes = 1; lanes < kLanes; lanes *= 2) beaten += shuffle_xor(beaten, lanes);
       if (beaten && threadIdx.x % kLanes == 0) atomic_add(s.beaten + token[r] * F + f, beaten);
     }
