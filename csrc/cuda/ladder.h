@@ -79,6 +79,7 @@ __device__ __forceinline__ void keep_and_write(const Ladder& c, int64_t token, b
     const int64_t at = token * F + f;
     if (open) {
       c.open.p[at] = p[f];
+      // To the scan a feature that k latents beat is decided, whatever its p.
       c.open.beaten[at] = undecided(p[f]) ? 0 : static_cast<int32_t>(c.encoder.k);
     }
     if (c.acts) c.acts[at] = unbeaten(p[f]);
@@ -108,7 +109,7 @@ __device__ __forceinline__ void settle_tokens(const Ladder& c) {
     }
     if (c.acts) continue;
     add_to_token<kDtype>(c.x[token], c.directions, F, delta, c.y[token], c.x.dtype);
-    sync_threads();
+    sync_threads();  // before the next token's delta
   }
 }
 
