@@ -4,6 +4,8 @@
 #include <functional>
 
 #include "../keys.h"
+#include "blocks.h"
+#include "parallel.h"
 #include "tokens.h"
 
 namespace saesteer::cpu {
@@ -53,7 +55,7 @@ class Selection {
   void scan(int64_t begin, int64_t end, Pieces& pieces, Best* best) {
     Tokens tile(x_, encoder_.W);
     Block block;
-    float p[Tokens::kMost * kBlock];
+    float p[Tokens::kCapacity * kBlock];
     int64_t b, next;
     for (bool more = pieces.take(b); more; b = next) {
       more = pieces.take(next);

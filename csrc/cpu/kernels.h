@@ -10,9 +10,9 @@ namespace saesteer::cpu {
 // Latents scanned at once; their comparisons fit one 64-bit word.
 constexpr int kBlock = 64;
 // Rows beyond the last that `dots` may prefetch.
-constexpr int kAhead = 8;
+constexpr int kRowsAhead = 8;
 // Tokens that `dots_and_add` takes, and the most rows of w.
-constexpr int kTogether = 6, kFew = 4;
+constexpr int kFusedTokens = 6, kFusedRows = 4;
 
 struct Kernels {
   // Most tokens that `dots` takes at once.
@@ -22,11 +22,11 @@ struct Kernels {
 
   // out[i * kBlock + j] = x[i] . w[j] + bias[j] for i < m <= tokens, j < n <= kBlock.
   // x is bf16 where native_bf16 applies, else fp32. `cold` says that w is not in cache yet; then w
-  // has kAhead more pointers.
+  // has kRowsAhead more pointers.
   void (*dots)(const void* const* x, Dtype x_dtype, int m, const void* const* w, Dtype w_dtype,
                int n, int64_t d, const float* bias, float* out, bool cold);
 
-  // As `dots` for kTogether tokens and n <= kFew rows, x as it is stored; and, in the same pass
+  // As `dots` for kFusedTokens tokens and n <= kFusedRows, x as it is stored; and, in the same pass
   // over x, y[i] = round(x[i] + sum) as `add` makes it where x[i] is finite.
   void (*dots_and_add)(const void* const* x, Dtype x_dtype, const void* const* w, Dtype w_dtype,
                        int n, int64_t d, const float* bias, float* out, const float* sum,

@@ -158,7 +158,7 @@ void few_dots_and_add(const void* const* x, const void* const* w, int n, int64_t
     if (n < N) return few_dots_and_add<V, P, N - 1>(x, w, n, d, bias, out, sum, y);
   using X = typename P::x_type;
   using W = typename P::w_type;
-  constexpr int M = kTogether;
+  constexpr int M = kFusedTokens;
   typename V::reg acc[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
@@ -313,12 +313,12 @@ template <class V>
 void dots_and_add(const void* const* x, Dtype x_dtype, const void* const* w, Dtype w_dtype, int n,
                   int64_t d, const float* bias, float* out, const float* sum, void* const* y) {
   if (V::Bf16Product::native && x_dtype == Dtype::bf16 && w_dtype == Dtype::bf16)
-    return few_dots_and_add<V, typename V::Bf16Product, kFew>(x, w, n, d, bias, out, sum, y);
+    return few_dots_and_add<V, typename V::Bf16Product, kFusedRows>(x, w, n, d, bias, out, sum, y);
   with_type(x_dtype, [&](auto* x_tag) {
     with_type(w_dtype, [&](auto* w_tag) {
       using P = Widened<V, std::remove_pointer_t<decltype(x_tag)>,
                         std::remove_pointer_t<decltype(w_tag)>>;
-      few_dots_and_add<V, P, kFew>(x, w, n, d, bias, out, sum, y);
+      few_dots_and_add<V, P, kFusedRows>(x, w, n, d, bias, out, sum, y);
     });
   });
 }

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <memory>
 
+#include "blocks.h"
+#include "spans.h"
 #include "tokens.h"
 
 namespace saesteer::cpu {
@@ -25,7 +27,7 @@ int64_t scanned_at_once(const Rows& x) {
 // The rows and biases of the features, gathered once a call.
 struct FeatureRows {
   FeatureRows(const Encoder& encoder, const Features& features)
-      : rows(features.count + kAhead), bias(features.count) {
+      : rows(features.count + kRowsAhead), bias(features.count) {
     for (int64_t f = 0; f < features.count; ++f) {
       rows[f] = encoder.W[features.index[f]];
       bias[f] = encoder.bias[features.index[f]];
@@ -91,13 +93,13 @@ class Ranks {
   }
 
   void count(const Block& block, const size_t* open, int m, Tokens& tile, bool cold) {
-    int64_t tokens[Tokens::kMost];
+    int64_t tokens[Tokens::kCapacity];
     for (int i = 0; i < m; ++i) tokens[i] = tokens_[open[i]];
     // Where W_enc comes from memory, four or five tokens take longer than a full tile.
     const int filled = cold && m > 3 ? kernels().tokens : m;
     std::fill(tokens + m, tokens + filled, tokens[0]);
     tile.load(tokens, filled);
-    float p[Tokens::kMost * kBlock];
+    float p[Tokens::kCapacity * kBlock];
     tile.dots(block.rows, encoder_.W.dtype, block.count, encoder_.bias + block.first, p, cold);
     for (int i = 0; i < m; ++i)
       for (int64_t f = 0; f < features_.count; ++f) {
@@ -188,9 +190,9 @@ class Ladder {
   // L0 for the tokens begin_ + from ... begin_ + to - 1 of each span.
   void project(Spans& spans) {
     Tokens tile(x_, encoder_.W);
-    const bool writing = dead_.sum != nullptr && features_.count <= kFew;
-    const int most = writing ? kTogether : kernels().tokens;
-    int64_t taken[Tokens::kMost];
+    const bool writing = dead_.sum != nullptr && features_.count <= kFusedRows;
+    const int most = writing ? kFusedTokens : kernels().tokens;
+    int64_t taken[Tokens::kCapacity];
     for (int64_t from, to; spans.take(from, to);) {
       int m = 0;
       for (int64_t t = begin_ + from; t < begin_ + to; ++t) {
@@ -207,7 +209,7 @@ class Ladder {
 
   void project(Tokens& tile, const int64_t* tokens, int m) {
     tile.load(tokens, m);
-    float p[Tokens::kMost * kBlock];
+    float p[Tokens::kCapacity * kBlock];
     for (int64_t f0 = 0; f0 < features_.count; f0 += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, features_.count - f0));
       tile.dots(rows_.rows.data() + f0, encoder_.W.dtype, n, rows_.bias.data() + f0, p, false);
@@ -217,16 +219,16 @@ class Ladder {
       if (!open_[tokens[i] - begin_]) settled_(tokens[i], acts_of(tokens[i]));
   }
 
-  // L0 for kTogether tokens, written as dead at once. Those that are not are written again.
+  // L0 for kFusedTokens tokens, written as dead at once. Those that are not are written again.
   void write(const int64_t* tokens) {
-    const void* x[kTogether];
-    void* y[kTogether];
-    for (int i = 0; i < kTogether; ++i) x[i] = x_[tokens[i]], y[i] = dead_.y[tokens[i]];
+    const void* x[kFusedTokens];
+    void* y[kFusedTokens];
+    for (int i = 0; i < kFusedTokens; ++i) x[i] = x_[tokens[i]], y[i] = dead_.y[tokens[i]];
     const int n = static_cast<int>(features_.count);
-    float p[kTogether * kBlock];
+    float p[kFusedTokens * kBlock];
     kernels().dots_and_add(x, x_.dtype, rows_.rows.data(), encoder_.W.dtype, n, x_.width,
                            rows_.bias.data(), p, dead_.sum, y);
-    for (int i = 0; i < kTogether; ++i) {
+    for (int i = 0; i < kFusedTokens; ++i) {
       keep(tokens[i], 0, n, p + i * kBlock);
       const float* acts = acts_of(tokens[i]);
       const bool dead = std::all_of(acts, acts + n, [](float a) { return a == 0; });

@@ -1,5 +1,7 @@
 #include "project.h"
 
+#include "blocks.h"
+#include "spans.h"
 #include "tokens.h"
 
 namespace saesteer::cpu {
@@ -10,7 +12,7 @@ void project(const Rows& x, int64_t tokens, const Rows& rows, int64_t count, con
   over_tokens(tokens, [&](Spans& spans) {
     Tokens tile(x, rows);
     Block block;
-    float p[Tokens::kMost * kBlock];
+    float p[Tokens::kCapacity * kBlock];
     for (int64_t from, to; spans.take(from, to);)
       for (; from < to; from += tile.count()) {
         tile.load_from(from, to);

@@ -1,8 +1,10 @@
 #include "steer.h"
 
+#include <algorithm>
 #include <vector>
 
-#include "tokens.h"
+#include "kernels.h"
+#include "spans.h"
 
 namespace saesteer::cpu {
 namespace {

@@ -10,9 +10,15 @@
 namespace saesteer::cuda {
 namespace {
 
+// Blocks that a multiprocessor runs at once if a thread has so many registers. Three chunks of a
+// row under way (token.h) fit 64, with the dot products of fp32 72. 128 leaves the compiler free:
+// dtypes that are told apart at every load take up to 88.
+constexpr int blocks_with(int registers) { return 65536 / (kTokenThreads * registers); }
+
 // One block a token.
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads, kDtype < 0 ? 4 : 7) level0(Ladder c) {
+__global__ void __launch_bounds__(kTokenThreads, blocks_with(kDtype < 0 ? 128 : 72))
+    level0(Ladder c) {
   fix_dtypes<kDtype>(c.x, c.encoder.W, c.directions, c.y);
   const int64_t token = blockIdx.x;
   const float value = first_value(c, token);
@@ -20,7 +26,8 @@ __global__ void __launch_bounds__(kTokenThreads, kDtype < 0 ? 4 : 7) level0(Ladd
 }
 
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads, kDtype < 0 ? 4 : 8) settle(Ladder c) {
+__global__ void __launch_bounds__(kTokenThreads, blocks_with(kDtype < 0 ? 128 : 64))
+    settle(Ladder c) {
   fix_dtypes<kDtype>(c.x, c.encoder.W, c.directions, c.y);
   settle_tokens<kDtype>(c);
 }
@@ -33,7 +40,7 @@ struct Project {
 };
 
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads, 4) project_rows(Project c) {
+__global__ void __launch_bounds__(kTokenThreads, blocks_with(128)) project_rows(Project c) {
   fix_dtypes<kDtype>(c.x, c.rows);
   const int64_t token = blockIdx.x;
   project_token(c.x[token], c.x.dtype, c.rows, c.bias, c.count, nullptr, c.count,
@@ -48,30 +55,32 @@ struct Add {
 };
 
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads, 8) add_rows(Add c) {
+__global__ void __launch_bounds__(kTokenThreads, blocks_with(64)) add_rows(Add c) {
   fix_dtypes<kDtype>(c.x, c.rows, c.y);
   const int64_t token = blockIdx.x;
   add_to_token<kDtype>(c.x[token], c.rows, c.count, c.coef.data + token * c.coef.stride, c.y[token],
                        c.x.dtype);
 }
 
-constexpr int64_t kWorkspace = int64_t{1} << 20, kHead = 16;
+constexpr int64_t kWorkspaceBytes = int64_t{1} << 20;
+constexpr int64_t kCountBytes = 16;  // Open::count, padded
 
 int64_t bytes_a_token(int64_t features) { return 4 + 8 * features; }
 
-// Tokens taken at once, so that what is kept of them stays below a megabyte.
+// Tokens taken at once, so that what is kept of them stays below a megabyte; but no fewer than
+// the largest tile's.
 int64_t tokens_at_once(int64_t features) {
-  return std::max<int64_t>(128, (kWorkspace - kHead) / bytes_a_token(features));
+  return std::max<int64_t>(128, (kWorkspaceBytes - kCountBytes) / bytes_a_token(features));
 }
 
 Open carve(void* workspace, int64_t tokens, int64_t features) {
   char* at = static_cast<char*>(workspace);
   auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
-  auto* count = reinterpret_cast<int32_t*>(take(kHead));
+  auto* count = reinterpret_cast<int32_t*>(take(kCountBytes));
   auto* token = reinterpret_cast<int32_t*>(take(4 * tokens));
   auto* p = reinterpret_cast<float*>(take(4 * tokens * features));
   auto* beaten = reinterpret_cast<int32_t*>(take(4 * tokens * features));
-  return {tokens > kFew ? count : nullptr, token, p, beaten};
+  return {tokens > kFewTokens ? count : nullptr, token, p, beaten};
 }
 
 Scan scan_of(const Ladder& c) {
@@ -91,7 +100,8 @@ void climb(const Ladder& c, Dtype directions, Stream stream) {
     launch(level0<dtype()>, {c.tokens, kTokenThreads, shared}, stream, c);
     if (!scans) return;
     scan(scan_of(c), stream);
-    const int64_t blocks = std::min<int64_t>(c.tokens, 16 * multiprocessors());
+    // How many tokens are open, only the device knows. A multiprocessor runs 2,048 threads at most.
+    const int64_t blocks = std::min<int64_t>(c.tokens, 2048 / kTokenThreads * multiprocessors());
     launch(settle<dtype()>, {blocks, kTokenThreads, shared}, stream, c);
   });
 }
@@ -117,7 +127,7 @@ void climb_all(Ladder c, Dtype directions, void* workspace, Stream stream) {
 int64_t most_features() { return (shared_limit() - level0_bytes(0)) / 4; }
 
 int64_t ladder_workspace(int64_t tokens, int64_t features) {
-  return kHead + std::min(tokens, tokens_at_once(features)) * bytes_a_token(features);
+  return kCountBytes + std::min(tokens, tokens_at_once(features)) * bytes_a_token(features);
 }
 
 void steer(const Rows& x, int64_t tokens, const Encoder& encoder, const Rows& directions,

@@ -45,7 +45,8 @@ __device__ inline float first_value(const Ladder& c, int64_t token) {
   return c.acts || threadIdx.x >= c.features.count ? 0.f : value_of(c, token, threadIdx.x);
 }
 
-__device__ inline void enlist(const Open& open, int64_t token, bool is_open) {
+// In the token's own slot, or, where open tokens are counted, in the next free one.
+__device__ inline void record_open(const Open& open, int64_t token, bool is_open) {
   if (threadIdx.x) return;
   if (!open.count)
     open.token[token] = is_open ? static_cast<int32_t>(token) : -1;
@@ -69,7 +70,7 @@ __device__ __forceinline__ void keep_and_write(const Ladder& c, int64_t token, b
                                                const Rows& directions, float value) {
   const int64_t F = c.features.count;
   const void* x = c.x[token];
-  enlist(c.open, token, open);
+  record_open(c.open, token, open);
   if (is_masked(c, token))
     return copy_row(x, c.y[token], c.x.width * bytes(c.x.dtype), threadIdx.x, kTokenThreads);
 
@@ -78,6 +79,7 @@ __device__ __forceinline__ void keep_and_write(const Ladder& c, int64_t token, b
     const int64_t at = token * F + f;
     if (open) {
       c.open.p[at] = p[f];
+      // To the scan a feature that k latents beat is decided, whatever its p.
       c.open.beaten[at] = undecided(p[f]) ? 0 : static_cast<int32_t>(c.encoder.k);
     }
     if (c.acts) c.acts[at] = unbeaten(p[f]);
@@ -107,7 +109,7 @@ __device__ __forceinline__ void settle_tokens(const Ladder& c) {
     }
     if (c.acts) continue;
     add_to_token<kDtype>(c.x[token], c.directions, F, delta, c.y[token], c.x.dtype);
-    sync_threads();
+    sync_threads();  // before the next token's delta
   }
 }
 

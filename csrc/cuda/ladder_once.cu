@@ -32,6 +32,7 @@ struct Sharing {
   bool fetch;     // the directions come to shared memory while a token is measured
 };
 
+// Where they lie: after what L0 needs, aligned for copies of 16 bytes.
 SAESTEER_HD inline int64_t fetched_from(int64_t features) {
   return (level0_bytes(features) + 15) / 16 * 16;
 }
@@ -61,7 +62,7 @@ __device__ __forceinline__ bool level0(const Ladder& c, const Sharing& sharing,
     const float value = is_mine ? first_value(c, token) : 0.f;
     const bool open = measure(c, token);
     any |= open;
-    wait_copies<0>();
+    wait_copies<0>();  // of directions; add_to_token has a barrier before they are read
     if (is_mine) keep_and_write<kDtype>(c, token, open, directions, value);
   }
   return any;
@@ -76,41 +77,49 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   const bool open = level0<S::kDtype>(
       c, sharing, fetches ? fetch<S::kThreads>(c.directions, c.features.count) : c.directions);
 
-  // All blocks leave here or none does. Not by `beaten`: others may have begun to count.
+  // Each block has measured all tokens: all leave here or none does.
   if (sharing.each_all) {
     if (!open) return;
-    S::expect(s);
+    S::expect(s);  // while the blocks wait for each other
   }
+  // Every block's L0 is done. Again all leave or none does, by a slot a thread; not by `beaten`:
+  // others may have begun to count.
   sync_grid();
+  static_assert(kFewTokens <= S::kThreads);
   if (!sync_threads_or(threadIdx.x < c.tokens && c.open.token[threadIdx.x] >= 0)) return;
   S::scan(s);
+  // Every block's counts are in.
   sync_grid();
   settle_tokens<S::kDtype>(c);
 }
 
-// Up to so many rows of x and W at L0 every block reads them all, from the second-level cache: no
-// longer than a barrier of the grid takes.
-constexpr int64_t kAll = 6;
-// Bytes of shared memory for directions.
-constexpr int64_t kFetched = 32 << 10;
+// Up to so many rows of x and W at L0 every block reads them all, from the second-level cache: by
+// estimate no longer than a barrier of the grid takes.
+constexpr int64_t kRowsForAll = 6;
+// The most bytes of directions that are fetched: they lie where the 16-bit scans then have 48 KB of
+// stages, so that no block takes more shared memory for them.
+constexpr int64_t kFetchedBytes = 32 << 10;
 
 template <class S>
 bool run(const Ladder& c, Scan s, Stream stream) {
   const int64_t F = c.features.count, rows = bytes_of(c.directions, F);
   Sharing sharing{};
-  sharing.fetch = !c.acts && rows <= kFetched && rows % 16 == 0 &&
+  sharing.fetch = !c.acts && rows <= kFetchedBytes && rows % 16 == 0 &&
                   reinterpret_cast<uintptr_t>(c.directions.data) % 16 == 0;
   const int64_t shared =
       std::max<int64_t>(S::kShared, fetched_from(F) + (sharing.fetch ? rows : 0));
   if (shared > shared_limit()) return false;
+  // No more blocks than the scan alone would have.
   const int64_t most = std::min(most_together(ladder_once<S>, S::kThreads, shared),
                                 S::kBlocks * int64_t{multiprocessors()});
   if (most == 0) return false;
   s.least = 1, s.most = s.slots;
   const int64_t tiles = Tiles<S::kTokens, S::kLatents>(s.slots, s.encoder.count).count();
+  // For L0 a block a token, as far as there are so many.
   const int64_t blocks = std::max(balanced(tiles, most), std::min(c.tokens, most));
   // Not in place, where one block may have written the x that another still measures.
-  sharing.each_all = c.y.data != c.x.data && c.tokens <= blocks && c.tokens * (1 + F) <= kAll;
+  sharing.each_all =
+      c.y.data != c.x.data && c.tokens <= blocks && c.tokens * (1 + F) <= kRowsForAll;
   return launch(ladder_once<S>, {blocks, S::kThreads, shared, true}, stream, c, s, sharing);
 }
 
@@ -130,7 +139,7 @@ bool by_simt(const Ladder& c, const Scan& s, Stream stream) {
 // SAESTEER_LADDER=steps leaves this kernel out.
 bool climb_once(const Ladder& c, const Scan& s, Dtype directions, Stream stream) {
   if (c.open.count || setting("SAESTEER_LADDER", {"steps"}) == "steps") return false;
-  static_assert(mma::Few::kTokens == kFew && simt::Few::kTokens == kFew);
+  static_assert(mma::Few::kTokens == kFewTokens && simt::Few::kTokens == kFewTokens);
   const bool alike = s.x.dtype == s.encoder.W.dtype && s.x.dtype == directions;
   if (uses_mma(s)) {
     if (!alike) return false;

@@ -48,7 +48,7 @@ struct Shape {
 // and is about to launch with.
 template <class Kernel>
 void allow_shared(Kernel* kernel, int64_t bytes) {
-  if (bytes > 48 << 10)
+  if (bytes > 48 << 10)  // what every kernel may have unasked
     checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_limit())),
             "shared memory");

@@ -211,8 +211,8 @@ __device__ inline void give_registers() {
 // Rows of 128 bytes, in groups of 8 that lie 1024 bytes apart, swizzled; aligned to 1024 bytes.
 __device__ inline uint64_t describe(const void* p) {
   const uint64_t address = shared_address(p);
-  return (address & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
+  constexpr uint64_t kUnused = 1, kGroupsApart = 1024 >> 4, kSwizzle128 = 1;
+  return (address & 0x3FFFF) >> 4 | kUnused << 16 | kGroupsApart << 32 | kSwizzle128 << 62;
 }
 // The same matrix from so many bytes further along its rows.
 __device__ inline uint64_t along(uint64_t description, int bytes) {
@@ -231,7 +231,7 @@ __device__ inline void products_wait() {
 
 // Nothing that uses these registers moves across this line, from where products still write them.
 template <int kCount>
-__device__ __forceinline__ void hold(float (&c)[kCount]) {
+__device__ __forceinline__ void fence_registers(float (&c)[kCount]) {
 #pragma unroll
   for (float& v : c) asm volatile("" : "+f"(v)::"memory");
 }

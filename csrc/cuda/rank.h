@@ -25,10 +25,11 @@ SAESTEER_HD inline bool beats(float p_j, int j, float p_f, int f) {
   return j != f && (j < f ? !(p_j < p_f) : !(p_j <= p_f));
 }
 
-// The same for latents that all lie on one side of f: those whose p_j is not at most this.
-SAESTEER_HD inline float bar(float p_f, bool before_f) {
+// The same for latents that all lie on one side of f, in one comparison: those whose p_j exceeds
+// this. NaN exceeds every number.
+SAESTEER_HD inline float threshold_of(float p_f, bool before_f) {
   return before_f ? float_of(bits_of(p_f) - 1) : p_f;  // the float below, as p_f > 0
 }
-SAESTEER_HD inline bool clears(float p_j, float bar) { return !(p_j <= bar); }
+SAESTEER_HD inline bool exceeds(float p_j, float threshold) { return !(p_j <= threshold); }
 
 }  // namespace saesteer::cuda

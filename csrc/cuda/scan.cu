@@ -21,14 +21,14 @@ void scan(const Scan& all, Stream stream) {
   Scan s = all;
   s.least = 1, s.most = s.slots;
   if (!uses_mma(s)) return scan_simt(s, stream);
-  if (s.slots <= kFew) return scan_mma(s, stream);
+  if (s.slots <= kFewTokens) return scan_mma(s, stream);
   const bool by_groups = takes_wgmma(s) && allowed("wgmma");
-  if (s.open_count && !(by_groups && s.slots > kSome)) {
+  if (s.open_count && !(by_groups && s.slots > kSomeTokens)) {
     // Only the device knows how many are in use: the kernel that is not meant leaves at once.
-    // Among more than kSome slots few in use are too rare to be worth a launch.
-    s.most = kFew;
+    // Among more than kSomeTokens slots few in use are too rare to be worth a launch.
+    s.most = kFewTokens;
     scan_mma(s, stream);
-    s.least = kFew + 1, s.most = s.slots;
+    s.least = kFewTokens + 1, s.most = s.slots;
   }
   by_groups ? scan_wgmma(s, stream) : scan_mma(s, stream);
 }

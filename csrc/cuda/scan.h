@@ -31,9 +31,11 @@ struct Scan {
 // Rows of preactivations begin at a sector of memory.
 SAESTEER_HD inline int64_t preact_pitch(int64_t latents) { return (latents + 7) / 8 * 8; }
 
-// Up to kFew tokens the reading of W_enc is what takes the time, and small tiles stop sooner; up to
-// kSome it takes about as long as the products.
-constexpr int64_t kFew = 64, kSome = 384;
+// Up to kFewTokens the reading of W_enc is what takes the time, and small tiles stop sooner; up to
+// kSomeTokens it takes about as long as the products. Then 24,576 latents are few rounds of tiles
+// for 132 multiprocessors, and narrow ones fill them better; beyond it wide ones read x less often.
+// Estimates: by counting, not by a clock.
+constexpr int64_t kFewTokens = 64, kSomeTokens = 384;
 
 // Those that are in use, 0 if another kernel serves so many.
 __device__ inline int64_t slots_here(const Scan& s) {
@@ -46,9 +48,9 @@ __device__ inline int64_t token_of(const Scan& s, int64_t slot, int64_t slots) {
 }
 
 // Tiles in the order in which they are taken: the first latents first, so that tokens are decided
-// soon if these are the ones most often live; some blocks of tokens side by side, so that what they
-// share stays in the cache. As many as are taken at once should be about as many rows of x as of W:
-// then these rows are fewest.
+// soon if these are the ones most often live; kSide blocks of tokens side by side, so that what
+// they share stays in the cache. The tiles of one moment read fewest rows if as many are x's as
+// W's: on 132 multiprocessors 16 times 128 tokens and 8 times 256 latents.
 template <int kTokens, int kLatents>
 struct Tiles {
   static constexpr int64_t kSide = 16;
@@ -88,7 +90,7 @@ __device__ inline bool any_open(const Scan& s, int64_t first_slot, int tokens, i
   return open;
 }
 
-// Latents from this one on, as far as a tile can tell.
+// Latents from this one on, or a number beyond every tile that fits an int.
 __device__ inline int latents_from(const Scan& s, int64_t latent) {
   const int64_t left = s.encoder.count - latent;
   return static_cast<int>(left < (1 << 20) ? left : 1 << 20);
@@ -112,21 +114,22 @@ __device__ __forceinline__ void add_biases(const P& p, const Bias& bias) {
 
 // What the latents have to beat: p of one feature, for the tokens of kRows slots.
 template <int kRows>
-struct Bars {
+struct Thresholds {
   int64_t index;  // of the feature
   float p[kRows];
 };
 
 template <int kRows>
-__device__ __forceinline__ Bars<kRows> bars_of(const Scan& s, const int32_t (&token)[kRows],
-                                               int64_t f) {
-  Bars<kRows> bars{};
+__device__ __forceinline__ Thresholds<kRows> thresholds_of(const Scan& s,
+                                                           const int32_t (&token)[kRows],
+                                                           int64_t f) {
+  Thresholds<kRows> thresholds{};
   const int64_t F = s.features.count;
-  if (f >= F) return bars;
-  bars.index = s.features.index[f];
+  if (f >= F) return thresholds;
+  thresholds.index = s.features.index[f];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) bars.p[r] = token[r] < 0 ? 0.f : s.p[token[r] * F + f];
-  return bars;
+  for (int r = 0; r < kRows; ++r) thresholds.p[r] = token[r] < 0 ? 0.f : s.p[token[r] * F + f];
+  return thresholds;
 }
 
 // How many of the latents first + at + step(c), c < kCols, beat a feature; p(c) are their p.
@@ -137,19 +140,21 @@ __device__ __forceinline__ int beating(const Scan& s, const P& p, float p_f, int
   const int self = index < first || index >= end ? -1 : static_cast<int>(index - first) - at;
   int beaten = 0;
   if (const int64_t* order = s.encoder.order) {
+    // Ties, which are rare, are looked up one by one afterwards.
     uint64_t ties = 0;
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
-      beaten += step(c) != self && clears(p(c), p_f);
+      beaten += step(c) != self && exceeds(p(c), p_f);
       ties |= uint64_t{step(c) != self && p(c) == p_f} << c;
     }
     for (; ties; ties &= ties - 1)
       beaten += order[first + at + step(lowest_bit(ties))] < order[index];
   } else if (index < first || index >= end) {
-    const float height = bar(p_f, index >= end);
+    // Nearly every tile: all its latents lie on one side of f.
+    const float threshold = threshold_of(p_f, index >= end);
     float number = 0;  // a comparison gives 0 or 1 as a float in one instruction
 #pragma unroll
-    for (int c = 0; c < kCols; ++c) number += clears(p(c), height) ? 1.f : 0.f;
+    for (int c = 0; c < kCols; ++c) number += exceeds(p(c), threshold) ? 1.f : 0.f;
     beaten = static_cast<int>(number);
   } else {
 #pragma unroll
@@ -177,23 +182,24 @@ __device__ __forceinline__ void store(const Scan& s, const int32_t (&token)[kRow
 
 // The end of a tile, whose latents are first ... end - 1. Each thread holds p(r, c) of kRows slots,
 // whose tokens are given, and of the latents first + at + step(c); kLanes lanes, next to each
-// other, hold the same slots. `bars` are the first feature's. All threads of a warp come here
+// other, hold the same slots. `thresholds` are the first feature's. All threads of a warp come here
 // together.
 template <int kRows, int kCols, int kLanes, class P, class Step>
 __device__ __forceinline__ void deliver(const Scan& s, const int32_t (&token)[kRows],
-                                        Bars<kRows> bars, const P& p, int64_t first, int64_t end,
-                                        int at, const Step& step) {
+                                        Thresholds<kRows> thresholds, const P& p, int64_t first,
+                                        int64_t end, int at, const Step& step) {
   if (s.preacts) return store<kRows, kCols>(s, token, p, first + at, step);
   const int64_t F = s.features.count;
   for (int64_t f = 0; f < F; ++f) {
-    const Bars<kRows> now = bars;
-    bars = bars_of(s, token, f + 1);  // under way while these are counted
+    const Thresholds<kRows> now = thresholds;
+    thresholds = thresholds_of(s, token, f + 1);  // under way while these are counted
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       int beaten = 0;
       if (undecided(now.p[r]))
         beaten = beating<kCols>(
             s, [&](int c) { return p(r, c); }, now.p[r], now.index, first, end, at, step);
+      // Of the lanes with this slot one adds for all.
       for (int lanes = 1; lanes < kLanes; lanes *= 2) beaten += shuffle_xor(beaten, lanes);
       if (beaten && threadIdx.x % kLanes == 0) atomic_add(s.beaten + token[r] * F + f, beaten);
     }

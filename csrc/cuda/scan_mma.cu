@@ -29,6 +29,7 @@ void run(const Scan& s, Stream stream) {
 
 }  // namespace
 
+// Rows are made of aligned copies of 16 bytes, and their bytes are counted in 32 bits.
 bool takes_mma(const Scan& s) {
   return s.x.dtype == s.encoder.W.dtype && s.x.dtype != Dtype::f32 && s.x.width % 8 == 0 &&
          s.x.width > 0 && s.x.width < 1 << 30 && reinterpret_cast<uintptr_t>(s.x.data) % 16 == 0 &&

@@ -13,12 +13,14 @@ __device__ inline int place(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ (row % 8)) << 4);
 }
 
-// kDown x kAcross warps take kTokens x kLatents; if a block has more, they only copy.
+// kDown x kAcross warps multiply kTokens x kLatents; if a block has more, they only copy.
 template <int kTokens_, int kLatents_, int kDown_, int kAcross_, int kStages_>
 struct Plan {
   static constexpr int kTokens = kTokens_, kLatents = kLatents_;
   static constexpr int kDown = kDown_, kAcross = kAcross_, kStages = kStages_;
-  static constexpr int kThreads = 128, kBlocks = 2;  // of a multiprocessor
+  // kBlocks at once on a multiprocessor, so that one multiplies while the other ends a tile; they
+  // leave a thread 255 registers.
+  static constexpr int kThreads = 128, kBlocks = 2;
   static constexpr int kStageBytes = (kTokens + kLatents) * kRowBytes;
   // What one warp takes, in the tensor cores' units
   static constexpr int kM = kTokens / kDown / 16, kN = kLatents / kAcross / 8;
@@ -28,23 +30,28 @@ struct Plan {
   static_assert(32 * kWarps <= kThreads);
 };
 
-// Bytes of W that a block asks for ahead: what reaches it while it goes from tile to tile.
-constexpr int kAhead = 32 << 10;
+// Bytes of W that a block asks for ahead: what reaches it while it goes from tile to tile, by
+// estimate 3 us of an H100's 3 TB/s shared by 264 blocks.
+constexpr int kAheadBytes = 32 << 10;
 
+// 16 tokens are the least that a product takes. The fewer, the more time goes into waiting for W:
+// smaller tiles, for an even share of them, and more stages. Estimates: none has been timed.
 using Fewest = Plan<16, 32, 1, 2, 8>;
 using Few = Plan<64, 64, 2, 2, 4>;
 using Many = Plan<128, 128, 2, 2, 3>;
 
-// What one thread copies of each panel: the same 16-byte chunk of kEach rows, kStep apart.
+// What one thread copies of each panel: the same 16-byte chunk of kEach rows, kStep apart. It keeps
+// which: to find them anew takes more instructions than the copies.
 template <class P>
 struct Panels {
-  static constexpr int kStep = P::kThreads / 8, kOfX = P::kTokens / kStep;
+  static constexpr int kStep = P::kThreads / 8, kOfX = P::kTokens / kStep;  // the first rows
   static constexpr int kEach = (P::kTokens + P::kLatents) / kStep;
-  static_assert(kStep % 8 == 0 && P::kTokens % kStep == 0 && P::kLatents % kStep == 0);
+  static_assert(kStep % 8 == 0, "place swizzles them alike");
+  static_assert(P::kTokens % kStep == 0 && P::kLatents % kStep == 0);
   const char *x, *W;  // from this thread's chunk of their first rows on
   uint32_t row_bytes, chunk;
   uint32_t at[kEach];  // the row of x, or of the tile's W; some row where there is none
-  uint32_t there;      // bits
+  uint32_t there;      // bit i: whether there is one
   unsigned char* to;   // in the first stage
 
   __device__ __forceinline__ Panels(const Scan& s, int64_t first_latent, const int32_t* token,
@@ -87,7 +94,7 @@ __device__ __forceinline__ void expect_tile(const Scan& s, int64_t slots, int64_
   int64_t first_slot, first_latent;
   tiles.locate(tile, first_slot, first_latent);
   const int64_t row_bytes = s.x.width * 2;
-  constexpr int kEach = kAhead / P::kLatents;
+  constexpr int kEach = kAheadBytes / P::kLatents;
   if (first_latent + row < s.encoder.count)
     fetch_ahead(s.encoder.W[first_latent + row],
                 row_bytes < kEach ? static_cast<int>(row_bytes) : kEach);
@@ -131,18 +138,22 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
   for (int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
     int64_t first_slot, first_latent;
     tiles.locate(tile, first_slot, first_latent);
-    // Its barrier also ends every use of the last tile's stages and tokens.
+    // No open token: nothing to find out. The barrier also ends every use of the last tile's stages
+    // and tokens.
     if (!sync_threads_or(any_open(s, first_slot, P::kTokens, slots, P::kThreads))) continue;
     for (int i = threadIdx.x; i < P::kTokens; i += P::kThreads)
       token[i] = static_cast<int32_t>(token_of(s, first_slot + i, slots));
     sync_threads();
 
+    // The tokens of this thread's sums; a warp that only copies has another's.
     int32_t own[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       own[r] = token[warp / P::kAcross % P::kDown * P::kM * 16 + r / 2 * 16 + r % 2 * 8 + lane / 4];
-    const auto bars = bars_of(s, own, 0);
+    const auto thresholds = thresholds_of(s, own, 0);  // on their way until the tile's end
 
+    // All stages but one are asked for. Beyond the last panel a group is empty, so that as many are
+    // always under way.
     const Panels<P> panels(s, first_latent, token, stages);
     float sum[P::kM][P::kN][4] = {};
 #pragma unroll
@@ -152,10 +163,13 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
     }
     int stage = 0, free = P::kStages - 1;
     for (int k = 0; k < depth; ++k) {
+      // Every thread's copies of panel k have come, and nobody multiplies panel k - 1 any more.
       wait_copies<P::kStages - 2>();
       sync_threads();
+      // Into the stage of that one.
       if (k + P::kStages - 1 < depth) panels.load(k + P::kStages - 1, free);
       commit_copies();
+      // With the last panel asked for, memory would have nothing to do until the next tile.
       if (k + P::kStages == depth) expect_tile<P>(s, slots, tile + gridDim.x);
       if (multiplies) multiply<P, kBf16>(stages + stage * P::kStageBytes, sum);
       free = stage;
@@ -163,14 +177,15 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
     }
 
     if (!multiplies) continue;
+    // Where multiply_add leaves them: rows r / 2 * 16 + r % 2 * 8, columns at + step(c).
     const auto p = [&](int r, int c) -> float& { return sum[r / 2][c / 2][r % 2 * 2 + c % 2]; };
     const auto step = [](int c) { return c / 2 * 8 + c % 2; };
     const int at = warp % P::kAcross * P::kN * 8 + lane % 4 * 2;
     const int latents = latents_from(s, first_latent + at);
     add_biases<kRows, P::kN * 2>(
         p, [&](int c) { return bias_of(s, first_latent + at, step(c), latents); });
-    deliver<kRows, P::kN * 2, 4>(s, own, bars, p, first_latent, first_latent + P::kLatents, at,
-                                 step);
+    deliver<kRows, P::kN * 2, 4>(s, own, thresholds, p, first_latent, first_latent + P::kLatents,
+                                 at, step);
   }
 }
 

@@ -7,7 +7,7 @@ namespace saesteer::cuda::simt {
 
 constexpr int kAcross = 16;   // threads side by side
 constexpr int kDepth = 32;    // columns of x and W at once
-constexpr int kLatents = 64;  // a tile's
+constexpr int kLatents = 64;  // a tile's: four a thread, one 16-byte read
 constexpr int kCols = kLatents / kAcross;
 constexpr int kPad = 4;  // keeps 16-byte alignment and spreads the banks
 
@@ -16,10 +16,13 @@ template <int kRows_, int kDown_, int kBlocks_>
 struct Plan {
   static constexpr int kRows = kRows_, kDown = kDown_, kTokens = kRows * kDown;
   static constexpr int kLatents = simt::kLatents;
-  static constexpr int kThreads = kDown * kAcross, kBlocks = kBlocks_;  // of a multiprocessor
+  static constexpr int kThreads = kDown * kAcross;
+  static constexpr int kBlocks = kBlocks_;  // at once on a multiprocessor
   static constexpr int64_t kShared = kDepth * (kTokens + kPad + kLatents + kPad) * 4;
 };
 
+// 3 blocks of 128 threads leave each 168 registers, 2 of 256 leave 128: room for its sums and for a
+// panel on its way. Estimates: none has been timed.
 using Fewest = Plan<2, 8, 3>;
 using Few = Plan<8, 8, 3>;
 using Many = Plan<8, 16, 2>;
@@ -78,8 +81,8 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
   constexpr int kTokens = P::kTokens, kRows = P::kRows, kThreads = P::kThreads;
   const int64_t slots = slots_here(s), N = s.encoder.count, d = s.x.width;
   const int across = threadIdx.x % kAcross, down = threadIdx.x / kAcross;
-  float* const left = shared<float>();
-  float* const right = left + kDepth * (kTokens + kPad);
+  float* const x_panel = shared<float>();
+  float* const W_panel = x_panel + kDepth * (kTokens + kPad);
 
   const Tiles<kTokens, kLatents> tiles(slots, N);
   for (int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
@@ -100,10 +103,12 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
     x.load(s.x.dtype, d, 0, x_row);
     W.load(s.encoder.W.dtype, d, 0, W_row);
     for (int64_t column = 0; column < d; column += kDepth) {
+      // Nobody reads the last panels any more: these go to shared memory.
       sync_threads();
-      x.store(left);
-      W.store(right);
+      x.store(x_panel);
+      W.store(W_panel);
       sync_threads();
+      // The next ones are on their way to registers while these are multiplied.
       if (column + kDepth < d) {
         x.load(s.x.dtype, d, column + kDepth, x_row);
         W.load(s.encoder.W.dtype, d, column + kDepth, W_row);
@@ -111,8 +116,8 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
 #pragma unroll 8
       for (int i = 0; i < kDepth; ++i) {
         float a[kRows], b[kCols];
-        read(left + i * (kTokens + kPad) + down * kRows, a);
-        read(right + i * (kLatents + kPad) + across * kCols, b);
+        read(x_panel + i * (kTokens + kPad) + down * kRows, a);
+        read(W_panel + i * (kLatents + kPad) + across * kCols, b);
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
 #pragma unroll
@@ -124,12 +129,12 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       token[r] = static_cast<int32_t>(token_of(s, first_slot + down * kRows + r, slots));
-    const auto bars = bars_of(s, token, 0);
+    const auto thresholds = thresholds_of(s, token, 0);
     const auto p = [&](int r, int c) -> float& { return sum[r][c]; };
     const int64_t own = first_latent + across * kCols;
     const int latents = latents_from(s, own);
     add_biases<kRows, kCols>(p, [&](int c) { return bias_of(s, own, c, latents); });
-    deliver<kRows, kCols, kAcross>(s, token, bars, p, first_latent, first_latent + kLatents,
+    deliver<kRows, kCols, kAcross>(s, token, thresholds, p, first_latent, first_latent + kLatents,
                                    across * kCols, [](int c) { return c; });
   }
 }

@@ -7,7 +7,7 @@
 
 namespace saesteer::cuda {
 
-constexpr int kTokenThreads = 128;
+constexpr int kTokenThreads = 128;  // three chunks each of a row of 3,072
 
 // Sums kCount numbers a thread over the block. Every thread gets every sum; the order of additions
 // is fixed. `scratch` holds kTokenThreads / 32 * kCount floats and is read until the next barrier.
@@ -27,12 +27,12 @@ __device__ void sum_over_block(float (&v)[kCount], float* scratch) {
   }
 }
 
-constexpr int kRowsAtOnce = 4;
+constexpr int kRowsAtOnce = 4;  // for one reading of x; by estimate
 constexpr int kTokenScratch = kTokenThreads / 32 * kRowsAtOnce;
 
-// Chunks that are loaded at once, as far as registers allow.
+// Chunks of x and of each row that a thread has under way at once, as far as registers allow.
 template <bool kWhole, int kCount>
-constexpr int kUnderWay = kWhole && kCount == 1 ? 3 : 1;
+constexpr int kDotChunks = kWhole && kCount == 1 ? 3 : 1;
 
 // p[i] = rows[index[i]] . x + bias[index[i]] for kCount rows; NaN where the index is not below
 // `limit`. `index` may be null: 0, 1, ... Whether one of them is undecided.
@@ -48,6 +48,7 @@ __device__ __forceinline__ bool project_some(const void* x, Dtype dtype, const R
   int64_t at[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) at[i] = named(i);
+  // Thread i < kCount will write p[first + i]: its bias is on its way while the sums are made.
   const int64_t own = mine < kCount ? named(mine) : -1;
 
   float sum[kCount] = {};
@@ -60,7 +61,7 @@ __device__ __forceinline__ bool project_some(const void* x, Dtype dtype, const R
     wide[i] = aligned(row[i]);
   }
   const bool x_wide = aligned(x);
-#pragma unroll(kUnderWay<kWhole, kCount>)
+#pragma unroll(kDotChunks<kWhole, kCount>)
   for (int64_t c = threadIdx.x; c < chunks(rows.width); c += kTokenThreads) {
     float a[kChunk], b[kChunk];
     load8<kWhole>(x, dtype, rows.width, c, x_wide, a);
@@ -75,7 +76,7 @@ __device__ __forceinline__ bool project_some(const void* x, Dtype dtype, const R
   bool open = false;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (mine != i) continue;
+    if (mine != i) continue;  // sum[mine] would be local memory
     p[first + i] = sum[i] + offset;
     open = undecided(sum[i] + offset);
   }
@@ -106,9 +107,9 @@ __device__ __forceinline__ bool project_token(const void* x, Dtype dtype, const 
              : project_all<false>(x, dtype, rows, bias, limit, index, count, p, scratch);
 }
 
-// Chunks of a row that a thread has under way at once; of unknown dtypes they take more registers.
+// The same for a sum of rows; of unknown dtypes they take more registers.
 template <int kDtype>
-constexpr int kTogether = kDtype < 0 ? 1 : 3;
+constexpr int kAddChunks = kDtype < 0 ? 1 : 3;
 
 // Of kCount chunks, kTokenThreads apart.
 template <bool kWhole, int kCount>
@@ -164,12 +165,12 @@ __device__ __forceinline__ void add_to_token(const void* x, const Rows& rows, in
   if (!sync_threads_or(any))
     return copy_row(x, y, rows.width * bytes(dtype), threadIdx.x, kTokenThreads);
   if (whole(rows) && aligned(x) && aligned(y))
-    add_all<true, kTogether<kDtype>>(x, rows, count, coef, y, dtype);
+    add_all<true, kAddChunks<kDtype>>(x, rows, count, coef, y, dtype);
   else
     add_all<false, 1>(x, rows, count, coef, y, dtype);
 }
 
-// Runs `make` with the kernel's variant: kOne for x and every matrix of that dtype, -1 for others.
+// Runs `make` with the kernel's variant: the dtype, if x and every matrix have it, else -1.
 template <class F>
 void for_dtypes(Dtype x, Dtype a, Dtype b, const F& make) {
   if (x != a || x != b) return make(std::integral_constant<int, -1>());
@@ -196,7 +197,7 @@ void in_pieces(int64_t tokens, int64_t most, const F& work) {
     work(first, tokens - first < most ? tokens - first : most);
 }
 
-constexpr int64_t kMostBlocks = int64_t{1} << 30;
+constexpr int64_t kMostBlocks = int64_t{1} << 30;  // of a launch, which may have 2^31 - 1
 
 inline Rows from(const Rows& x, int64_t first) { return {x[first], x.dtype, x.width}; }
 inline OutRows from(const OutRows& y, int64_t first) { return {y[first], y.dtype, y.width}; }

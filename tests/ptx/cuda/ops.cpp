@@ -68,7 +68,7 @@ const char* decode(const float* values, const int64_t* indices, int64_t tokens, 
 
 bool is_beaten(float p_j, int j, float p_f, int f) { return cuda::beats(p_j, j, p_f, f); }
 bool is_beaten_from_one_side(float p_j, float p_f, bool before) {
-  return cuda::clears(p_j, cuda::bar(p_f, before));
+  return cuda::exceeds(p_j, cuda::threshold_of(p_f, before));
 }
 bool is_undecided(float p_f) { return cuda::undecided(p_f); }
 float settled(float p_f, int64_t beaten, int64_t k) { return cuda::settled(p_f, beaten, k); }
