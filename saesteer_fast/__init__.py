@@ -10,10 +10,10 @@ with sf.steering(model, sae, {22373: 12.0}):
 from .attach import steering, steerings
 from .conditions import active, gate
 from .edits import add, at_least, at_most, scale, set_if_active
+from .plan import steer
 from .recipe import Recipe, Steering, load_steering
 from .sae import SAE
 from .scopes import not_tokens, positions
-from .steering import steer
 
 __version__ = "0.1.0"
 __all__ = [

@@ -15,10 +15,10 @@ from .conditions import Condition, Decision
 from .edits import Edits, require_finite
 from .generation import Told, listen
 from .hooks import Hooks
+from .plan import Plan, Rows, require_sae
 from .sae import SAE
 from .scopes import Scope, Scoped
 from .sites import Site
-from .steering import Plan, Rows, require_sae
 
 
 def steering(

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from . import sites
 from .conditions import Decision, Seen, decided, decisions
 from .generation import Told
+from .plan import Plan
 from .scopes import Scoped, both, spread
 from .sites import Site
-from .steering import Plan
 from .tokens import Tokens, packed, padding, past_length
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import saesteer_fast as sf
-from saesteer_fast.steering import ERRORS
+from saesteer_fast.plan import ERRORS
 
 D, N, K = 24, 96, 6
 LATENTS = [3, 40, 41, 95]

@@ -15,9 +15,9 @@ from ..attach import Handle, steering
 from ..conditions import Condition
 from ..edits import Edits
 from ..errors import named, nearest_file
+from ..plan import Rows
 from ..sae import SAE
 from ..scopes import Scope, parts
-from ..steering import Rows
 
 
 @dataclass(frozen=True, eq=False)

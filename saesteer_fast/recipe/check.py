@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .. import formats, sites
 from ..edits import Edit
 from ..errors import named
+from ..plan import Plan
 from ..sae import SAE
 from ..scopes import NotTokens, Positions, Scope
-from ..steering import Plan
 from . import Steering, load_sae, load_steering
 
 _SEMANTICS = {

@@ -53,9 +53,9 @@ from ..edits import KINDS, Edit
 from ..errors import named
 from ..formats import hub
 from ..node import Node
+from ..plan import ERRORS
 from ..sae import MEASURES, SAE
 from ..scopes import NotTokens, Positions, Scope, Scoped, not_tokens, positions
-from ..steering import ERRORS
 from . import Recipe, Steering
 
 FORMAT, VERSION = "saesteer-steering", 1
