@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from . import hookpoints
 from .errors import nearest
-from .formats import hookpoints
 from .sae import SAE
 
 # What torch.compile, FSDP and activation checkpoints put into the names of what they wrap, a model

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from .. import hookpoints
 from ..errors import nearest
 from ..sae import SAE
 from . import (
     dictionary_learning,
     gemma_scope,
-    hookpoints,
     hub,
     llama_scope,
     openai,

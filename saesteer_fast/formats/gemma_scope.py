@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .. import hookpoints
 from ..sae import SAE
-from . import hookpoints
 from .files import Safetensors, Tensors, read_json, read_weights
 from .zips import Numpy
 

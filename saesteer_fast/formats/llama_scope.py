@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from .. import hookpoints
 from ..sae import SAE
-from . import hookpoints
 from .files import Safetensors, read_json, read_weights, require_files
 
 FILES = ("hyperparams.json", "checkpoints/final.safetensors")

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
+from .. import hookpoints
 from ..errors import nearest
 from ..sae import SAE
-from . import hookpoints, order
+from . import order
 from .files import (
     Safetensors,
     read_json,

@@ -13,9 +13,10 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from .. import hookpoints
 from ..errors import nearest
 from ..sae import SAE
-from . import hookpoints, order
+from . import order
 from .files import (
     Safetensors,
     read_json,
