@@ -16,14 +16,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import named, nearest, nearest_file
+from .errors import is_integer, is_number, named, nearest, nearest_file, one_of
 from .node import Node
 from .tokens import Tokens
 
@@ -157,10 +156,7 @@ def gate(
     if not by:
         raise ValueError("gate: no latent is given")
     _require_unused("the weights name them", given, "latents")
-    if pool not in POOLS:
-        raise ValueError(
-            f"pool: got {pool!r}, accepted are {', '.join(POOLS)}{nearest(str(pool), POOLS)}"
-        )
+    one_of("pool", pool, POOLS)
     if not 0 < _finite("threshold", threshold) < 1:
         raise ValueError(f"threshold: got {threshold}, a probability between 0 and 1 is needed")
     weights = tuple(_finite("gate", weight) for weight in by.values())
@@ -333,13 +329,13 @@ def _require_unused(why: str, given: Mapping[str, object], *names: str) -> None:
 
 
 def _latent(name: str, latent: object) -> int:
-    if isinstance(latent, bool) or not isinstance(latent, Integral):
+    if not is_integer(latent):
         raise TypeError(f"{name}: latent {latent!r} is no integer")
     return int(latent)
 
 
 def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{name}: got {value!r}, a number is needed")
     if not math.isfinite(value):
         raise ValueError(f"{name}: got {value}, a finite number is needed")

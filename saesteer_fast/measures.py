@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import nearest
-from .sae import SAE, TINY, constants, row_norms
+from .dtypes import TINY
+from .errors import one_of
+from .sae import SAE, constants, row_norms
 
 TOKENS = 1024
 """Tokens encoded at once to count what is live."""
@@ -49,11 +50,7 @@ class Measured:
         measure: str | None = None,
     ):
         self.measure = sae.measure if measure is None else measure
-        if measure is not None and measure not in (sae.measure, *_EXTRA):
-            hint = nearest(measure, (sae.measure, *_EXTRA))
-            raise ValueError(
-                f"measure: got {measure!r}, this SAE has {sae.measure}, projection, none{hint}"
-            )
+        one_of("measure", self.measure, (sae.measure, *_EXTRA))
         self.latents, self.d, self.k = list(latents), sae.d, sae.k
         self.normalize, self.scale = sae.normalize, sae.scale
         device = sae.device if device is None else torch.device(device)

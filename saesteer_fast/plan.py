@@ -9,10 +9,12 @@ from torch import Tensor
 
 from . import ops
 from .conditions import Active, Condition, split
+from .dtypes import FLOATS
 from .edits import Edits, Table
-from .errors import nearest
+from .errors import one_of
 from .measures import Measured, reconstruct
-from .sae import DTYPES, SAE
+from .sae import SAE
+from .scopes import both
 
 ERRORS = ("keep", "drop")
 
@@ -69,7 +71,7 @@ def steer(
     plan.choose(rows)
     if plan.active is not None:
         plan.check(x, mask)
-        mask = _both(mask, plan.holds(x)[1])
+        mask = both(mask, plan.holds(x)[1])
     return plan(x, mask, plan.chosen)
 
 
@@ -181,7 +183,7 @@ class Plan:
     def _set(self, x: Tensor, mask: Tensor | None, values: Tensor, kinds: Tensor) -> Tensor:
         if self.table.rowwise:
             values = values.expand(*x.shape[:-1], -1)
-            mask = _both(mask, self.table.edited(kinds).expand(x.shape[:-1]))
+            mask = both(mask, self.table.edited(kinds).expand(x.shape[:-1]))
         measured = self.measured
         return ops.steer(
             x,
@@ -198,7 +200,7 @@ class Plan:
 
     def _reconstructed(self, x: Tensor, mask: Tensor | None, amounts: Tensor, kinds: Tensor):
         recon = reconstruct(self.dropping, x, self.measured.features, amounts, self.impl)
-        edited = _both(mask, self.table.edited(kinds).expand(x.shape[:-1]))
+        edited = both(mask, self.table.edited(kinds).expand(x.shape[:-1]))
         return torch.where(edited[..., None], recon, x)
 
     def _conditional(self, sae: SAE, condition: Condition | None) -> Measured | None:
@@ -242,8 +244,8 @@ class Plan:
     def check(self, x: Tensor, mask: Tensor | None) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}, a tensor is needed")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"x: got {x.dtype}, accepted are {', '.join(map(str, DTYPES))}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"x: got {x.dtype}, accepted are {', '.join(map(str, FLOATS))}")
         if x.ndim == 0 or x.shape[-1] != self.d:
             raise ValueError(f"x: got shape {tuple(x.shape)}, the SAE is for [..., {self.d}]")
         if x.device != self.table.values.device:
@@ -269,17 +271,8 @@ def require_sae(sae: SAE) -> None:
 
 
 def _check_choices(sae: SAE, error: str, measure: str | None) -> None:
-    if error not in ERRORS:
-        raise ValueError(
-            f"error: got {error!r}, accepted are keep, drop{nearest(str(error), ERRORS)}"
-        )
-    accepted = (sae.measure, "projection")
-    if measure is not None and measure not in accepted:
-        hint = nearest(str(measure), accepted)
-        raise ValueError(f"measure: got {measure!r}, accepted are {', '.join(accepted)}{hint}")
+    one_of("error", error, ERRORS)
+    if measure is not None:
+        one_of("measure", measure, (sae.measure, "projection"))
     if error == "drop" and measure == "projection":
         raise ValueError("error: 'drop' decodes the SAE's activations; a projection has none")
-
-
-def _both(mask: Tensor | None, other: Tensor) -> Tensor:
-    return other if mask is None else mask & other

@@ -9,18 +9,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from .errors import nearest
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What hidden states and weights may be stored in; sums are always fp32."""
-
-
-TINY = torch.finfo(torch.float32).tiny
+from .dtypes import FLOATS, TINY
+from .errors import is_integer, is_number, one_of
 
 MEASURES = ("topk", "groupmax", "threshold", "relu", "gated")
 """Ways in which an SAE makes activations of pre-activations."""
@@ -173,13 +167,13 @@ class SAE:
             raise ValueError("normalize: 'layer_norm' needs a stream of width 2 at least")
         if self.decoder_norm and self.measure == "gated":
             raise ValueError("decoder_norm: measure 'gated' does not use it")
-        if isinstance(self.scale, bool) or not isinstance(self.scale, Real):
+        if not is_number(self.scale):
             raise TypeError(f"scale: got {self.scale!r}, a number is needed")
         if not (isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale: got {self.scale}, a positive number is needed")
 
     def _check_k(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, Integral):
+        if not is_integer(self.k):
             raise TypeError(f"k: got {self.k!r}, an integer is needed")
         if not 1 <= self.k <= self.num_latents:
             raise ValueError(f"k: got {self.k}, accepted are 1 to {self.num_latents} (the latents)")
@@ -396,17 +390,15 @@ _OWN = {
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        plain = re.sub(r"[\W_]", "", str(value)).lower()
-        hint = nearest(_LITERATURE.get(plain, plain), choices)
-        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(choices)}{hint}")
+    plain = re.sub(r"[\W_]", "", str(value)).lower()
+    one_of(name, value, choices, like=_LITERATURE.get(plain, plain))
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, a tensor is needed")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name}: got {tensor.dtype}, accepted are {', '.join(map(str, DTYPES))}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: got {tensor.dtype}, accepted are {', '.join(map(str, FLOATS))}")
     if tensor.shape != shape:
         turned = len(shape) == 2 and tensor.shape == shape[::-1]
         hint = "; it looks transposed" if turned else ""

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from .errors import nearest
+from .errors import is_integer, nearest
 from .tokens import Tokens
 
 
@@ -95,10 +94,10 @@ class Scoped:
         return inside
 
 
-def both(one: bool | Tensor, other: bool | Tensor) -> bool | Tensor:
-    """one & other, for masks or truth values."""
-    if isinstance(one, bool):
-        return other if one else False
+def both(one: bool | Tensor | None, other: bool | Tensor) -> bool | Tensor:
+    """one & other, for masks or truth values; no mask leaves nothing out."""
+    if one is None or isinstance(one, bool):
+        return False if one is False else other
     if isinstance(other, bool):
         return one if other else False
     return one & other
@@ -113,7 +112,7 @@ def _prompt(tokens: Tokens) -> bool | Tensor:
     return not generated if isinstance(generated, bool) else ~generated
 
 
-_NAMED = {"all": None, "prompt": _prompt, "generated": _generated}
+NAMED = {"all": None, "prompt": _prompt, "generated": _generated}
 
 
 class _At:
@@ -213,8 +212,8 @@ def _of_the_prompt(part) -> bool:
 
 
 def _part(part, device: torch.device):
-    if isinstance(part, str) and part in _NAMED:
-        return _NAMED[part]
+    if isinstance(part, str) and part in NAMED:
+        return NAMED[part]
     if isinstance(part, Positions):
         return _At(part.places, device)
     if isinstance(part, NotTokens):
@@ -226,12 +225,12 @@ def _part(part, device: torch.device):
             )
         return _Mask(part, device)
     accepted = "'all', 'prompt', 'generated', sf.positions, sf.not_tokens, a bool tensor [B, S]"
-    hint = nearest(part, _NAMED) if isinstance(part, str) else ""
+    hint = nearest(part, NAMED) if isinstance(part, str) else ""
     raise ValueError(f"scope: got {part!r}, accepted are {accepted}, and lists of these{hint}")
 
 
 def _integers(name: str, values: tuple) -> tuple[int, ...]:
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, Integral):
+        if not is_integer(value):
             raise TypeError(f"{name}: got {value!r}, integers are needed")
     return tuple(int(value) for value in values)

@@ -389,10 +389,10 @@ def test_autocast_changes_nothing(measure, settings):
 
 def test_unknown_measure_is_named():
     with pytest.raises(
-        ValueError, match=r"measure: got 'projecton', this SAE has topk.*projection"
+        ValueError, match=r"measure: got 'projecton', accepted are topk.*projection"
     ):
         Measured(make("topk"), [1], measure="projecton")
-    with pytest.raises(ValueError, match="measure: got 'relu', this SAE has topk, projection"):
+    with pytest.raises(ValueError, match="measure: got 'relu', accepted are topk, projection"):
         Measured(make("topk"), [1], measure="relu")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import hookpoints
-from ..errors import nearest
+from ..errors import in_file, nearest, one_of
 from ..sae import SAE
 from . import (
     dictionary_learning,
@@ -50,11 +50,8 @@ def load(path: str | os.PathLike[str]) -> SAE:
     """The SAE at `path`; see SAE.load."""
     place = _place(path)
     format = _format(place)
-    try:
+    with in_file(place):
         return order.with_order(format.load(place), place)
-    except ValueError as error:
-        named = str(error).startswith(str(place))
-        raise error if named else ValueError(f"{place}: {error}") from None
 
 
 def name_of(path: str | os.PathLike[str]) -> str:
@@ -64,9 +61,7 @@ def name_of(path: str | os.PathLike[str]) -> str:
 
 def save(sae: SAE, path: str | os.PathLike[str], format: str) -> None:
     """Write folder `path`; see SAE.save."""
-    if format not in WRITABLE:
-        hint = nearest(str(format), WRITABLE)
-        raise ValueError(f"format: got {format!r}, accepted are {', '.join(WRITABLE)}{hint}")
+    one_of("format", format, WRITABLE)
     folder, writer = _absolute(path, "a path"), WRITABLE[format]
     others = [_name(other) for other in _found(folder) if other is not writer]
     if others:

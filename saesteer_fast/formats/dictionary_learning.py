@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import nearest
+from ..errors import among
 from ..sae import SAE, row_norms
 from .files import read_json, read_weights, require_files
 from .zips import Torch
@@ -69,10 +69,7 @@ def load(folder: Path) -> SAE:
         raise ValueError(f"{source}: trainer is {trainer!r}, an object is needed")
     name = trainer.get("dict_class")
     if name not in _CLASSES:
-        hint = nearest(str(name), _CLASSES)
-        raise ValueError(
-            f"{source}: dict_class is {name!r}, accepted are {', '.join(_CLASSES)}{hint}"
-        )
+        raise ValueError(f"{source}: dict_class is {among(name, _CLASSES)}")
     measure, layout, buffers = _CLASSES[name]
     tensors = Torch(folder / "ae.pt")
     own = _buffers(tensors, buffers, measure, source, trainer)

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 from .. import hookpoints
-from ..errors import nearest
+from ..errors import among, nearest
 from ..sae import SAE
 from . import order
 from .files import (
@@ -109,10 +109,7 @@ def _check_config(source: Path, config: dict[str, object]) -> dict[str, int]:
     """N and d, of a configuration that describes an SAE."""
     activation = config.get("activation", "topk")
     if activation not in _MEASURES:
-        hint = nearest(str(activation), _MEASURES)
-        raise ValueError(
-            f"{source}: activation is {activation!r}, accepted are {', '.join(_MEASURES)}{hint}"
-        )
+        raise ValueError(f"{source}: activation is {among(activation, _MEASURES)}")
     for key, why in _NEED_FALSE.items():
         if config.get(key, False) is not False:
             raise ValueError(f"{source}: {key} is {config[key]!r}, accepted is false: {why}")

@@ -55,13 +55,12 @@ from ..formats import hub
 from ..node import Node
 from ..plan import ERRORS
 from ..sae import MEASURES, SAE
-from ..scopes import NotTokens, Positions, Scope, Scoped, not_tokens, positions
+from ..scopes import NAMED, NotTokens, Positions, Scope, Scoped, not_tokens, positions
 from . import Recipe, Steering
 
 FORMAT, VERSION = "saesteer-steering", 1
 
 _INTEGER = re.compile("[-+]?[0-9]+")
-_SCOPES = ("all", "prompt", "generated")
 _IMPLS = ("auto", "cpu", "cuda", "triton", "reference")
 
 
@@ -149,7 +148,7 @@ def _scope(node: Node) -> Scope:
     if isinstance(node.value, list):
         return [_scope(part) for part in node.items("a list of scopes")]
     if not isinstance(node.value, dict):
-        return node.one_of(_SCOPES)
+        return node.one_of(NAMED)
     readers = {
         "positions": lambda node: positions(*_integers(node)),
         "not_tokens": lambda node: not_tokens(_integers(node, 0)),
