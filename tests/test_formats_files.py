@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import saesteer_fast as sf
-from saesteer_fast.formats import files, name_of
+from saesteer_fast.formats import FORMATS, WRITABLE, files, name_of
+from saesteer_fast.formats.protocol import Format, Writable
 
 N, D, K = 24, 10, 4
 
@@ -313,6 +314,21 @@ PLAIN: dict[str, Case] = {
         {"measure": "relu", "normalize": "none", "subtract_b_dec": True},
     ),
 }
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.__name__)
+def test_a_format_has_what_the_protocol_says(format):
+    assert isinstance(format, Format) and format.__doc__
+    assert isinstance(format, Writable) == (format in WRITABLE.values())
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_format_names_every_file_of_a_folder(tmp_path, name):
+    """Others are not fetched of a folder on the Hub."""
+    place = PLAIN[name][0](tmp_path, random())
+    (format,) = (format for format in FORMATS if format.__name__.endswith(f".{name_of(place)}"))
+    written = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    assert place.is_file() or written <= set(format.FILES)
 
 
 @pytest.mark.fault(35, 40)

@@ -20,6 +20,7 @@ from .files import read_json, read_weights, require_files
 from .zips import Torch
 
 FILES = ("config.json", "ae.pt")
+NEEDED = " and ".join(FILES)
 
 _LINEAR = {
     "encoder.weight": ("W_enc", "Nd"),

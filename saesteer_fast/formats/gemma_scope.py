@@ -18,7 +18,8 @@ from ..sae import SAE
 from .files import Safetensors, Tensors, read_json, read_weights
 from .zips import Numpy
 
-FILES = ("params.npz",)
+FILES = ("params.npz", "params.safetensors", "config.json")
+NEEDED = "params.npz or params.safetensors"
 
 _LAYOUT = {
     "W_enc": ("W_enc", "dN"),
@@ -30,7 +31,7 @@ _LAYOUT = {
 
 
 def recognises(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("params.npz", "params.safetensors"))
+    return any((folder / name).is_file() for name in FILES[:2])
 
 
 def load(folder: Path) -> SAE:

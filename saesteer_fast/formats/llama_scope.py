@@ -20,6 +20,7 @@ from ..sae import SAE
 from .files import Safetensors, read_json, read_weights, require_files
 
 FILES = ("hyperparams.json", "checkpoints/final.safetensors")
+NEEDED = " and ".join(FILES)
 
 _LAYOUT = {
     "encoder.weight": ("W_enc", "Nd"),

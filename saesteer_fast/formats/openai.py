@@ -14,7 +14,8 @@ from ..sae import SAE
 from .files import read_weights
 from .zips import Torch
 
-FILES = ("autoencoder.pt",)
+FILES = ("autoencoder.pt",)  # as on the Hub; here it may have any name
+NEEDED = "one .pt file"
 
 _LAYOUT = {
     "encoder.weight": ("W_enc", "Nd"),

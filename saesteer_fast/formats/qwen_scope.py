@@ -15,7 +15,8 @@ from ..sae import SAE
 from .files import read_weights
 from .zips import Torch
 
-FILES = ("layer0.sae.pt",)
+FILES = ()  # a folder holds every layer, and each file is an SAE
+NEEDED = "a file layerN.sae.pt, named itself"
 
 _NAME = re.compile(r"layer(\d+)\.sae\.pt")
 _LAYOUT = {

@@ -30,7 +30,8 @@ from .files import (
     write_tensors,
 )
 
-FILES = ("cfg.json", "sae_weights.safetensors")
+FILES = ("cfg.json", "sae_weights.safetensors", "activation_scaler.json")
+NEEDED = "cfg.json and sae_weights.safetensors"
 
 _MEASURES = {
     "standard": "relu",
@@ -75,7 +76,7 @@ def recognises(folder: Path) -> bool:
 
 
 def load(folder: Path) -> SAE:
-    require_files(folder, FILES)
+    require_files(folder, FILES[:2])
     source = folder / "cfg.json"
     config = _modern(source, read_json(source))
     architecture = _one_of(source, config, "architecture", _MEASURES)

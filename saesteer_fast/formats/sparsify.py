@@ -28,6 +28,7 @@ from .files import (
 )
 
 FILES = ("cfg.json", "sae.safetensors")
+NEEDED = " and ".join(FILES)
 
 _LAYOUT = {
     "encoder.weight": ("W_enc", "Nd"),
