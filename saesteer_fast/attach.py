@@ -15,7 +15,7 @@ from .edits import Edits, require_finite
 from .errors import is_integer
 from .generation import Told, listen
 from .hooks import Hooks
-from .plan import Plan, Rows, require_sae
+from .plan import ErrorTerm, Impl, Plan, Reading, Rows, require_sae
 from .sae import SAE
 from .scopes import Scope, Scoped
 from .sites import Site
@@ -30,9 +30,9 @@ def steering(
     scope: Scope = "all",
     rows: Rows | None = None,
     when: Condition | Sequence[Condition] | None = None,
-    error: str = "keep",
-    measure: str | None = None,
-    impl: str = "auto",
+    error: ErrorTerm = "keep",
+    measure: Reading | None = None,
+    impl: Impl = "auto",
 ) -> Handle:
     """Edit latents of `sae` in `model`, from now until the handle is removed.
 

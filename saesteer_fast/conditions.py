@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from .errors import is_integer, is_number, named, nearest, nearest_file, one_of
 from .node import Node
 from .tokens import Tokens
 
-POOLS = ("max", "mean", "last")
+Pool = Literal["max", "mean", "last"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 class Cause(NamedTuple):
@@ -59,7 +60,7 @@ class Decision(NamedTuple):
         return f"row {self.row} {'steered' if self.on else 'not steered'}: {because}"
 
 
-class Prompt(NamedTuple):
+class GateInput(NamedTuple):
     """What a gate sees: the prompts of a batch of B rows and P columns."""
 
     acts: Tensor
@@ -86,7 +87,7 @@ class Gate:
     """`gate` makes it."""
 
     latents: tuple[int, ...]
-    decide: Callable[[Prompt], Tensor]
+    decide: Callable[[GateInput], Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,12 @@ class Logistic:
     def __post_init__(self):
         object.__setattr__(self, "margin", math.log(self.threshold / (1 - self.threshold)))
 
-    def scores(self, prompt: Prompt) -> Tensor:
+    def scores(self, prompt: GateInput) -> Tensor:
         """Log-odds [B] fp32."""
         pooled = _pooled(prompt, self.pool)
         return (pooled * pooled.new_tensor(self.weights)).sum(-1) + self.bias
 
-    def __call__(self, prompt: Prompt) -> Tensor:
+    def __call__(self, prompt: GateInput) -> Tensor:
         return self.scores(prompt) > self.margin
 
 
@@ -125,11 +126,11 @@ def active(latents: int | Mapping[int, float], above: float = 0.0) -> Active:
 
 
 def gate(
-    by: Mapping[int, float] | str | os.PathLike[str] | Callable[[Prompt], Tensor],
+    by: Mapping[int, float] | str | os.PathLike[str] | Callable[[GateInput], Tensor],
     bias: float = 0.0,
     *,
     threshold: float = 0.5,
-    pool: str = "max",
+    pool: Pool = "max",
     latents: Sequence[int] = (),
 ) -> Gate:
     """Steer the rows whose prompt a gate lets through, decided once and held for what follows. The
@@ -139,7 +140,7 @@ def gate(
     is over the row's prompt, "max", "mean", or "last" for its last token.
     by a path: the same from a JSON file {"weights": {latent: weight}, "bias", "threshold", "pool"},
     or from a safetensors file with `latents` [G], `weights` [G], and the rest as its metadata.
-    by a callable: it is given a `Prompt` with the activations of `latents`, and returns bool [B].
+    by a callable: it is given a `GateInput` with the activations of `latents` and returns bool [B].
     Raises ValueError for an argument that the form does not use, and, naming the file, for a bad
     one.
     A gate on the prompt needs no host synchronisation unless its callable makes one.
@@ -229,14 +230,14 @@ def decisions(condition: Condition, seen: Sequence[Seen], on: Tensor) -> list[De
     return found
 
 
-def _prompt(seen: Sequence[Seen]) -> Prompt:
+def _prompt(seen: Sequence[Seen]) -> GateInput:
     acts = torch.cat([chunk.acts for chunk in seen], 1)
     real = torch.cat([chunk.counted() for chunk in seen], 1)
     known = all(chunk.tokens.ids is not None for chunk in seen)
-    return Prompt(acts, real, torch.cat([c.tokens.ids for c in seen], 1) if known else None)
+    return GateInput(acts, real, torch.cat([c.tokens.ids for c in seen], 1) if known else None)
 
 
-def _pooled(prompt: Prompt, pool: str) -> Tensor:
+def _pooled(prompt: GateInput, pool: str) -> Tensor:
     """[B, G]; a row without a real token counts as silent."""
     if pool == "mean":
         real = prompt.real[..., None]
@@ -244,7 +245,7 @@ def _pooled(prompt: Prompt, pool: str) -> Tensor:
     return _peaks(prompt, pool)[0]
 
 
-def _peaks(prompt: Prompt, pool: str) -> tuple[Tensor, Tensor]:
+def _peaks(prompt: GateInput, pool: str) -> tuple[Tensor, Tensor]:
     """[B, G]: the latents' largest activations, for pool "last" those of the row's last token; and
     their columns."""
     acts = torch.where(prompt.real[..., None], prompt.acts, 0)

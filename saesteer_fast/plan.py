@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,12 +14,21 @@ from .dtypes import FLOATS
 from .edits import Edits, Table
 from .errors import one_of
 from .measures import Measured, reconstruct
-from .sae import SAE
+from .sae import SAE, Measure
 from .scopes import both
 
-ERRORS = ("keep", "drop")
+ErrorTerm = Literal["keep", "drop"]
+"""What becomes of the part of x that the SAE cannot express."""
+ERRORS: tuple[ErrorTerm, ...] = get_args(ErrorTerm)
+
+Reading = Measure | Literal["projection"]
+"""How activations are read: as the SAE does, or along the latent's direction."""
+
+Impl = Literal["auto", "cpu", "cuda", "triton", "reference"]
+"""Who computes the ops."""
 
 Rows = Sequence[str | int] | Tensor
+"""Of a table of configurations one for each row, by names, or by numbers [B]."""
 
 
 def steer(
@@ -29,9 +39,9 @@ def steer(
     mask: Tensor | None = None,
     rows: Rows | None = None,
     when: Active | None = None,
-    error: str = "keep",
-    measure: str | None = None,
-    impl: str = "auto",
+    error: ErrorTerm = "keep",
+    measure: Reading | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Edit latents of `sae` in x, keeping what the SAE cannot express.
 
@@ -89,9 +99,9 @@ class Plan:
         device: torch.device,
         *,
         when: Condition | Sequence[Condition] | None = None,
-        error: str = "keep",
-        measure: str | None = None,
-        impl: str = "auto",
+        error: ErrorTerm = "keep",
+        measure: Reading | None = None,
+        impl: Impl = "auto",
     ):
         sae.require_unwritten()
         _check_choices(sae, error, measure)
@@ -103,7 +113,7 @@ class Plan:
             self._build(sae, error, measure)
         self.chosen: Tensor | None = None
 
-    def _build(self, sae: SAE, error: str, measure: str | None) -> None:
+    def _build(self, sae: SAE, error: ErrorTerm, measure: Reading | None) -> None:
         if not self.table.latents or (not self.table.measures and measure != "projection"):
             measure = "none"
         self.measured = Measured(sae, self.table.latents, self.device, measure)
@@ -270,7 +280,7 @@ def require_sae(sae: SAE) -> None:
         raise TypeError(f"sae: got {type(sae).__name__}, an SAE is needed; SAE.load reads one")
 
 
-def _check_choices(sae: SAE, error: str, measure: str | None) -> None:
+def _check_choices(sae: SAE, error: ErrorTerm, measure: Reading | None) -> None:
     one_of("error", error, ERRORS)
     if measure is not None:
         one_of("measure", measure, (sae.measure, "projection"))

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,13 +17,15 @@ from torch import Tensor
 from .dtypes import FLOATS, TINY
 from .errors import is_integer, is_number, one_of
 
-MEASURES = ("topk", "groupmax", "threshold", "relu", "gated")
+Measure = Literal["topk", "groupmax", "threshold", "relu", "gated"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 """Ways in which an SAE makes activations of pre-activations."""
 
 _LITERATURE = {"jumprelu": "threshold", "batchtopk": "threshold", "standard": "relu"}
 """Other names of MEASURES: not accepted, but hinted from."""
 
-NORMALIZE = ("none", "layer_norm", "constant_norm")
+Normalize = Literal["none", "layer_norm", "constant_norm"]
+NORMALIZE: tuple[Normalize, ...] = get_args(Normalize)
 """What is done to a token before it is encoded, and undone after decoding."""
 
 
@@ -69,7 +72,7 @@ class SAE:
     """[d], taken off z before encoding if subtract_b_dec, added back by decoding."""
     k: int | None = None
     """Largest number of live latents a token, for topk and groupmax."""
-    measure: str = "topk"
+    measure: Measure = "topk"
     """One of MEASURES."""
     threshold: Tensor | None = None
     """[N], for threshold."""
@@ -81,7 +84,7 @@ class SAE:
     """Whether b_dec is taken off z before encoding."""
     decoder_norm: bool = False
     """Whether pre-activations are multiplied by the norms of W_dec's rows, and these have none."""
-    normalize: str = "none"
+    normalize: Normalize = "none"
     """One of NORMALIZE."""
     scale: float = 1.0
     """What every token is multiplied by before it is encoded, positive."""

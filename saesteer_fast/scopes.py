@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,12 +24,18 @@ from .tokens import Tokens
 
 @dataclass(frozen=True)
 class Positions:
+    """`positions` makes it."""
+
     places: tuple[int, ...]
+    """From 0 at the row's first real token on, or down from -1 at the last of its prompt."""
 
 
 @dataclass(frozen=True)
 class NotTokens:
+    """`not_tokens` makes it."""
+
     ids: tuple[int, ...]
+    """Of the tokens that are left alone."""
 
 
 def positions(*places: int) -> Positions:
@@ -55,7 +62,10 @@ def not_tokens(ids: Iterable[int]) -> NotTokens:
     return NotTokens(ids)
 
 
-Scope = str | Positions | NotTokens | Tensor | Sequence["Scope"]
+Named = Literal["all", "prompt", "generated"]
+
+Scope = Named | Positions | NotTokens | Tensor | Sequence["Scope"]
+"""Which tokens: the first lines of this file say what each means."""
 
 
 class Scoped:

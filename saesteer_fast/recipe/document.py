@@ -44,6 +44,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ from ..edits import KINDS, Edit
 from ..errors import named
 from ..formats import hub
 from ..node import Node
-from ..plan import ERRORS
+from ..plan import ERRORS, Impl
 from ..sae import MEASURES, SAE
 from ..scopes import NAMED, NotTokens, Positions, Scope, Scoped, not_tokens, positions
 from . import Recipe, Steering
@@ -61,7 +62,6 @@ from . import Recipe, Steering
 FORMAT, VERSION = "saesteer-steering", 1
 
 _INTEGER = re.compile("[-+]?[0-9]+")
-_IMPLS = ("auto", "cpu", "cuda", "triton", "reference")
 
 
 def read(path: Path) -> Recipe:
@@ -99,7 +99,7 @@ def _steering(node: Node, folder: Path) -> Steering:
         "when": lambda node: _when(node, folder),
         "error": lambda node: node.one_of(ERRORS),
         "measure": lambda node: node.one_of((*MEASURES, "projection")),
-        "impl": lambda node: node.one_of(_IMPLS),
+        "impl": lambda node: node.one_of(get_args(Impl)),
     }
     return Steering(**node.read("a steering", readers, ("sae", "edits")))
 
