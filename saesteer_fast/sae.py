@@ -217,17 +217,20 @@ class SAE:
         return self.W_enc.device
 
     @cached_property
-    def b_enc(self) -> Tensor:
-        """[N] fp32: bias, less W_enc b_dec if subtract_b_dec: p_j = s_j (W_enc[j]·z + b_enc_j)."""
+    def b_enc_folded(self) -> Tensor:
+        """[N] fp32: bias, less W_enc b_dec if subtract_b_dec; what the ops take as b_enc.
+
+        p_j = s_j (W_enc[j]·z + b_enc_folded_j), with the z that nothing is taken off.
+        """
         self.require_unwritten()
         with constants(self.device):
             if not self.subtract_b_dec:
                 return self.bias.float()
-            b_enc, b_dec = self.bias.float().clone(), self.b_dec.float()
+            folded, b_dec = self.bias.float().clone(), self.b_dec.float()
             # A few rows at a time: half-precision weights are widened to fp32 on the way.
-            for part, rows in zip(b_enc.split(256), self.W_enc.split(256), strict=True):
+            for part, rows in zip(folded.split(256), self.W_enc.split(256), strict=True):
                 part -= rows.float() @ b_dec
-            return b_enc
+            return folded
 
     @cached_property
     def decoder_norms(self) -> Tensor:
@@ -243,7 +246,7 @@ class SAE:
 
     def encoder_rows(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """These rows of `encoder`."""
-        W_enc, b_enc = self.W_enc[rows], self.b_enc[rows]
+        W_enc, b_enc = self.W_enc[rows], self.b_enc_folded[rows]
         if not self.decoder_norm:
             return W_enc, b_enc
         with constants(self.device):

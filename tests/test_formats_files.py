@@ -907,10 +907,10 @@ def status(key: str, loaded: str, place: str) -> str:
             with open("/proc/self/status") as file:
                 lines = dict(line.split(":", 1) for line in file)
             return 1024 * int(lines[key].split()[0])
-        sf.SAE.load({loaded!r}).b_enc
+        sf.SAE.load({loaded!r}).b_enc_folded
         before = status("VmRSS")
         sae = sf.SAE.load({place!r})
-        sae.b_enc
+        sae.b_enc_folded
         print((status({key!r}) - before) / (sae.W_enc.nbytes + sae.W_dec.nbytes))
     """
 

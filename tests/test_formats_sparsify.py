@@ -47,7 +47,7 @@ def test_what_is_saved_is_loaded(tmp_path, make_sae, dtype):
     sae = make_sae(D, N, K, dtype=dtype, hookpoint="layers.17")
     sae.save(str(tmp_path / "deep" / "layers.17"))
     back = sf.SAE.load(str(tmp_path / "deep" / "layers.17"))
-    for name in ("W_enc", "bias", "W_dec", "b_dec", "b_enc"):
+    for name in ("W_enc", "bias", "W_dec", "b_dec", "b_enc_folded"):
         assert torch.equal(getattr(back, name), getattr(sae, name)), name
         assert getattr(back, name).dtype == getattr(sae, name).dtype
     assert (back.k, back.hookpoint) == (K, "layers.17")

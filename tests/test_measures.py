@@ -230,7 +230,7 @@ def test_plain_topk_shares_the_weights_and_is_fused():
     sae, x = make("topk"), stream()
     measured = Measured(sae, LATENTS)
     assert measured.fused and measured.W_enc.data_ptr() == sae.W_enc.data_ptr()
-    assert measured.b_enc.data_ptr() == sae.b_enc.data_ptr()
+    assert measured.b_enc.data_ptr() == sae.b_enc_folded.data_ptr()
     values = torch.tensor([5.0, 1.0, 0.0, -2.0, 3.0])
     fused = ops.steer(
         x,

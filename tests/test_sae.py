@@ -46,14 +46,14 @@ def test_folded_bias(dtype):
     sae = sf.SAE(**weights(N, d)).to(dtype=dtype)
     truth = sae.bias.double() - sae.W_enc.double() @ sae.b_dec.double()
     bound = d * 2.0**-24 * (sae.W_enc.double().abs() @ sae.b_dec.double().abs() + truth.abs())
-    assert sae.b_enc.dtype == torch.float32
-    assert ((sae.b_enc - truth).abs() <= bound).all()
+    assert sae.b_enc_folded.dtype == torch.float32
+    assert ((sae.b_enc_folded - truth).abs() <= bound).all()
 
 
 def test_folded_bias_made_in_inference_mode_takes_part_in_autograd():
     sae = sf.SAE(**weights())
     with torch.inference_mode():
-        folded = sae.b_enc
+        folded = sae.b_enc_folded
     assert not folded.is_inference()
 
 
@@ -84,13 +84,15 @@ def test_to_moves_what_the_measure_needs():
 
 def test_b_dec_is_folded_only_where_it_is_subtracted():
     sae = sf.SAE(**weights(subtract_b_dec=False))
-    assert torch.equal(sae.b_enc, sae.bias)
+    assert torch.equal(sae.b_enc_folded, sae.bias)
 
 
 def test_copies():
     sae = sf.SAE(**weights())
     for twin in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
-        assert torch.equal(twin.b_enc, sae.b_enc) and torch.equal(twin.W_dec, sae.W_dec)
+        assert torch.equal(twin.b_enc_folded, sae.b_enc_folded) and torch.equal(
+            twin.W_dec, sae.W_dec
+        )
 
 
 @pytest.mark.fault(24, 35, 36, 38)
