@@ -256,7 +256,7 @@ def on_stream(
     most = F.linear(z, W_enc).abs().amax().float()
     always = bias.index_add(0, features, 4 * most[None])
     planted = Workload("model", stream, W_enc, sae.b_enc_folded, W_dec, b_dec, features, k)
-    return planted, sae, replace(sae, bias=always)
+    return planted, sae, replace(sae, b_enc=always)
 
 
 def miniature(dtype: str, tokens: int = 2048) -> Workload:

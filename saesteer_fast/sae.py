@@ -34,7 +34,7 @@ class SAE:
     """A sparse autoencoder with N latents on a stream of width d.
 
         z     = scale n(x)                              n as `normalize` says
-        p_j   = s_j (W_enc[j]·(z - b_dec) + bias_j)     b_dec only if subtract_b_dec
+        p_j   = s_j (W_enc[j]·(z - b_dec) + b_enc_j)    b_dec only if subtract_b_dec
         a_j   = f_j(p)                                  f as `measure` says
         recon = n⁻¹((b_dec + sum_j a_j W_dec[j] / s_j) / scale)
 
@@ -52,7 +52,7 @@ class SAE:
                     group g holds latents g N/k to (g + 1) N/k - 1
         threshold   p_j where p_j > max(threshold_j, 0), else 0 (JumpReLU, BatchTopK)
         relu        max(p_j, 0)
-        gated       max(exp(r_mag_j) (p_j - bias_j) + b_mag_j, 0) where p_j > 0, else 0
+        gated       max(exp(r_mag_j) (p_j - b_enc_j) + b_mag_j, 0) where p_j > 0, else 0
 
     Of equal p the lower index is the larger. Weights are fp32, bf16 or fp16, in any mix, and on one
     device. They are shared with the caller, made contiguous where they are not, and must not be
@@ -64,8 +64,8 @@ class SAE:
 
     W_enc: Tensor
     """[N, d], a row a latent."""
-    bias: Tensor
-    """[N], the encoder's own bias, the gate's where there is one; the ops take `b_enc`."""
+    b_enc: Tensor
+    """[N], the encoder's own bias, the gate's where there is one; the ops take `b_enc_folded`."""
     W_dec: Tensor
     """[N, d], a row a latent."""
     b_dec: Tensor
@@ -142,12 +142,12 @@ class SAE:
                 f"W_enc: got shape {(N, d)}, [N, d] is needed, a latent a row; it seems transposed"
             )
         own = {name: (N,) for name in _OWN[self.measure] if name != "k"}
-        return {"W_enc": (N, d), "bias": (N,), "W_dec": (N, d), "b_dec": (d,)} | own
+        return {"W_enc": (N, d), "b_enc": (N,), "W_dec": (N, d), "b_dec": (d,)} | own
 
     def _fits_transposed(self) -> bool:
         """Whether most of the other weights would go with a transposed W_enc."""
         N, d = self.W_enc.shape
-        turned = {"bias": (d,), "W_dec": (d, N), "b_dec": (N,)}
+        turned = {"b_enc": (d,), "W_dec": (d, N), "b_dec": (N,)}
         fits = [getattr(getattr(self, name), "shape", None) == turned[name] for name in turned]
         return sum(fits) > 1
 
@@ -218,15 +218,15 @@ class SAE:
 
     @cached_property
     def b_enc_folded(self) -> Tensor:
-        """[N] fp32: bias, less W_enc b_dec if subtract_b_dec; what the ops take as b_enc.
+        """[N] fp32: b_enc, less W_enc b_dec if subtract_b_dec; what the ops take as b_enc.
 
         p_j = s_j (W_enc[j]·z + b_enc_folded_j), with the z that nothing is taken off.
         """
         self.require_unwritten()
         with constants(self.device):
             if not self.subtract_b_dec:
-                return self.bias.float()
-            folded, b_dec = self.bias.float().clone(), self.b_dec.float()
+                return self.b_enc.float()
+            folded, b_dec = self.b_enc.float().clone(), self.b_dec.float()
             # A few rows at a time: half-precision weights are widened to fp32 on the way.
             for part, rows in zip(folded.split(256), self.W_enc.split(256), strict=True):
                 part -= rows.float() @ b_dec
@@ -309,13 +309,13 @@ class SAE:
         Activations keep their units. For formats that have no place for either.
         """
         with constants(self.device):
-            inner = self.decoder_norms if self.decoder_norm else self.bias.new_ones(1).float()
+            inner = self.decoder_norms if self.decoder_norm else self.b_enc.new_ones(1).float()
             outer = (inner.clamp_min(TINY) * self.scale)[:, None]
-            bias = self.bias * inner
+            b_enc = self.b_enc * inner
             return replace(
                 self,
                 W_enc=(self.W_enc * (inner * self.scale)[:, None]).to(self.W_enc.dtype),
-                bias=bias.to(self.bias.dtype),
+                b_enc=b_enc.to(self.b_enc.dtype),
                 W_dec=(self.W_dec / outer).to(self.W_dec.dtype),
                 b_dec=(self.b_dec / self.scale).to(self.b_dec.dtype),
                 decoder_norm=False,
@@ -382,7 +382,7 @@ def row_norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
 
 
-_SHARED = ("W_enc", "bias", "W_dec", "b_dec")
+_SHARED = ("W_enc", "b_enc", "W_dec", "b_dec")
 """What every measure needs."""
 
 _OWN = {

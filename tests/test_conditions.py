@@ -31,7 +31,7 @@ def layer_output(model, *args, **options):
 def acts(model, sae):
     """The SAE's activations of the prompts, [3, 6, N] fp64, padding at 0."""
     x = layer_output(model, IDS, attention_mask=MASK).double()
-    p = (x - sae.b_dec.double()) @ sae.W_enc.double().T + sae.bias.double()
+    p = (x - sae.b_dec.double()) @ sae.W_enc.double().T + sae.b_enc.double()
     top = p.relu().topk(sae.k, dim=-1)
     dense = torch.zeros_like(p).scatter(-1, top.indices, top.values)
     return dense * MASK[..., None]

@@ -24,18 +24,18 @@ NEEDED = " and ".join(FILES)
 
 _LINEAR = {
     "encoder.weight": ("W_enc", "Nd"),
-    "encoder.bias": ("bias", "N"),
+    "encoder.bias": ("b_enc", "N"),
     "decoder.weight": ("W_dec", "dN"),
 }
 _MATRICES = {
     "W_enc": ("W_enc", "dN"),
-    "b_enc": ("bias", "N"),
+    "b_enc": ("b_enc", "N"),
     "W_dec": ("W_dec", "Nd"),
     "b_dec": ("b_dec", "d"),
 }
 _GATED = {
     "encoder.weight": ("W_enc", "Nd"),
-    "gate_bias": ("bias", "N"),
+    "gate_bias": ("b_enc", "N"),
     "r_mag": ("r_mag", "N"),
     "mag_bias": ("b_mag", "N"),
     "decoder.weight": ("W_dec", "dN"),
@@ -76,7 +76,7 @@ def load(folder: Path) -> SAE:
     own = _buffers(tensors, buffers, measure, source, trainer)
     weights = read_weights(tensors, layout, _sizes(source, trainer))
     if "threshold" in own:
-        own["threshold"] = torch.full((len(weights["bias"]),), own["threshold"])
+        own["threshold"] = torch.full((len(weights["b_enc"]),), own["threshold"])
     return SAE(
         **weights,
         **own,

@@ -23,7 +23,7 @@ NEEDED = "params.npz or params.safetensors"
 
 _LAYOUT = {
     "W_enc": ("W_enc", "dN"),
-    "b_enc": ("bias", "N"),
+    "b_enc": ("b_enc", "N"),
     "threshold": ("threshold", "N"),
     "W_dec": ("W_dec", "Nd"),
     "b_dec": ("b_dec", "d"),

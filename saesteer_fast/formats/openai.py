@@ -19,7 +19,7 @@ NEEDED = "one .pt file"
 
 _LAYOUT = {
     "encoder.weight": ("W_enc", "Nd"),
-    "latent_bias": ("bias", "N"),
+    "latent_bias": ("b_enc", "N"),
     "decoder.weight": ("W_dec", "dN"),
     "pre_bias": ("b_dec", "d"),
 }

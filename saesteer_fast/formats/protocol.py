@@ -28,7 +28,7 @@ class Format(Protocol):
         where a file is missing, which `load` then names."""
 
     def load(self, path: Path) -> SAE:
-        """The SAE at `path`, on the CPU, in the file's dtype, its `bias` with nothing subtracted.
+        """The SAE at `path`, on the CPU, in the file's dtype, its `b_enc` with nothing subtracted.
 
         Raises FileNotFoundError for a file that is missing, and ValueError, which begins with the
         file's path, for one that is broken, and for an SAE that `SAE` cannot express exactly.

@@ -21,7 +21,7 @@ NEEDED = "a file layerN.sae.pt, named itself"
 _NAME = re.compile(r"layer(\d+)\.sae\.pt")
 _LAYOUT = {
     "W_enc": ("W_enc", "Nd"),
-    "b_enc": ("bias", "N"),
+    "b_enc": ("b_enc", "N"),
     "W_dec": ("W_dec", "dN"),
     "b_dec": ("b_dec", "d"),
 }

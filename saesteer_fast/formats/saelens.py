@@ -41,10 +41,10 @@ _MEASURES = {
 }
 _COMMON = {"W_enc": ("W_enc", "dN"), "W_dec": ("W_dec", "Nd"), "b_dec": ("b_dec", "d")}
 _OWN = {
-    "standard": {"b_enc": ("bias", "N")},
-    "topk": {"b_enc": ("bias", "N")},
-    "jumprelu": {"b_enc": ("bias", "N"), "threshold": ("threshold", "N")},
-    "gated": {"b_gate": ("bias", "N"), "r_mag": ("r_mag", "N"), "b_mag": ("b_mag", "N")},
+    "standard": {"b_enc": ("b_enc", "N")},
+    "topk": {"b_enc": ("b_enc", "N")},
+    "jumprelu": {"b_enc": ("b_enc", "N"), "threshold": ("threshold", "N")},
+    "gated": {"b_gate": ("b_enc", "N"), "r_mag": ("r_mag", "N"), "b_mag": ("b_mag", "N")},
 }
 _NORMALIZE = {
     "none": "none",
@@ -142,7 +142,7 @@ def _config(sae: SAE, architecture: str) -> dict[str, object]:
 def _dtype(sae: SAE) -> str:
     """Wide enough for every weight: SAELens keeps all in one."""
     dtype = sae.W_enc.dtype
-    for tensor in (sae.bias, sae.W_dec, sae.b_dec, sae.threshold, sae.r_mag, sae.b_mag):
+    for tensor in (sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold, sae.r_mag, sae.b_mag):
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
     return str(dtype).removeprefix("torch.")
 

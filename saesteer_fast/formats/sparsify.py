@@ -32,7 +32,7 @@ NEEDED = " and ".join(FILES)
 
 _LAYOUT = {
     "encoder.weight": ("W_enc", "Nd"),
-    "encoder.bias": ("bias", "N"),
+    "encoder.bias": ("b_enc", "N"),
     "W_dec": ("W_dec", "Nd"),
     "b_dec": ("b_dec", "d"),
 }

@@ -177,7 +177,7 @@ def _vector(hookpoint: object, told: object) -> Steering:
     value = _number("steering_coefficient", told.get("steering_coefficient", 1.0))
     sae = SAE(
         W_enc=vector[None],
-        bias=torch.zeros(1),
+        b_enc=torch.zeros(1),
         W_dec=vector[None],
         b_dec=bias,
         measure="relu",
