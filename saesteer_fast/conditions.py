@@ -113,10 +113,16 @@ class Logistic:
 
 
 def active(latents: int | Mapping[int, float], above: float = 0.0) -> Active:
-    """Steer the tokens on which a latent's activation, before steering, is above a threshold.
+    """Steer the tokens on which latents are active: where a_f > threshold_f for every f given.
 
-    `latents` is one latent, or a mapping {latent: threshold}, all of which must be exceeded.
+    latents is one latent, of which `above` is the threshold, or {latent: threshold}. a_f is the
+    SAE's own activation on that token, before steering, and thresholds are in its units; 0 asks
+    whether the latent is live. Raises TypeError for a latent that is no integer or a threshold that
+    is no number, ValueError for NaN or infinity, for no latent, and for `above` beside a mapping;
+    a latent that the SAE does not have is refused by what is given the condition.
     """
+    if isinstance(latents, Mapping):
+        _require_unused(active, "the thresholds say it", {"above": above}, "above")
     thresholds = latents if isinstance(latents, Mapping) else {latents: above}
     if not thresholds:
         raise ValueError("active: no latent is given")
@@ -147,16 +153,16 @@ def gate(
     """
     given = dict(bias=bias, threshold=threshold, pool=pool, latents=tuple(latents))
     if callable(by):
-        _require_unused("a callable decides by itself", given, "bias", "threshold", "pool")
+        _require_unused(gate, "a callable decides by itself", given, "bias", "threshold", "pool")
         return Gate(tuple(_latent("gate", f) for f in latents), by)
     if isinstance(by, (str, os.PathLike)):
-        _require_unused("the file says it", given, *given)
+        _require_unused(gate, "the file says it", given, *given)
         return _from_file(Path(by))
     if not isinstance(by, Mapping):
         raise TypeError(f"gate: got {type(by).__name__}, a mapping, a path or a callable is needed")
     if not by:
         raise ValueError("gate: no latent is given")
-    _require_unused("the weights name them", given, "latents")
+    _require_unused(gate, "the weights name them", given, "latents")
     one_of("pool", pool, POOLS)
     if not 0 < _finite("threshold", threshold) < 1:
         raise ValueError(f"threshold: got {threshold}, a probability between 0 and 1 is needed")
@@ -322,8 +328,8 @@ def _float(name: str, text: str) -> float:
         raise ValueError(f"{name} is {text!r}, a number is needed") from None
 
 
-def _require_unused(why: str, given: Mapping[str, object], *names: str) -> None:
-    parameters = inspect.signature(gate).parameters
+def _require_unused(of: Callable, why: str, given: Mapping[str, object], *names: str) -> None:
+    parameters = inspect.signature(of).parameters
     for name in names:
         if given[name] != parameters[name].default:
             raise ValueError(f"{name}: got {given[name]!r}, but {why}")

@@ -39,9 +39,12 @@ class NotTokens:
 
 
 def positions(*places: int) -> Positions:
-    """Tokens at these places of their row, padding not counted: 0 is the first real token.
+    """Tokens at these places of their row, padding not counted.
 
-    Negative places count back from the end of the prompt: -1 is its last token.
+    A place p >= 0 is the token with p real ones before it in its row, of the prompt or generated;
+    p < 0 is counted back from the end of the row's prompt of n real tokens, and is place n + p: -1
+    is the prompt's last token. A place that a row does not have is no error. Raises ValueError for
+    no place, TypeError for what is no integer, and for a list, since places are given one by one.
     """
     if not places:
         raise ValueError("positions: no place is given; sf.positions(0) is the first token")
@@ -53,7 +56,11 @@ def positions(*places: int) -> Positions:
 
 
 def not_tokens(ids: Iterable[int]) -> NotTokens:
-    """Tokens whose id is none of these: `sf.not_tokens(tokenizer.all_special_ids)`."""
+    """Tokens whose id is none of these: `sf.not_tokens(tokenizer.all_special_ids)`.
+
+    Raises TypeError for what is no list of integers and ValueError for an id below 0; calls of a
+    decoder that is given embeddings in place of ids raise ValueError.
+    """
     if not isinstance(ids, Iterable):
         raise TypeError(f"not_tokens: got {ids!r}, a list of ids is needed: sf.not_tokens([3])")
     ids = _integers("not_tokens", tuple(ids))

@@ -440,6 +440,12 @@ def test_what_a_gate_would_not_use_is_refused(tmp_path):
         sf.gate({5: 1.0}, latents=[7, 8])
 
 
+def test_what_active_would_not_use_is_refused():
+    with pytest.raises(ValueError, match=r"above: got 5\.0, but the thresholds say it"):
+        sf.active({3: 1.0}, above=5.0)
+    assert sf.active({3: 1.0}).above == {3: 1.0} and sf.active(3, above=5.0).above == {3: 5.0}
+
+
 def test_a_missing_file_is_named(tmp_path):
     (tmp_path / "gate.json").write_text(json.dumps(GATE))
     with pytest.raises(FileNotFoundError, match=r"gate: no file .*gat\.json; .* 'gate\.json'"):
