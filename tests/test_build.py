@@ -60,7 +60,7 @@ def test_sdist_file_list(tmp_path):
     if listed.returncode:
         pytest.skip("no history in this checkout")
     missing = set(listed.stdout.split()) - got
-    assert missing == {".ci/run", ".clang-format", ".gitignore"}
+    assert missing == {".ci/run", ".gitignore"}
 
 
 def test_wheel_metadata(wheel):
@@ -111,6 +111,23 @@ def test_kernels_compile_for_arm():
     command = [ARM, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", *sources]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_clean_keeps_what_users_made(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    made = [".venv/bin", "saesteer-mini", "saesteer-demo"]
+    for folder in ("csrc", "build", "saesteer_fast/__pycache__", ".venv/__pycache__", *made):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "saesteer_fast" / "libsaesteer_ops.so").touch()
+
+    def left(target: str) -> set[str]:
+        subprocess.run(["make", "-C", tmp_path, target], check=True, capture_output=True)
+        return {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+
+    kept = {"Makefile", "csrc", "saesteer_fast"}
+    assert left("clean") == kept | {*made, ".venv", ".venv/__pycache__"}
+    assert left("distclean") == kept
 
 
 def build_error(tmp_path, **environment) -> str:
