@@ -11,7 +11,7 @@ BUILT   := .venv/.built
 SOURCES := $(shell find csrc -type f)
 RUN     := .venv/bin/python -m
 
-.PHONY: demo test bench bench-full bench-compare gpu lint fmt clean
+.PHONY: demo test bench bench-full bench-compare gpu lint fmt clean distclean
 
 demo: $(BUILT)
 	.venv/bin/saesteer demo
@@ -48,9 +48,14 @@ fmt: $(BUILT)
 	$(RUN) ruff format
 	.venv/bin/clang-format -i $(LAID_OUT)
 
+# What was built. The next target builds again, in the .venv that is there.
 clean:
-	rm -rf .venv build dist *.egg-info saesteer_fast/*.so saesteer_fast/triton_kernels saesteer-demo saesteer-mini
-	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf build dist *.egg-info saesteer_fast/*.so saesteer_fast/triton_kernels $(BUILT)
+	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# The environment too, and what `saesteer demo` and `saesteer mini build` have written here.
+distclean: clean
+	rm -rf .venv saesteer-demo saesteer-mini
 
 # Debian's Python may come without ensurepip; its own pip then serves the environment.
 .venv/bin/python:

@@ -315,7 +315,7 @@ def decode_steps(by: str, how: str) -> dict:
 
     ways = {"unsteered": nullcontext, "again": nullcontext}
     ways |= {"ours": partial(steered, sae), "worst": partial(steered, worst)}
-    for name, b_enc in (("ours", w.b_enc), ("worst", worst.b_enc)):
+    for name, b_enc in (("ours", w.b_enc), ("worst", worst.b_enc_folded)):
         case = replace(w, name=f"decode step, {name}", x=unsteered, b_enc=b_enc)
         with ways[name]():
             outputs = read(how, ids).split(1)

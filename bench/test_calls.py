@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import saesteer_fast as sf
 from saesteer_fast import ops
-from saesteer_fast.steering import Plan
+from saesteer_fast.plan import Plan
 
 from . import native, verify, workloads
 from .timing import Contestant, interleaved

@@ -116,7 +116,7 @@ def verify_all(subject: Subject, run: str) -> float:
         with subject.ways()[name]():
             found[name] = subject.streams(run)
     planted = subject.workloads[run]
-    worst = replace(planted, name=f"{run}, worst", b_enc=subject.worst.b_enc)
+    worst = replace(planted, name=f"{run}, worst", b_enc=subject.worst.b_enc_folded)
     verify.check_outputs(planted, found["ours"])
     verify.check_outputs(worst, found["worst"])
     if not (worst.truth > 0).all():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 ROUND_SECONDS = 0.03
@@ -77,3 +79,29 @@ class Replay:
 
     def load(self, durations: Sequence[float]) -> None:
         self.readings = iter([reading for each in durations for reading in (0.0, each)])
+
+
+class Others:
+    """What other processes take of the cores that this one may use, from now on."""
+
+    STAT = Path("/proc/stat")
+
+    def __init__(self):
+        self.start, self.before = time.perf_counter(), self._taken()
+
+    def share(self) -> float:
+        """Of the cores' time; nothing where the system does not tell."""
+        cores = len(os.sched_getaffinity(0))
+        passed = (time.perf_counter() - self.start) * cores
+        return max(0.0, (self._taken() - self.before) / passed)
+
+    def _taken(self) -> float:
+        """Seconds that these cores were busy, less our own."""
+        if not self.STAT.exists():
+            return 0.0
+        lines = map(str.split, self.STAT.read_text().splitlines())
+        ticks = {name: list(map(int, numbers)) for name, *numbers in lines if name[:3] == "cpu"}
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        of_cores = [ticks[f"cpu{core}"] for core in os.sched_getaffinity(0)]
+        busy = sum(sum(each[:3] + each[5:8]) for each in of_cores)
+        return busy / os.sysconf("SC_CLK_TCK") - time.process_time()

@@ -255,8 +255,8 @@ def on_stream(
     sae = SAE(W_enc, bias, W_dec, b_dec, k)
     most = F.linear(z, W_enc).abs().amax().float()
     always = bias.index_add(0, features, 4 * most[None])
-    planted = Workload("model", stream, W_enc, sae.b_enc, W_dec, b_dec, features, k)
-    return planted, sae, replace(sae, bias=always)
+    planted = Workload("model", stream, W_enc, sae.b_enc_folded, W_dec, b_dec, features, k)
+    return planted, sae, replace(sae, b_enc=always)
 
 
 def miniature(dtype: str, tokens: int = 2048) -> Workload:
@@ -275,7 +275,7 @@ def miniature(dtype: str, tokens: int = 2048) -> Workload:
     )
     x, sample = stream[:tokens], stream[tokens:]
     latent = torch.tensor([metrics["latent"]])
-    w = Workload("real", x, W_enc, sae.b_enc, W_dec, b_dec, latent, sae.k, sample)
+    w = Workload("real", x, W_enc, sae.b_enc_folded, W_dec, b_dec, latent, sae.k, sample)
     return replace(w, value=TRIED * w.truth.max().item())
 
 

@@ -1,5 +1,6 @@
 // The checks of the ops' arguments, which every device makes, and the views that pass them on.
-// Nothing here reads a tensor's elements: they may be on a GPU.
+// Nothing here reads a tensor's elements: they may be on a GPU. What runs no C++ is checked, in the
+// same words, by saesteer_fast/checks.py.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -42,8 +43,22 @@ inline std::string dtype_name(const Tensor& t) {
       return "int64";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     default:
       return "dtype number " + std::to_string(static_cast<int>(t.scalar_type()));
   }
@@ -56,7 +71,8 @@ inline std::string shape(const Tensor& t) {
 }
 
 inline std::string place(const Tensor& t) {
-  return t.is_cpu() ? "the CPU" : "cuda:" + std::to_string(t.get_device_index());
+  if (t.is_cpu()) return "cpu";
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
 }
 
 // Names of what is checked: the op, and one of its arguments.
@@ -69,14 +85,19 @@ struct Argument {
     const bool there = first.t.is_cpu() ? t.is_cpu()
                                         : t.is_cuda() && first.t.is_cuda() &&
                                               t.get_device_index() == first.t.get_device_index();
-    check(there, op, name, " is not on ", place(first.t), ", where ", first.name,
-          " is; move it to ", first.name, "'s device");
+    check(there, op, name, " is on ", place(t), ", ", first.name, " on ", place(first.t),
+          "; move one to the other");
   }
   void has_dtype(ScalarType wanted, const char* wanted_name) const {
     check(t.scalar_type() == wanted, op, name, " is ", dtype_name(t), "; accepted: ", wanted_name);
   }
   void has_shape(const std::string& wanted, bool holds) const {
     check(holds, op, name, " has shape ", shape(t), "; accepted: ", wanted);
+  }
+  void is_contiguous() const {
+    check(t.is_contiguous(), op, name,
+          " is not contiguous; a copy of it every call would cost more than the op: call "
+          ".contiguous() once");
   }
   Dtype float_dtype() const {
     switch (t.scalar_type()) {
@@ -172,9 +193,7 @@ class Arguments {
     w.has_shape("[N, " + std::to_string(d) + "], a latent a row, as wide as x",
                 W_enc.dim() == 2 && W_enc.size(1) == d && W_enc.size(0) >= 1);
     const int64_t N = W_enc.size(0);
-    check(W_enc.is_contiguous(), w.op,
-          "W_enc is not contiguous; a copy of it every call would cost more than the op: call "
-          ".contiguous() once");
+    w.is_contiguous();
     b.has_dtype(ScalarType::Float,
                 "float32 (with W_enc @ b_dec already subtracted, if the SAE does)");
     b.has_shape("[" + std::to_string(N) + "], contiguous",
@@ -236,7 +255,7 @@ class Arguments {
   Rows decoder(const Tensor& W_dec, const Tensor& b_dec) const {
     const Argument w = named("W_dec", W_dec), b = named("b_dec", b_dec);
     w.has_shape("[N, d], a latent a row", W_dec.dim() == 2);
-    check(W_dec.is_contiguous(), w.op, "W_dec is not contiguous: call .contiguous() once");
+    w.is_contiguous();
     b.float_dtype();
     b.has_shape("[d], as wide as W_dec", has_sizes(b_dec, {W_dec.size(1)}));
     return rows(w);

@@ -11,7 +11,7 @@ heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range"
 tokens = {"vocab_size": 97, "pad_token_id": 0, "eos_token_id": None}
 model = Phi3ForCausalLM(Phi3Config(**tokens, **size, **heads))
 W = torch.nn.functional.normalize(torch.randn(128, 32), dim=1)
-sae = sf.SAE(W_enc=W, bias=torch.zeros(128), W_dec=W, b_dec=torch.zeros(32), k=8)
+sae = sf.SAE(W_enc=W, b_enc=torch.zeros(128), W_dec=W, b_dec=torch.zeros(32), k=8)
 
 prompt, wanted, losses = torch.tensor([[5, 17, 60]]), torch.tensor([42]), []
 edits = dict.fromkeys(range(16), sf.add(0))

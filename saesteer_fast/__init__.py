@@ -7,18 +7,32 @@ with sf.steering(model, sae, {22373: 12.0}):
     model.generate(...)
 """
 
-from .attach import steering, steerings
-from .conditions import active, gate
-from .edits import add, at_least, at_most, scale, set_if_active
-from .recipe import Recipe, Steering, load_steering
+from .attach import Handle, steering, steerings
+from .conditions import Active, Cause, Condition, Decision, Gate, GateInput, active, gate
+from .edits import Edit, Edits, add, at_least, at_most, scale, set_if_active
+from .plan import Rows, steer
+from .recipe import Handles, Recipe, Steering, load_steering
 from .sae import SAE
-from .scopes import not_tokens, positions
-from .steering import steer
+from .scopes import NotTokens, Positions, Scope, not_tokens, positions
 
 __version__ = "0.1.0"
 __all__ = [
     "SAE",
+    "Active",
+    "Cause",
+    "Condition",
+    "Decision",
+    "Edit",
+    "Edits",
+    "Gate",
+    "GateInput",
+    "Handle",
+    "Handles",
+    "NotTokens",
+    "Positions",
     "Recipe",
+    "Rows",
+    "Scope",
     "Steering",
     "active",
     "add",

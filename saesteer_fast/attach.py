@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from . import sites
 from .conditions import Condition, Decision
 from .edits import Edits, require_finite
+from .errors import is_integer
 from .generation import Told, listen
 from .hooks import Hooks
+from .plan import ErrorTerm, Impl, Plan, Reading, Rows, require_sae
 from .sae import SAE
 from .scopes import Scope, Scoped
 from .sites import Site
-from .steering import Plan, Rows, require_sae
 
 
 def steering(
@@ -30,9 +30,9 @@ def steering(
     scope: Scope = "all",
     rows: Rows | None = None,
     when: Condition | Sequence[Condition] | None = None,
-    error: str = "keep",
-    measure: str | None = None,
-    impl: str = "auto",
+    error: ErrorTerm = "keep",
+    measure: Reading | None = None,
+    impl: Impl = "auto",
 ) -> Handle:
     """Edit latents of `sae` in `model`, from now until the handle is removed.
 
@@ -200,7 +200,7 @@ def _told_by_hand(columns: int | Tensor, device: torch.device) -> Told:
     if isinstance(columns, Tensor) and columns.dtype == torch.int64 and columns.ndim == 1:
         ends = columns.tolist()
         columns = columns.to(device)[:, None]
-    elif isinstance(columns, Integral) and not isinstance(columns, bool):
+    elif is_integer(columns):
         ends = [int(columns)]
         columns = int(columns)
     else:

@@ -4,13 +4,12 @@ words of csrc/checks.h. Only `elements` reads numbers, for which a GPU would hav
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from .dtypes import FLOATS
 
 
 def steer(
@@ -96,7 +95,8 @@ def project(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, op: str = "project") -> 
     _dtype(op, "W_enc", W_enc, *FLOATS)
     _contiguous(op, "W_enc", W_enc)
     N = W_enc.shape[0]
-    _dtype(op, "b_enc", b_enc, torch.float32)
+    folded = " (with W_enc @ b_dec already subtracted, if the SAE does)"
+    _dtype(op, "b_enc", b_enc, torch.float32, note=folded)
     _shape(op, "b_enc", b_enc, b_enc.shape == (N,) and b_enc.is_contiguous(), f"[{N}], contiguous")
 
 
@@ -127,9 +127,11 @@ def elements(op: str, name: str, indices: Tensor, N: int) -> None:
     for index in indices[(indices < 0) | (indices >= N)].tolist():
         _refuse(op, f"{name} holds {index}; accepted: 0 to {N - 1}")
     if name == "features":
-        for index, times in Counter(indices.tolist()).items():
-            if times > 1:
+        seen = set()
+        for index in indices.tolist():
+            if index in seen:
                 _refuse(op, f"features holds {index} twice; a latent can be edited once")
+            seen.add(index)
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
@@ -175,10 +177,10 @@ def _device(op: str, **tensors: Tensor) -> None:
             _refuse(op, f"{name} is on {t.device}, {first} on {x.device}; move one to the other")
 
 
-def _dtype(op: str, name: str, t: Tensor, *accepted: torch.dtype) -> None:
+def _dtype(op: str, name: str, t: Tensor, *accepted: torch.dtype, note: str = "") -> None:
     if t.dtype not in accepted:
         got, *names = (str(dtype).removeprefix("torch.") for dtype in (t.dtype, *accepted))
-        _refuse(op, f"{name} is {got}; accepted: {', '.join(names)}")
+        _refuse(op, f"{name} is {got}; accepted: {', '.join(names)}{note}")
 
 
 def _shape(op: str, name: str, t: Tensor, holds: bool, wanted: str) -> None:

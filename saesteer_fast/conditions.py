@@ -16,18 +16,18 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .errors import named, nearest, nearest_file
+from .errors import is_integer, is_number, named, nearest, nearest_file, one_of
 from .node import Node
 from .tokens import Tokens
 
-POOLS = ("max", "mean", "last")
+Pool = Literal["max", "mean", "last"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 class Cause(NamedTuple):
@@ -60,7 +60,7 @@ class Decision(NamedTuple):
         return f"row {self.row} {'steered' if self.on else 'not steered'}: {because}"
 
 
-class Prompt(NamedTuple):
+class GateInput(NamedTuple):
     """What a gate sees: the prompts of a batch of B rows and P columns."""
 
     acts: Tensor
@@ -87,7 +87,7 @@ class Gate:
     """`gate` makes it."""
 
     latents: tuple[int, ...]
-    decide: Callable[[Prompt], Tensor]
+    decide: Callable[[GateInput], Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,26 @@ class Logistic:
     def __post_init__(self):
         object.__setattr__(self, "margin", math.log(self.threshold / (1 - self.threshold)))
 
-    def scores(self, prompt: Prompt) -> Tensor:
+    def scores(self, prompt: GateInput) -> Tensor:
         """Log-odds [B] fp32."""
         pooled = _pooled(prompt, self.pool)
         return (pooled * pooled.new_tensor(self.weights)).sum(-1) + self.bias
 
-    def __call__(self, prompt: Prompt) -> Tensor:
+    def __call__(self, prompt: GateInput) -> Tensor:
         return self.scores(prompt) > self.margin
 
 
 def active(latents: int | Mapping[int, float], above: float = 0.0) -> Active:
-    """Steer the tokens on which a latent's activation, before steering, is above a threshold.
+    """Steer the tokens on which latents are active: where a_f > threshold_f for every f given.
 
-    `latents` is one latent, or a mapping {latent: threshold}, all of which must be exceeded.
+    latents is one latent, of which `above` is the threshold, or {latent: threshold}. a_f is the
+    SAE's own activation on that token, before steering, and thresholds are in its units; 0 asks
+    whether the latent is live. Raises TypeError for a latent that is no integer or a threshold that
+    is no number, ValueError for NaN or infinity, for no latent, and for `above` beside a mapping;
+    a latent that the SAE does not have is refused by what is given the condition.
     """
+    if isinstance(latents, Mapping):
+        _require_unused(active, "the thresholds say it", {"above": above}, "above")
     thresholds = latents if isinstance(latents, Mapping) else {_latent("active", latents): above}
     if not thresholds:
         raise ValueError("active: no latent is given")
@@ -126,11 +132,11 @@ def active(latents: int | Mapping[int, float], above: float = 0.0) -> Active:
 
 
 def gate(
-    by: Mapping[int, float] | str | os.PathLike[str] | Callable[[Prompt], Tensor],
+    by: Mapping[int, float] | str | os.PathLike[str] | Callable[[GateInput], Tensor],
     bias: float = 0.0,
     *,
     threshold: float = 0.5,
-    pool: str = "max",
+    pool: Pool = "max",
     latents: Sequence[int] = (),
 ) -> Gate:
     """Steer the rows whose prompt a gate lets through, decided once and held for what follows. The
@@ -140,27 +146,24 @@ def gate(
     is over the row's prompt, "max", "mean", or "last" for its last token.
     by a path: the same from a JSON file {"weights": {latent: weight}, "bias", "threshold", "pool"},
     or from a safetensors file with `latents` [G], `weights` [G], and the rest as its metadata.
-    by a callable: it is given a `Prompt` with the activations of `latents`, and returns bool [B].
+    by a callable: it is given a `GateInput` with the activations of `latents` and returns bool [B].
     Raises ValueError for an argument that the form does not use, and, naming the file, for a bad
     one.
     A gate on the prompt needs no host synchronisation unless its callable makes one.
     """
     given = dict(bias=bias, threshold=threshold, pool=pool, latents=tuple(latents))
     if callable(by):
-        _require_unused("a callable decides by itself", given, "bias", "threshold", "pool")
+        _require_unused(gate, "a callable decides by itself", given, "bias", "threshold", "pool")
         return Gate(tuple(_latent("gate", f) for f in latents), by)
     if isinstance(by, (str, os.PathLike)):
-        _require_unused("the file says it", given, *given)
+        _require_unused(gate, "the file says it", given, *given)
         return _from_file(Path(by))
     if not isinstance(by, Mapping):
         raise TypeError(f"gate: got {type(by).__name__}, a mapping, a path or a callable is needed")
     if not by:
         raise ValueError("gate: no latent is given")
-    _require_unused("the weights name them", given, "latents")
-    if pool not in POOLS:
-        raise ValueError(
-            f"pool: got {pool!r}, accepted are {', '.join(POOLS)}{nearest(str(pool), POOLS)}"
-        )
+    _require_unused(gate, "the weights name them", given, "latents")
+    one_of("pool", pool, POOLS)
     if not 0 < _finite("threshold", threshold) < 1:
         raise ValueError(f"threshold: got {threshold}, a probability between 0 and 1 is needed")
     weights = tuple(_finite("gate", weight) for weight in by.values())
@@ -233,14 +236,14 @@ def decisions(condition: Condition, seen: Sequence[Seen], on: Tensor) -> list[De
     return found
 
 
-def _prompt(seen: Sequence[Seen]) -> Prompt:
+def _prompt(seen: Sequence[Seen]) -> GateInput:
     acts = torch.cat([chunk.acts for chunk in seen], 1)
     real = torch.cat([chunk.counted() for chunk in seen], 1)
     known = all(chunk.tokens.ids is not None for chunk in seen)
-    return Prompt(acts, real, torch.cat([c.tokens.ids for c in seen], 1) if known else None)
+    return GateInput(acts, real, torch.cat([c.tokens.ids for c in seen], 1) if known else None)
 
 
-def _pooled(prompt: Prompt, pool: str) -> Tensor:
+def _pooled(prompt: GateInput, pool: str) -> Tensor:
     """[B, G]; a row without a real token counts as silent."""
     if pool == "mean":
         real = prompt.real[..., None]
@@ -248,7 +251,7 @@ def _pooled(prompt: Prompt, pool: str) -> Tensor:
     return _peaks(prompt, pool)[0]
 
 
-def _peaks(prompt: Prompt, pool: str) -> tuple[Tensor, Tensor]:
+def _peaks(prompt: GateInput, pool: str) -> tuple[Tensor, Tensor]:
     """[B, G]: the latents' largest activations, for pool "last" those of the row's last token; and
     their columns."""
     acts = torch.where(prompt.real[..., None], prompt.acts, 0)
@@ -325,21 +328,21 @@ def _float(name: str, text: str) -> float:
         raise ValueError(f"{name} is {text!r}, a number is needed") from None
 
 
-def _require_unused(why: str, given: Mapping[str, object], *names: str) -> None:
-    parameters = inspect.signature(gate).parameters
+def _require_unused(of: Callable, why: str, given: Mapping[str, object], *names: str) -> None:
+    parameters = inspect.signature(of).parameters
     for name in names:
         if given[name] != parameters[name].default:
             raise ValueError(f"{name}: got {given[name]!r}, but {why}")
 
 
 def _latent(name: str, latent: object) -> int:
-    if isinstance(latent, bool) or not isinstance(latent, Integral):
+    if not is_integer(latent):
         raise TypeError(f"{name}: latent {latent!r} is no integer")
     return int(latent)
 
 
 def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{name}: got {value!r}, a number is needed")
     if not abs(value) <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name}: got {value}, a number that is finite in fp32 is needed")

@@ -6,15 +6,14 @@ direction, so amounts are what is written here. Where the amount is 0 no bit of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from .errors import nearest
+from .dtypes import LARGEST
+from .errors import is_integer, is_number, nearest, one_of
 
 # Each gives a' - a for activations a and strengths v; NaN in a must come out as NaN.
 _AMOUNTS = {
@@ -29,8 +28,6 @@ KINDS = tuple(_AMOUNTS)
 _SET, _ADD = KINDS.index("set"), KINDS.index("add")
 _NONE = len(KINDS)
 """The kind of a latent that a configuration leaves alone."""
-_LARGEST = torch.finfo(torch.float32).max
-"""Strengths are kept in fp32."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,7 @@ class Edit:
     value: float | Tensor
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"kind: got {self.kind!r}, accepted are {', '.join(KINDS)}"
-                f"{nearest(str(self.kind), KINDS)}"
-            )
+        one_of("kind", self.kind, KINDS)
         object.__setattr__(self, "value", _number(f"{self.kind}: got", self.value))
 
     def __repr__(self) -> str:
@@ -174,7 +167,7 @@ class Table:
 
     def index(self, name: str | int) -> int:
         """The row of a configuration."""
-        if isinstance(name, Integral) and not isinstance(name, bool):
+        if is_integer(name):
             if 0 <= name < len(self.values):
                 return int(name)
             raise ValueError(f"rows: got {name}, accepted are 0 to {len(self.values) - 1}")
@@ -250,7 +243,7 @@ def _configurations(edits) -> tuple[tuple[str, ...] | None, list[Edits]]:
 def _checked(edits: Edits, num_latents: int | None = None) -> dict[int, Edit]:
     checked = {}
     for latent, edit in edits.items():
-        if isinstance(latent, bool) or not isinstance(latent, Integral):
+        if not is_integer(latent):
             raise TypeError(f"edits: latent {latent!r} is no integer")
         if num_latents is not None and not 0 <= latent < num_latents:
             raise ValueError(f"edits: latent {latent} is not among 0 to {num_latents - 1}")
@@ -270,9 +263,9 @@ def _number(what: str, value: float | Tensor) -> float | Tensor:
         return value
     if isinstance(value, Tensor):
         raise TypeError(f"{what} {value!r}, a number or a floating-point tensor of one is needed")
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{what} {value!r}, a number is needed")
-    if not abs(value) <= _LARGEST or math.isnan(value):
+    if not abs(value) <= LARGEST:
         raise ValueError(f"{what} {value}, which is not finite in fp32")
     return float(value)
 

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
+
+
+def one_of(argument: str, got: object, accepted: Collection[str], like: str | None = None) -> None:
+    """ValueError if what an argument got is none of the accepted; the nearest is that to `like`."""
+    if got not in tuple(accepted):  # of a mapping, what has no hash raises
+        raise ValueError(f"{argument}: got {among(got, accepted, like)}")
+
+
+def among(got: object, accepted: Collection[str], like: str | None = None) -> str:
+    """What is there in place of one of the accepted, as an error goes on after "got" or "is"."""
+    hint = nearest(str(got) if like is None else like, accepted)
+    return f"{got!r}, accepted are {', '.join(accepted)}{hint}"
+
+
+def is_integer(value: object) -> bool:
+    """Of Python or another library; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Of Python or another library; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def nearest(name: str, choices: Iterable[str], ask: str = "did you mean") -> str:
@@ -17,6 +40,16 @@ def nearest_file(path: Path, suffixes: Iterable[str]) -> str:
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     valid = [entry.name for entry in beside if entry.suffix in suffixes and entry.is_file()]
     return nearest(path.name, valid)
+
+
+@contextmanager
+def in_file(path: Path) -> Iterator[None]:
+    """A ValueError inside begins with the path, once."""
+    try:
+        yield
+    except ValueError as error:
+        told = str(error).startswith(str(path))
+        raise error if told else ValueError(f"{path}: {error}") from None
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import nearest
-from .sae import SAE, TINY, constants, row_norms
+from .dtypes import TINY
+from .errors import one_of
+from .sae import SAE, constants, row_norms
 
 TOKENS = 1024
 """Tokens encoded at once to count what is live."""
@@ -38,7 +39,7 @@ class Measured:
     x is [..., d] fp32, bf16 or fp16. Both methods are differentiable in x, apply in coef too; they
     accumulate in fp32, and x' is rounded once to x's dtype; a token whose coefficients are all 0
     comes out bit-identical. Elementwise measures keep F rows of W_enc, topk and groupmax all; topk
-    in the SAE's `order`, where `rows` are the latents'.
+    in the SAE's `order`, where `rows` are the latents'. Its b_enc is the folded one, for the ops.
     """
 
     def __init__(
@@ -49,11 +50,7 @@ class Measured:
         measure: str | None = None,
     ):
         self.measure = sae.measure if measure is None else measure
-        if measure is not None and measure not in (sae.measure, *_EXTRA):
-            hint = nearest(measure, (sae.measure, *_EXTRA))
-            raise ValueError(
-                f"measure: got {measure!r}, this SAE has {sae.measure}, projection, none{hint}"
-            )
+        one_of("measure", self.measure, (sae.measure, *_EXTRA))
         self.latents, self.d, self.k = list(latents), sae.d, sae.k
         self.normalize, self.scale = sae.normalize, sae.scale
         device = sae.device if device is None else torch.device(device)
@@ -72,7 +69,7 @@ class Measured:
             elif self.measure == "projection":
                 W_enc, b_enc = directions, -(directions.double() @ sae.b_dec.double()).float()
             elif self.measure == "none":
-                W_enc, b_enc = sae.W_enc[:0], sae.bias[:0].float()
+                W_enc, b_enc = sae.W_enc[:0], sae.b_enc[:0].float()
             else:
                 W_enc, b_enc = sae.encoder_rows(features)
                 parameters = tuple(parameter[features] for parameter in _parameters(sae))
@@ -269,7 +266,7 @@ def _parameters(sae: SAE) -> tuple[Tensor, ...]:
         return (sae.threshold.float().clamp_min(0),)
     if sae.measure == "gated":
         gain = sae.r_mag.double().exp()
-        return gain.float(), (sae.b_mag.double() - gain * sae.bias.double()).float()
+        return gain.float(), (sae.b_mag.double() - gain * sae.b_enc.double()).float()
     return ()
 
 

@@ -7,12 +7,10 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import NoReturn
 
-import torch
-
+from .dtypes import LARGEST
 from .errors import nearest
 
 _LATENT = re.compile("0|[1-9][0-9]{0,17}")
-_LARGEST = torch.finfo(torch.float32).max
 
 Readers = Mapping[str, Callable[["Node"], object]]
 
@@ -63,7 +61,7 @@ class Node:
     def number(self) -> float:
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
             self.refuse("a number is needed")
-        if not abs(self.value) <= _LARGEST:
+        if not abs(self.value) <= LARGEST:
             self.refuse("a number that is finite in fp32 is needed")
         return float(self.value)
 

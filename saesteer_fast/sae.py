@@ -9,26 +9,23 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
-from numbers import Integral, Real
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .errors import nearest
+from .dtypes import FLOATS, TINY
+from .errors import is_integer, is_number, one_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What hidden states and weights may be stored in; sums are always fp32."""
-
-
-TINY = torch.finfo(torch.float32).tiny
-
-MEASURES = ("topk", "groupmax", "threshold", "relu", "gated")
+Measure = Literal["topk", "groupmax", "threshold", "relu", "gated"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 """Ways in which an SAE makes activations of pre-activations."""
 
 _LITERATURE = {"jumprelu": "threshold", "batchtopk": "threshold", "standard": "relu"}
 """Other names of MEASURES: not accepted, but hinted from."""
 
-NORMALIZE = ("none", "layer_norm", "constant_norm")
+Normalize = Literal["none", "layer_norm", "constant_norm"]
+NORMALIZE: tuple[Normalize, ...] = get_args(Normalize)
 """What is done to a token before it is encoded, and undone after decoding."""
 
 
@@ -37,7 +34,7 @@ class SAE:
     """A sparse autoencoder with N latents on a stream of width d.
 
         z     = scale n(x)                              n as `normalize` says
-        p_j   = s_j (W_enc[j]·(z - b_dec) + bias_j)     b_dec only if subtract_b_dec
+        p_j   = s_j (W_enc[j]·(z - b_dec) + b_enc_j)    b_dec only if subtract_b_dec
         a_j   = f_j(p)                                  f as `measure` says
         recon = n⁻¹((b_dec + sum_j a_j W_dec[j] / s_j) / scale)
 
@@ -55,7 +52,7 @@ class SAE:
                     group g holds latents g N/k to (g + 1) N/k - 1
         threshold   p_j where p_j > max(threshold_j, 0), else 0 (JumpReLU, BatchTopK)
         relu        max(p_j, 0)
-        gated       max(exp(r_mag_j) (p_j - bias_j) + b_mag_j, 0) where p_j > 0, else 0
+        gated       max(exp(r_mag_j) (p_j - b_enc_j) + b_mag_j, 0) where p_j > 0, else 0
 
     Of equal p the lower index is the larger. Weights are fp32, bf16 or fp16, in any mix, and on one
     device. They are shared with the caller, made contiguous where they are not, and must not be
@@ -67,15 +64,15 @@ class SAE:
 
     W_enc: Tensor
     """[N, d], a row a latent."""
-    bias: Tensor
-    """[N], the encoder's own bias, the gate's where there is one; the ops take `b_enc`."""
+    b_enc: Tensor
+    """[N], the encoder's own bias, the gate's where there is one; the ops take `b_enc_folded`."""
     W_dec: Tensor
     """[N, d], a row a latent."""
     b_dec: Tensor
     """[d], taken off z before encoding if subtract_b_dec, added back by decoding."""
     k: int | None = None
     """Largest number of live latents a token, for topk and groupmax."""
-    measure: str = "topk"
+    measure: Measure = "topk"
     """One of MEASURES."""
     threshold: Tensor | None = None
     """[N], for threshold."""
@@ -87,7 +84,7 @@ class SAE:
     """Whether b_dec is taken off z before encoding."""
     decoder_norm: bool = False
     """Whether pre-activations are multiplied by the norms of W_dec's rows, and these have none."""
-    normalize: str = "none"
+    normalize: Normalize = "none"
     """One of NORMALIZE."""
     scale: float = 1.0
     """What every token is multiplied by before it is encoded, positive."""
@@ -145,12 +142,12 @@ class SAE:
                 f"W_enc: got shape {(N, d)}, [N, d] is needed, a latent a row; it seems transposed"
             )
         own = {name: (N,) for name in _OWN[self.measure] if name != "k"}
-        return {"W_enc": (N, d), "bias": (N,), "W_dec": (N, d), "b_dec": (d,)} | own
+        return {"W_enc": (N, d), "b_enc": (N,), "W_dec": (N, d), "b_dec": (d,)} | own
 
     def _fits_transposed(self) -> bool:
         """Whether most of the other weights would go with a transposed W_enc."""
         N, d = self.W_enc.shape
-        turned = {"bias": (d,), "W_dec": (d, N), "b_dec": (N,)}
+        turned = {"b_enc": (d,), "W_dec": (d, N), "b_dec": (N,)}
         fits = [getattr(getattr(self, name), "shape", None) == turned[name] for name in turned]
         return sum(fits) > 1
 
@@ -173,14 +170,14 @@ class SAE:
             raise ValueError("normalize: 'layer_norm' needs a stream of width 2 at least")
         if self.decoder_norm and self.measure == "gated":
             raise ValueError("decoder_norm: measure 'gated' does not use it")
-        if isinstance(self.scale, bool) or not isinstance(self.scale, Real):
+        if not is_number(self.scale):
             raise TypeError(f"scale: got {self.scale!r}, a number is needed")
         if not (isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale: got {self.scale}, a positive number is needed")
         object.__setattr__(self, "scale", float(self.scale))
 
     def _check_k(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, Integral):
+        if not is_integer(self.k):
             raise TypeError(f"k: got {self.k!r}, an integer is needed")
         if not 1 <= self.k <= self.num_latents:
             raise ValueError(f"k: got {self.k}, accepted are 1 to {self.num_latents} (the latents)")
@@ -222,13 +219,16 @@ class SAE:
         return self.W_enc.device
 
     @cached_property
-    def b_enc(self) -> Tensor:
-        """[N] fp32: bias, less W_enc b_dec if subtract_b_dec: p_j = s_j (W_enc[j]·z + b_enc_j)."""
+    def b_enc_folded(self) -> Tensor:
+        """[N] fp32: b_enc, less W_enc b_dec if subtract_b_dec; what the ops take as b_enc.
+
+        p_j = s_j (W_enc[j]·z + b_enc_folded_j), with the z that nothing is taken off.
+        """
         self.require_unwritten()
         with constants(self.device):
             if not self.subtract_b_dec:
-                return self.bias.float()
-            b_enc, b_dec = self.bias.double(), self.b_dec.double()
+                return self.b_enc.float()
+            b_enc, b_dec = self.b_enc.double(), self.b_dec.double()
             # fp64, for fp32 may be rounded to tf32; a few rows at a time, for they are copied.
             parts = [
                 bias - rows.double() @ b_dec
@@ -250,7 +250,7 @@ class SAE:
 
     def encoder_rows(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """These rows of `encoder`."""
-        W_enc, b_enc = self.W_enc[rows], self.b_enc[rows]
+        W_enc, b_enc = self.W_enc[rows], self.b_enc_folded[rows]
         if not self.decoder_norm:
             return W_enc, b_enc
         with constants(self.device):
@@ -315,13 +315,13 @@ class SAE:
         Activations keep their units. For formats that have no place for either.
         """
         with constants(self.device):
-            inner = self.decoder_norms if self.decoder_norm else self.bias.new_ones(1).float()
+            inner = self.decoder_norms if self.decoder_norm else self.b_enc.new_ones(1).float()
             outer = (inner.clamp_min(TINY) * self.scale)[:, None]
-            bias = self.bias * inner
+            b_enc = self.b_enc * inner
             return replace(
                 self,
                 W_enc=(self.W_enc * (inner * self.scale)[:, None]).to(self.W_enc.dtype),
-                bias=bias.to(self.bias.dtype),
+                b_enc=b_enc.to(self.b_enc.dtype),
                 W_dec=(self.W_dec / outer).to(self.W_dec.dtype),
                 b_dec=(self.b_dec / self.scale).to(self.b_dec.dtype),
                 decoder_norm=False,
@@ -388,7 +388,7 @@ def row_norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
 
 
-_SHARED = ("W_enc", "bias", "W_dec", "b_dec")
+_SHARED = ("W_enc", "b_enc", "W_dec", "b_dec")
 """What every measure needs."""
 
 _OWN = {
@@ -402,17 +402,15 @@ _OWN = {
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        plain = re.sub(r"[\W_]", "", str(value)).lower()
-        hint = nearest(_LITERATURE.get(plain, plain), choices)
-        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(choices)}{hint}")
+    plain = re.sub(r"[\W_]", "", str(value)).lower()
+    one_of(name, value, choices, like=_LITERATURE.get(plain, plain))
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, a tensor is needed")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name}: got {tensor.dtype}, accepted are {', '.join(map(str, DTYPES))}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: got {tensor.dtype}, accepted are {', '.join(map(str, FLOATS))}")
     if tensor.shape != shape:
         turned = len(shape) == 2 and tensor.shape == shape[::-1]
         hint = "; it looks transposed" if turned else ""

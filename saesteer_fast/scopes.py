@@ -13,29 +13,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .errors import nearest
+from .errors import is_integer, nearest
 from .tokens import Tokens
 
 
 @dataclass(frozen=True)
 class Positions:
+    """`positions` makes it."""
+
     places: tuple[int, ...]
+    """From 0 at the row's first real token on, or down from -1 at the last of its prompt."""
 
 
 @dataclass(frozen=True)
 class NotTokens:
+    """`not_tokens` makes it."""
+
     ids: tuple[int, ...]
+    """Of the tokens that are left alone."""
 
 
 def positions(*places: int) -> Positions:
-    """Tokens at these places of their row, padding not counted: 0 is the first real token.
+    """Tokens at these places of their row, padding not counted.
 
-    Negative places count back from the end of the prompt: -1 is its last token.
+    A place p >= 0 is the token with p real ones before it in its row, of the prompt or generated;
+    p < 0 is counted back from the end of the row's prompt of n real tokens, and is place n + p: -1
+    is the prompt's last token. A place that a row does not have is no error. Raises ValueError for
+    no place, TypeError for what is no integer, and for a list, since places are given one by one.
     """
     if not places:
         raise ValueError("positions: no place is given; sf.positions(0) is the first token")
@@ -47,7 +56,11 @@ def positions(*places: int) -> Positions:
 
 
 def not_tokens(ids: Iterable[int]) -> NotTokens:
-    """Tokens whose id is none of these: `sf.not_tokens(tokenizer.all_special_ids)`."""
+    """Tokens whose id is none of these: `sf.not_tokens(tokenizer.all_special_ids)`.
+
+    Raises TypeError for what is no list of integers and ValueError for an id below 0; calls of a
+    decoder that is given embeddings in place of ids raise ValueError.
+    """
     if not isinstance(ids, Iterable):
         raise TypeError(f"not_tokens: got {ids!r}, a list of ids is needed: sf.not_tokens([3])")
     ids = _integers("not_tokens", tuple(ids))
@@ -56,7 +69,10 @@ def not_tokens(ids: Iterable[int]) -> NotTokens:
     return NotTokens(ids)
 
 
-Scope = str | Positions | NotTokens | Tensor | Sequence["Scope"]
+Named = Literal["all", "prompt", "generated"]
+
+Scope = Named | Positions | NotTokens | Tensor | Sequence["Scope"]
+"""Which tokens: the first lines of this file say what each means."""
 
 
 class Scoped:
@@ -99,10 +115,10 @@ class Scoped:
         return inside
 
 
-def both(one: bool | Tensor, other: bool | Tensor) -> bool | Tensor:
-    """one & other, for masks or truth values."""
-    if isinstance(one, bool):
-        return other if one else False
+def both(one: bool | Tensor | None, other: bool | Tensor) -> bool | Tensor:
+    """one & other, for masks or truth values; no mask leaves nothing out."""
+    if one is None or isinstance(one, bool):
+        return False if one is False else other
     if isinstance(other, bool):
         return one if other else False
     return one & other
@@ -117,7 +133,7 @@ def _prompt(tokens: Tokens) -> bool | Tensor:
     return not generated if isinstance(generated, bool) else ~generated
 
 
-_NAMED = {"all": None, "prompt": _prompt, "generated": _generated}
+NAMED = {"all": None, "prompt": _prompt, "generated": _generated}
 
 
 class _At:
@@ -217,8 +233,8 @@ def _of_the_prompt(part) -> bool:
 
 
 def _part(part, device: torch.device):
-    if isinstance(part, str) and part in _NAMED:
-        return _NAMED[part]
+    if isinstance(part, str) and part in NAMED:
+        return NAMED[part]
     if isinstance(part, Positions):
         return _At(part.places, device)
     if isinstance(part, NotTokens):
@@ -230,13 +246,13 @@ def _part(part, device: torch.device):
             )
         return _Mask(part, device)
     accepted = "'all', 'prompt', 'generated', sf.positions, sf.not_tokens, a bool tensor [B, S]"
-    hint = nearest(part, _NAMED) if isinstance(part, str) else ""
+    hint = nearest(part, NAMED) if isinstance(part, str) else ""
     raise ValueError(f"scope: got {part!r}, accepted are {accepted}, and lists of these{hint}")
 
 
 def _integers(name: str, values: tuple) -> tuple[int, ...]:
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, Integral):
+        if not is_integer(value):
             raise TypeError(f"{name}: got {value!r}, integers are needed")
         if not -(2**63) <= value < 2**63:
             raise ValueError(f"{name}: got {value}, integers of 64 bits are needed")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .errors import nearest
-from .formats import hookpoints
+from . import hookpoints
+from .errors import is_integer, nearest
 from .sae import SAE
 
 # What torch.compile, FSDP and activation checkpoints put into the names of what they wrap, a model
@@ -150,7 +149,7 @@ def _outermost(module: nn.Module, wanted: Callable, path: str = "") -> Iterator:
 
 
 def _numbered(language: nn.Module, lists: dict, stem: str, layer: int) -> str:
-    if isinstance(layer, bool) or not isinstance(layer, Integral):
+    if not is_integer(layer):
         raise TypeError(f"layer: got {layer!r}, an integer or a module's name is needed")
     if len(lists) != 1:
         found = f"several lists of layers: {', '.join(lists)}" if lists else "no list of layers"

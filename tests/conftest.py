@@ -66,7 +66,7 @@ def make_sae() -> Callable[..., sf.SAE]:
         noise, W_dec = torch.randn(2, N, d, generator=random)
         W_dec /= W_dec.norm(dim=1, keepdim=True)
         bias, b_dec = torch.randn(N, generator=random), torch.randn(d, generator=random)
-        weights = dict(W_enc=W_dec + 0.1 * noise, bias=0.1 * bias, W_dec=W_dec, b_dec=0.3 * b_dec)
+        weights = dict(W_enc=W_dec + 0.1 * noise, b_enc=0.1 * bias, W_dec=W_dec, b_dec=0.3 * b_dec)
         stored = {name: tensor.to(dtype) for name, tensor in weights.items()}
         return sf.SAE(**stored, k=k, hookpoint=hookpoint)
 
@@ -79,7 +79,7 @@ def textbook() -> Callable[..., Tensor]:
 
     def steered(x: Tensor, sae: sf.SAE, edits: Mapping[int, float], mask: Tensor | None = None):
         W_enc, bias, W_dec, b_dec = (
-            t.double() for t in (sae.W_enc, sae.bias, sae.W_dec, sae.b_dec)
+            t.double() for t in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
         )
         stream = x.double()
         top = torch.relu((stream - b_dec) @ W_enc.T + bias).topk(sae.k, dim=-1)

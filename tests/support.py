@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import saesteer_fast as sf
-from saesteer_fast.steering import ERRORS
+from saesteer_fast.plan import ERRORS
 
 D, N, K = 24, 96, 6
 LATENTS = [3, 40, 41, 95]
@@ -37,7 +37,7 @@ def build(measure="topk", dtype=torch.float32, seed=0, N=N, K=K, **options) -> s
     bias, r_mag, b_mag = 0.1 * torch.randn(3, N, generator=random)
     weights = {
         "W_enc": W_dec + 0.1 * noise,
-        "bias": bias,
+        "b_enc": bias,
         "W_dec": W_dec,
         "b_dec": 0.3 * torch.randn(D, generator=random),
     }
@@ -62,7 +62,7 @@ def given_edits(edits: Mapping[int, tuple[str, float]]) -> dict:
 
 def true_acts(x: Tensor, sae: sf.SAE) -> Tensor:
     """Dense activations in fp64."""
-    W_enc, bias, b_dec = (t.double() for t in (sae.W_enc, sae.bias, sae.b_dec))
+    W_enc, bias, b_dec = (t.double() for t in (sae.W_enc, sae.b_enc, sae.b_dec))
     p = (x - b_dec) @ W_enc.T + bias
     if sae.measure == "topk":
         top = p.relu().topk(sae.k, dim=-1)

@@ -220,7 +220,7 @@ def test_a_handle_is_not_copied(model, sae, copied):
         (torch.tensor(5), TypeError, r"columns: got torch.int64 \(\), an integer or"),
         (torch.tensor([5.0]), TypeError, r"columns: got torch.float32 \(1,\)"),
         (torch.tensor([5, -2]), ValueError, "columns: got -2"),
-        (torch.tensor([5, 5]), ValueError, "prompt: columns of 2 rows are given for a batch of 1"),
+        (torch.tensor([5, 5]), ValueError, "prompt: 2 rows are given for a batch of 1"),
     ],
 )
 def test_a_prompt_is_told_by_its_length(model, sae, columns, error, message):

@@ -237,7 +237,7 @@ FORK = """
 import os, torch, saesteer_fast as sf
 torch.manual_seed(0)
 W, b, zero = torch.randn(512, 64), torch.randn(512), torch.zeros(64)
-sae = sf.SAE(W_enc=W, bias=b, W_dec=W, b_dec=zero, k=8)
+sae = sf.SAE(W_enc=W, b_enc=b, W_dec=W, b_dec=zero, k=8)
 x = torch.randn(256, 64)
 expected = sf.steer(x, sae, {3: 2.0})
 pid = os.fork()

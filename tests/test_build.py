@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -39,12 +40,27 @@ def test_wheel_file_list(wheel):
         for p in (PACKAGE / "mini/assets").rglob("*")
         if p.is_file()
     }
-    schema = {"saesteer_fast/recipe/schema.json"}
-    assert got - compiled == sources | kernels | assets | schema
+    data = {"saesteer_fast/py.typed", "saesteer_fast/recipe/schema.json"}
+    assert got - compiled == sources | kernels | assets | data
     assert "saesteer_fast/triton_kernels/__init__.py" in got
     names = {re.sub(r"\.cpython.*", "", Path(name).name) for name in compiled}
     assert {"libsaesteer_ops.so", "_build"} <= names
     assert names <= {"libsaesteer_ops.so", "libsaesteer_cuda.so", "_build"}
+
+
+def test_sdist_file_list(tmp_path):
+    """All that is in the repository, less what belongs to git alone."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist"]
+    done = subprocess.run([*command, "--dist-dir", tmp_path], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        got = {name.partition("/")[2] for name in archive.getnames()}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no history in this checkout")
+    missing = set(listed.stdout.split()) - got
+    assert missing == {".ci/run", ".gitignore"}
 
 
 def test_wheel_metadata(wheel):
@@ -95,6 +111,23 @@ def test_kernels_compile_for_arm():
     command = [ARM, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", *sources]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_clean_keeps_what_users_made(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    made = [".venv/bin", "saesteer-mini", "saesteer-demo"]
+    for folder in ("csrc", "build", "saesteer_fast/__pycache__", ".venv/__pycache__", *made):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "saesteer_fast" / "libsaesteer_ops.so").touch()
+
+    def left(target: str) -> set[str]:
+        subprocess.run(["make", "-C", tmp_path, target], check=True, capture_output=True)
+        return {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+
+    kept = {"Makefile", "csrc", "saesteer_fast"}
+    assert left("clean") == kept | {*made, ".venv", ".venv/__pycache__"}
+    assert left("distclean") == kept
 
 
 def build_error(tmp_path, **environment) -> str:

@@ -8,7 +8,7 @@ from support import EDITED, MEASURES, build, stream
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import saesteer_fast as sf
-from saesteer_fast.steering import Plan
+from saesteer_fast.plan import Plan
 
 EDITS = {3: 6.0, 77: -2.0}
 TABLE = {"off": {}, "strong": EDITS, "weak": {3: 1.0, 5: sf.scale(0.5)}}

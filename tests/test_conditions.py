@@ -31,7 +31,7 @@ def layer_output(model, *args, **options):
 def acts(model, sae):
     """The SAE's activations of the prompts, [3, 6, N] fp64, padding at 0."""
     x = layer_output(model, IDS, attention_mask=MASK).double()
-    p = (x - sae.b_dec.double()) @ sae.W_enc.double().T + sae.bias.double()
+    p = (x - sae.b_dec.double()) @ sae.W_enc.double().T + sae.b_enc.double()
     top = p.relu().topk(sae.k, dim=-1)
     dense = torch.zeros_like(p).scatter(-1, top.indices, top.values)
     return dense * MASK[..., None]
@@ -438,6 +438,12 @@ def test_what_a_gate_would_not_use_is_refused(tmp_path):
         sf.gate(lambda prompt: prompt.real[:, 0], pool="last", latents=[1])
     with pytest.raises(ValueError, match=r"latents: got \(7, 8\), but the weights name them"):
         sf.gate({5: 1.0}, latents=[7, 8])
+
+
+def test_what_active_would_not_use_is_refused():
+    with pytest.raises(ValueError, match=r"above: got 5\.0, but the thresholds say it"):
+        sf.active({3: 1.0}, above=5.0)
+    assert sf.active({3: 1.0}).above == {3: 1.0} and sf.active(3, above=5.0).above == {3: 5.0}
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -206,7 +206,7 @@ def test_an_encoder_has_the_prompt(sae):
 def test_a_cache_that_does_not_count(sae, monkeypatch):
     """Taken for an empty one, it would make every token a prompt."""
     model = of("Llama")
-    monkeypatch.setattr("saesteer_fast.hooks.past_length", lambda cache: 0)
+    monkeypatch.setattr("saesteer_fast.following.past_length", lambda cache: 0)
     with sf.steering(model, sae, EDITS, layer=1, scope="generated"):
         with pytest.raises(
             ValueError, match="inside of generate, 1 tokens came without a past, after 7"

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import saesteer_fast as sf
-from saesteer_fast.formats import files, name_of
+from saesteer_fast.formats import FORMATS, WRITABLE, files, name_of
+from saesteer_fast.formats.protocol import Format, Writable
 
 N, D, K = 24, 10, 4
 
@@ -34,7 +35,7 @@ def random(N=N, d=D, dtype=torch.float32, seed=0) -> dict[str, Tensor]:
 
     return {
         "W_enc": normal(N, d),
-        "bias": normal(N),
+        "b_enc": normal(N),
         "W_dec": normal(N, d),
         "b_dec": normal(d),
         "threshold": normal(N).abs(),
@@ -67,9 +68,9 @@ def saelens(folder: Path, w: dict, architecture: str, **config) -> Path:
     )
     tensors = {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
     if architecture == "gated":
-        tensors |= {"b_gate": w["bias"], "r_mag": w["r_mag"], "b_mag": w["b_mag"]}
+        tensors |= {"b_gate": w["b_enc"], "r_mag": w["r_mag"], "b_mag": w["b_mag"]}
     else:
-        tensors["b_enc"] = w["bias"]
+        tensors["b_enc"] = w["b_enc"]
     if architecture == "jumprelu":
         tensors["threshold"] = w["threshold"]
     save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "sae_weights.safetensors")
@@ -105,7 +106,7 @@ def trained(folder: Path, w: dict, name: str, state: dict, **trainer) -> Path:
 def linear(w: dict) -> dict:
     return {
         "encoder.weight": w["W_enc"],
-        "encoder.bias": w["bias"],
+        "encoder.bias": w["b_enc"],
         "decoder.weight": w["W_dec"].T.contiguous(),
     }
 
@@ -113,7 +114,7 @@ def linear(w: dict) -> dict:
 def matrices(w: dict) -> dict:
     return {
         "W_enc": w["W_enc"].T.contiguous(),
-        "b_enc": w["bias"],
+        "b_enc": w["b_enc"],
         "W_dec": w["W_dec"],
         "b_dec": w["b_dec"],
     }
@@ -170,7 +171,7 @@ def qwen(folder: Path, w: dict) -> Path:
     path = folder / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_4" / "layer6.sae.pt"
     path.parent.mkdir(parents=True)
     state = {"W_enc": w["W_enc"], "W_dec": w["W_dec"].T.contiguous()}
-    torch.save(state | {"b_enc": w["bias"], "b_dec": w["b_dec"]}, path)
+    torch.save(state | {"b_enc": w["b_enc"], "b_dec": w["b_dec"]}, path)
     return path
 
 
@@ -179,8 +180,8 @@ def openai(folder: Path, w: dict, activation="TopK", postact="ReLU") -> Path:
     topk = {"k": K, "postact_fn": postact} if activation == "TopK" else {}
     state = {
         "pre_bias": w["b_dec"],
-        "latent_bias": w["bias"],
-        "stats_last_nonzero": torch.zeros(len(w["bias"]), dtype=torch.int64),
+        "latent_bias": w["b_enc"],
+        "stats_last_nonzero": torch.zeros(len(w["b_enc"]), dtype=torch.int64),
         "encoder.weight": w["W_enc"],
         "decoder.weight": w["W_dec"].T.contiguous(),
         "activation": activation,
@@ -251,7 +252,7 @@ PLAIN: dict[str, Case] = {
                 "decoder.weight": w["W_dec"].T.contiguous(),
                 "decoder_bias": w["b_dec"],
                 "r_mag": w["r_mag"],
-                "gate_bias": w["bias"],
+                "gate_bias": w["b_enc"],
                 "mag_bias": w["b_mag"],
             },
         ),
@@ -316,6 +317,21 @@ PLAIN: dict[str, Case] = {
 }
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.__name__)
+def test_a_format_has_what_the_protocol_says(format):
+    assert isinstance(format, Format) and format.__doc__
+    assert isinstance(format, Writable) == (format in WRITABLE.values())
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_format_names_every_file_of_a_folder(tmp_path, name):
+    """Others are not fetched of a folder on the Hub."""
+    place = PLAIN[name][0](tmp_path, random())
+    (format,) = (format for format in FORMATS if format.__name__.endswith(f".{name_of(place)}"))
+    written = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    assert place.is_file() or written <= set(format.FILES)
+
+
 @pytest.mark.fault(35, 40)
 @pytest.mark.parametrize("square", [False, True], ids=["", "N=d"])
 @pytest.mark.parametrize("name", PLAIN)
@@ -324,7 +340,7 @@ def test_weights_and_settings(tmp_path, name, square):
     write, expected = PLAIN[name]
     w = random(D if square else N)
     sae = sf.SAE.load(write(tmp_path / "sae", w))
-    for key in ("W_enc", "bias", "W_dec", "b_dec"):
+    for key in ("W_enc", "b_enc", "W_dec", "b_dec"):
         assert torch.equal(getattr(sae, key), w[key]), key
         assert getattr(sae, key).is_contiguous()
     for key, value in expected.items():
@@ -332,7 +348,7 @@ def test_weights_and_settings(tmp_path, name, square):
         if value is ...:
             assert torch.equal(got, w[key]), key
         elif isinstance(got, Tensor):
-            assert torch.equal(got, torch.full((len(w["bias"]),), value)), key
+            assert torch.equal(got, torch.full((len(w["b_enc"]),), value)), key
         else:
             assert got == value, key
     assert sf.steer(torch.ones(3, D), sae, {1: 2.0}).isfinite().all()
@@ -345,7 +361,7 @@ def test_weights_and_settings(tmp_path, name, square):
 def test_half_precision_stays(tmp_path, name, dtype):
     w = random(dtype=dtype)
     sae = sf.SAE.load(PLAIN[name][0](tmp_path / "sae", w))
-    for key in ("W_enc", "bias", "W_dec", "b_dec"):
+    for key in ("W_enc", "b_enc", "W_dec", "b_dec"):
         assert torch.equal(getattr(sae, key), w[key]), key
 
 
@@ -366,11 +382,11 @@ def test_parameters_stored_by_columns(tmp_path):
 
 def test_parameters_that_share_a_storage(tmp_path):
     w = random()
-    storage = torch.cat([w["bias"], w["W_enc"].flatten()])
+    storage = torch.cat([w["b_enc"], w["W_enc"].flatten()])
     state = linear(w) | {"b_dec": w["b_dec"]} | batch()
     state |= {"encoder.bias": storage[:N], "encoder.weight": storage[N:].view(N, D)}
     sae = sf.SAE.load(trained(tmp_path, w, "AutoEncoderTopK", state, k=K))
-    assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.bias, w["bias"])
+    assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.b_enc, w["b_enc"])
     state["encoder.weight"] = torch.cat([w["W_enc"], w["W_enc"]], 1)[:, :D]
     trained(tmp_path, w, "AutoEncoderTopK", state, k=K)
     with pytest.raises(ValueError, match=r"encoder.weight is a view with gaps"):
@@ -405,7 +421,7 @@ def test_scale_of_a_saelens_checkpoint(tmp_path):
     assert sae.scale == 0.25
     # SAELens folds it in when training ends: W_enc * s, W_dec / s, b_dec / s.
     folded = sf.SAE(
-        w["W_enc"] * 0.25, w["bias"], w["W_dec"] / 0.25, w["b_dec"] / 0.25, measure="relu"
+        w["W_enc"] * 0.25, w["b_enc"], w["W_dec"] / 0.25, w["b_dec"] / 0.25, measure="relu"
     )
     x = torch.randn(5, D)
     torch.testing.assert_close(sae.encode(x), folded.encode(x))
@@ -426,7 +442,7 @@ def test_an_autoencoder_is_normalised_as_its_library_does(tmp_path):
     sae = sf.SAE.load(trained(tmp_path / "a", w, "AutoEncoder", state))
     norms = w["W_dec"].norm(dim=1)
     x = torch.randn(7, D)
-    acts = ((x - w["b_dec"]) @ (w["W_enc"] * norms[:, None]).T + w["bias"] * norms).relu()
+    acts = ((x - w["b_dec"]) @ (w["W_enc"] * norms[:, None]).T + w["b_enc"] * norms).relu()
     torch.testing.assert_close(sae.encode(x), acts)
     torch.testing.assert_close(sae.decode(acts), acts @ (w["W_dec"] / norms[:, None]) + w["b_dec"])
     with pytest.raises(ValueError, match=r"SAELens cannot say decoder_norm for 'relu'; fold"):
@@ -444,7 +460,7 @@ def test_llama_scope_is_used_in_units_of_the_stream(tmp_path):
     # As trained: tokens times c; then everything over c, and decoder rows made unit.
     c, norms = D**0.5 / 17.125, w["W_dec"].norm(dim=1)
     x = 5 * torch.randn(9, D, generator=torch.Generator().manual_seed(2))
-    p = ((x * c) @ w["W_enc"].T + w["bias"]) / c * norms
+    p = ((x * c) @ w["W_enc"].T + w["b_enc"]) / c * norms
     acts = p * (p > 0.5)
     assert (acts > 0).any()
     torch.testing.assert_close(sae.encode(x), acts)
@@ -453,7 +469,7 @@ def test_llama_scope_is_used_in_units_of_the_stream(tmp_path):
     plain = llama(
         tmp_path / "plain", w, norm_activation="inference", sparsity_include_decoder_norm=False
     )
-    p = x @ w["W_enc"].T + w["bias"]
+    p = x @ w["W_enc"].T + w["b_enc"]
     torch.testing.assert_close(sf.SAE.load(plain).encode(x), p * (p > 0.5))
 
 
@@ -603,7 +619,9 @@ SETTINGS = {
         "lacks bias; is it called 'bais'",
     ),
     "dictionary-extra": (
-        lambda f, w: trained(f, w, "AutoEncoder", linear(w) | {"bias": w["b_dec"], "x": w["bias"]}),
+        lambda f, w: trained(
+            f, w, "AutoEncoder", linear(w) | {"bias": w["b_dec"], "x": w["b_enc"]}
+        ),
         "holds x besides",
     ),
     "dictionary-unset": (
@@ -775,7 +793,7 @@ def test_flipped_bit_in_an_archive(tmp_path, name):
     place = PLAIN[name][0](tmp_path / "sae", w)
     path = binary(place)
     content = bytearray(path.read_bytes())
-    content[content.index(w["bias"].numpy().tobytes()) + 5] ^= 1
+    content[content.index(w["b_enc"].numpy().tobytes()) + 5] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"is damaged \(Bad CRC-32"):
         sf.SAE.load(place)
@@ -960,10 +978,10 @@ def status(key: str, loaded: str, place: str) -> str:
             with open("/proc/self/status") as file:
                 lines = dict(line.split(":", 1) for line in file)
             return 1024 * int(lines[key].split()[0])
-        sf.SAE.load({loaded!r}).b_enc
+        sf.SAE.load({loaded!r}).b_enc_folded
         before = status("VmRSS")
         sae = sf.SAE.load({place!r})
-        sae.b_enc
+        sae.b_enc_folded
         print((status({key!r}) - before) / (sae.W_enc.nbytes + sae.W_dec.nbytes))
     """
 

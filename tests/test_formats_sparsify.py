@@ -47,7 +47,7 @@ def test_what_is_saved_is_loaded(tmp_path, make_sae, dtype):
     sae = make_sae(D, N, K, dtype=dtype, hookpoint="layers.17")
     sae.save(str(tmp_path / "deep" / "layers.17"))
     back = sf.SAE.load(str(tmp_path / "deep" / "layers.17"))
-    for name in ("W_enc", "bias", "W_dec", "b_dec", "b_enc"):
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "b_enc_folded"):
         assert torch.equal(getattr(back, name), getattr(sae, name)), name
         assert getattr(back, name).dtype == getattr(sae, name).dtype
     assert (back.k, back.hookpoint) == (K, "layers.17")
@@ -55,7 +55,9 @@ def test_what_is_saved_is_loaded(tmp_path, make_sae, dtype):
 
 def test_tied_weights(tmp_path):
     W = torch.randn(N, D)
-    sf.SAE(W_enc=W, bias=torch.zeros(N), W_dec=W, b_dec=torch.zeros(D), k=K).save(tmp_path / "tied")
+    sf.SAE(W_enc=W, b_enc=torch.zeros(N), W_dec=W, b_dec=torch.zeros(D), k=K).save(
+        tmp_path / "tied"
+    )
     back = sf.SAE.load(tmp_path / "tied")
     assert torch.equal(back.W_enc, W) and torch.equal(back.W_dec, W)
 

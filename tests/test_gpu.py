@@ -235,7 +235,7 @@ def test_another_device_than_the_current_one():
     case = some_live(200)
     other = case.on("cuda:1")
     assert same_bits(other.steer("cuda").cpu(), case.steer("cuda").cpu())
-    with pytest.raises(RuntimeError, match="W_enc is not on cuda:1, where x is"):
+    with pytest.raises(RuntimeError, match="W_enc is on cpu, x on cuda:1; move one to the other"):
         other.but(W_enc=case.W_enc).steer("cuda")
 
 
@@ -243,7 +243,9 @@ def test_another_device_than_the_current_one():
 def test_arguments_on_the_cpu_are_named():
     case = some_live(3)
     for name in ("W_enc", "b_enc", "features", "values"):
-        with pytest.raises(RuntimeError, match=f"{name} is not on cuda:0, where x is"):
+        with pytest.raises(
+            RuntimeError, match=f"{name} is on cpu, x on cuda:0; move one to the other"
+        ):
             case.but(**{name: getattr(case, name).cpu()}).steer("cuda")
 
 

@@ -35,13 +35,13 @@ def test_the_reference_path_in_double_precision(kind):
     values = table.values.double().requires_grad_()
 
     def steered(x, values):
-        arguments = x, sae.W_enc, sae.b_enc, features, sae.k
+        arguments = x, sae.W_enc, sae.b_enc_folded, features, sae.k
         acts = reference.feature_acts(*arguments, dtype=torch.float64)
         amounts = table.amounts(acts, values, table.kinds)
         return reference.add_directions(x, directions, amounts)
 
     assert torch.autograd.gradcheck(steered, (x, values))
-    acts = reference.feature_acts(x, sae.W_enc, sae.b_enc, features, sae.k)
+    acts = reference.feature_acts(x, sae.W_enc, sae.b_enc_folded, features, sae.k)
     assert (acts > 0).any() and (acts == 0).any()
 
 

@@ -43,7 +43,7 @@ def make(measure: str, seed=0, N=N, d=D, dtype=torch.float32, **settings) -> sf.
     }[measure]()
     weights = {
         "W_enc": normal(N, d),
-        "bias": 0.3 * normal(N),
+        "b_enc": 0.3 * normal(N),
         "W_dec": normal(N, d),
         "b_dec": normal(d),
     }
@@ -71,7 +71,7 @@ def dense(sae: sf.SAE, x: Tensor) -> Tensor:
     """The activations by the definition, in fp64."""
     z, _, _ = normalised(sae, x)
     z = z - sae.b_dec.double() if sae.subtract_b_dec else z
-    p = z @ sae.W_enc.double().T + sae.bias.double()
+    p = z @ sae.W_enc.double().T + sae.b_enc.double()
     if sae.decoder_norm:
         p = p * sae.W_dec.double().norm(dim=1)
     if sae.measure == "topk":
@@ -83,7 +83,7 @@ def dense(sae: sf.SAE, x: Tensor) -> Tensor:
     if sae.measure == "threshold":
         return p.relu() * (p > sae.threshold.double())
     if sae.measure == "gated":
-        magnitude = sae.r_mag.double().exp() * (p - sae.bias.double()) + sae.b_mag.double()
+        magnitude = sae.r_mag.double().exp() * (p - sae.b_enc.double()) + sae.b_mag.double()
         return magnitude.relu() * (p > 0)
     return p.relu()
 
@@ -230,7 +230,7 @@ def test_plain_topk_shares_the_weights_and_is_fused():
     sae, x = make("topk"), stream()
     measured = Measured(sae, LATENTS)
     assert measured.fused and measured.W_enc.data_ptr() == sae.W_enc.data_ptr()
-    assert measured.b_enc.data_ptr() == sae.b_enc.data_ptr()
+    assert measured.b_enc.data_ptr() == sae.b_enc_folded.data_ptr()
     values = torch.tensor([5.0, 1.0, 0.0, -2.0, 3.0])
     fused = ops.steer(
         x,
@@ -417,10 +417,10 @@ def test_autocast_changes_no_op(impl):
 
 def test_unknown_measure_is_named():
     with pytest.raises(
-        ValueError, match=r"measure: got 'projecton', this SAE has topk.*projection"
+        ValueError, match=r"measure: got 'projecton', accepted are topk.*projection"
     ):
         Measured(make("topk"), [1], measure="projecton")
-    with pytest.raises(ValueError, match="measure: got 'relu', this SAE has topk, projection"):
+    with pytest.raises(ValueError, match="measure: got 'relu', accepted are topk, projection"):
         Measured(make("topk"), [1], measure="relu")
 
 

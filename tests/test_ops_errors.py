@@ -134,7 +134,8 @@ def call(op: str, by=torch.ops.saesteer, **changed):
     arguments = GOOD | changed
     if op == "steer_":
         arguments["x"] = arguments["x"].clone(memory_format=torch.contiguous_format)
-    return getattr(by, op)(*(arguments[name] for name in TAKES[op]))
+    names = TAKES.get(op, changed)  # decode and add_directions are given all, in order
+    return getattr(by, op)(*(arguments[name] for name in names))
 
 
 @pytest.mark.fault(8, 9, 20, 21, 24, 30)
@@ -151,13 +152,22 @@ def test_the_error_names_the_argument(op, kind):
     argument, bad, message = BAD[kind]
     # A wrong x shows in W_enc, which says how wide x may be.
     expected = "W_enc has shape" if message is None else re.escape(argument) + message
-    for by in (torch.ops.saesteer, ops._REFERENCE):
-        with pytest.raises(RuntimeError, match=f"^saesteer::{op}: {expected}"):
-            call(op, by, **{argument: bad})
+    said = refusal(op, {argument: bad})
+    assert re.match(f"saesteer::{op}: {expected}", said)
     if " holds " not in expected:  # without numbers, for torch.compile
         bare = {name: meta(value) for name, value in (GOOD | {argument: bad}).items()}
-        with pytest.raises(RuntimeError, match=f"^saesteer::{op}: {expected}"):
-            call(op, **bare)
+        assert refusal(op, bare) == said
+
+
+def refusal(op: str, changed: dict) -> str:
+    """What C++ and Python say of the arguments, word by word the same."""
+    said = set()
+    for by in (torch.ops.saesteer, ops._REFERENCE):
+        with pytest.raises(RuntimeError) as refused:
+            call(op, by, **changed)
+        said.add(str(refused.value))
+    assert len(said) == 1, said
+    return said.pop()
 
 
 def meta(value):
@@ -165,6 +175,11 @@ def meta(value):
     if not isinstance(value, torch.Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def test_of_several_repeated_features_the_same_one_is_named():
+    changed = {"features": torch.tensor([1, 2, 2, 1]), "directions": CASE.W_dec[:4]}
+    assert "features holds 2 twice" in refusal("steer", changed | {"values": torch.ones(4)})
 
 
 def test_good_arguments_pass():
@@ -202,9 +217,8 @@ BAD_DECODE = {
 def test_the_error_of_decode_names_the_argument(kind):
     argument, bad, message = BAD_DECODE[kind]
     good = {"values": VALUES, "indices": INDICES, "W_dec": CASE.W_dec, "b_dec": CASE.b_dec}
-    for by in (torch.ops.saesteer, ops._REFERENCE):
-        with pytest.raises(RuntimeError, match=f"^saesteer::decode: {argument}{message}"):
-            by.decode(*(good | {argument: bad}).values())
+    said = refusal("decode", good | {argument: bad})
+    assert re.match(f"saesteer::decode: {argument}{message}", said)
 
 
 BAD_ADDITION = {
@@ -228,9 +242,8 @@ BAD_ADDITION = {
 def test_the_error_of_add_directions_names_the_argument(kind):
     argument, bad, message = BAD_ADDITION[kind]
     good = {"x": CASE.x, "directions": CASE.directions, "coef": CASE.values}
-    for by in (torch.ops.saesteer, ops._REFERENCE):
-        with pytest.raises(RuntimeError, match=argument + message):
-            by.add_directions(*(good | {argument: bad}).values())
+    said = refusal("add_directions", good | {argument: bad})
+    assert re.match(f"saesteer::add_directions: {argument}{message}", said)
 
 
 @pytest.mark.fault(24)

@@ -42,7 +42,7 @@ def tied() -> sf.SAE:
     """Sums of small integers: exact, and equal for many latents."""
     return sf.SAE(
         W_enc=integers(N, D, seed=1),
-        bias=integers(N, seed=2),
+        b_enc=integers(N, seed=2),
         W_dec=integers(N, D, seed=3),
         b_dec=integers(D, seed=4),
         k=K,
@@ -52,7 +52,7 @@ def tied() -> sf.SAE:
 
 def counts(sae: sf.SAE, x: Tensor) -> Tensor:
     """In how many tokens each latent is live, dense, in fp64."""
-    p = (x.double() - sae.b_dec.double()) @ sae.W_enc.double().T + sae.bias.double()
+    p = (x.double() - sae.b_dec.double()) @ sae.W_enc.double().T + sae.b_enc.double()
     live = torch.zeros_like(p).scatter(-1, p.topk(sae.k).indices, 1.0) * (p > 0)
     return live.reshape(-1, len(sae.W_enc)).sum(0)
 

@@ -25,7 +25,7 @@ from support import (
 from torch import Tensor, nn
 
 import saesteer_fast as sf
-from saesteer_fast.steering import ERRORS
+from saesteer_fast.plan import ERRORS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.fault(7, 10)]
 ABOVE = 0.3

@@ -18,9 +18,9 @@ from saesteer_fast.conditions import POOLS
 from saesteer_fast.edits import KINDS
 from saesteer_fast.eval import answers, is_refusal
 from saesteer_fast.mini import corpus
+from saesteer_fast.plan import ERRORS
 from saesteer_fast.recipe.document import __doc__ as DOCUMENTED
 from saesteer_fast.sae import MEASURES
-from saesteer_fast.steering import ERRORS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -200,7 +200,7 @@ WRONG = {
 def test_what_is_wrong_is_named(saes, make_sae, name):
     rows, message = WRONG[name]
     if name == "normalised":
-        fields = {name: getattr(make_sae(), name) for name in ("W_enc", "bias", "W_dec", "b_dec")}
+        fields = {name: getattr(make_sae(), name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         sf.SAE(**fields, k=8, normalize="layer_norm").save("scaled/layers.1", "saelens")
     if name == "no layer":
         make_sae(hookpoint=None).save("saes/nowhere")

@@ -124,7 +124,7 @@ def test_fp32_stays_fp32(precision):
     def computed():
         sae = sf.SAE(case.W_enc, case.b_enc, case.W_dec, case.b_dec, k=case.k)
         projected = sf.steer(case.x, sae, {3: 1.0}, measure="projection")
-        return case.acts("reference"), case.steer("reference"), sae.b_enc, projected
+        return case.acts("reference"), case.steer("reference"), sae.b_enc_folded, projected
 
     before = torch.get_float32_matmul_precision()
     expected = computed()

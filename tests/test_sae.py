@@ -18,7 +18,7 @@ def weights(N=12, d=5, **changed):
     torch.manual_seed(0)
     made = {
         "W_enc": torch.randn(N, d),
-        "bias": torch.randn(N),
+        "b_enc": torch.randn(N),
         "W_dec": torch.randn(N, d),
         "b_dec": torch.randn(d),
         "k": 3,
@@ -46,16 +46,16 @@ def test_sizes_and_repr():
 def test_folded_bias(dtype):
     N, d = 3001, 67  # more latents than are folded at once, and not a multiple
     sae = sf.SAE(**weights(N, d)).to(dtype=dtype)
-    truth = sae.bias.double() - sae.W_enc.double() @ sae.b_dec.double()
+    truth = sae.b_enc.double() - sae.W_enc.double() @ sae.b_dec.double()
     bound = d * 2.0**-24 * (sae.W_enc.double().abs() @ sae.b_dec.double().abs() + truth.abs())
-    assert sae.b_enc.dtype == torch.float32
-    assert ((sae.b_enc - truth).abs() <= bound).all()
+    assert sae.b_enc_folded.dtype == torch.float32
+    assert ((sae.b_enc_folded - truth).abs() <= bound).all()
 
 
 def test_folded_bias_made_in_inference_mode_takes_part_in_autograd():
     sae = sf.SAE(**weights())
     with torch.inference_mode():
-        folded = sae.b_enc
+        folded = sae.b_enc_folded
     assert not folded.is_inference()
 
 
@@ -100,13 +100,15 @@ def test_to_moves_what_the_measure_needs():
 
 def test_b_dec_is_folded_only_where_it_is_subtracted():
     sae = sf.SAE(**weights(subtract_b_dec=False))
-    assert torch.equal(sae.b_enc, sae.bias)
+    assert torch.equal(sae.b_enc_folded, sae.b_enc)
 
 
 def test_copies():
     sae = sf.SAE(**weights())
     for twin in (copy.deepcopy(sae), pickle.loads(pickle.dumps(sae))):
-        assert torch.equal(twin.b_enc, sae.b_enc) and torch.equal(twin.W_dec, sae.W_dec)
+        assert torch.equal(twin.b_enc_folded, sae.b_enc_folded) and torch.equal(
+            twin.W_dec, sae.W_dec
+        )
 
 
 @pytest.mark.fault(24, 35, 36, 38)
@@ -122,12 +124,12 @@ def test_copies():
         (TURNED_BOTH, ValueError, rf"W_enc: got shape \(5, 12\), {TURNED}"),
         ({"W_dec": torch.randn(5, 12)}, ValueError, r"W_dec: got shape \(5, 12\).*transposed"),
         ({"W_dec": None}, TypeError, "W_dec: got NoneType"),
-        ({"bias": torch.randn(5)}, ValueError, r"bias: got shape \(5,\), \(12,\) is needed"),
-        ({"bias": torch.randn(11)}, ValueError, r"bias: got shape \(11,\), \(12,\) is needed"),
+        ({"b_enc": torch.randn(5)}, ValueError, r"b_enc: got shape \(5,\), \(12,\) is needed"),
+        ({"b_enc": torch.randn(11)}, ValueError, r"b_enc: got shape \(11,\), \(12,\) is needed"),
         ({"b_dec": torch.randn(12)}, ValueError, r"b_dec: got shape \(12,\), \(5,\) is needed"),
         ({"b_dec": torch.empty(5, device="meta")}, ValueError, "b_dec: is on meta, W_enc on cpu"),
         ({"W_dec": NAN}, ValueError, "W_dec: NaN or infinity in row 7"),
-        ({"bias": INFINITE}, ValueError, "bias: NaN or infinity in row 4"),
+        ({"b_enc": INFINITE}, ValueError, "b_enc: NaN or infinity in row 4"),
         ({"k": 0}, ValueError, "k: got 0, accepted are 1 to 12"),
         ({"k": 13}, ValueError, "k: got 13, accepted are 1 to 12"),
         ({"k": -1}, ValueError, "k: got -1"),
@@ -167,14 +169,14 @@ def test_bad_weights_are_named(changed, error, message):
 
 @pytest.mark.fault(38)
 def test_dtypes_may_be_mixed(textbook):
-    sae = sf.SAE(**weights(W_dec=torch.randn(12, 5).half(), bias=torch.randn(12).bfloat16()))
+    sae = sf.SAE(**weights(W_dec=torch.randn(12, 5).half(), b_enc=torch.randn(12).bfloat16()))
     x = torch.randn(9, 5)
     torch.testing.assert_close(
         sf.steer(x, sae, {4: 2.0}).double(), textbook(x, sae, {4: 2.0}), atol=1e-5, rtol=0
     )
 
 
-@pytest.mark.parametrize("name", ["W_enc", "bias", "W_dec", "b_dec"])
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
 def test_weights_that_were_written_to_are_noticed(name):
     """What was made of them, as the folded bias, would be of the old ones."""
     given = {key: torch.nn.Parameter(t) for key, t in weights(k=None).items() if t is not None}

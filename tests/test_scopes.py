@@ -599,7 +599,7 @@ def test_any_scope_of_any_sequence_in_any_calls(case):
     torch.manual_seed(0)
     model = Stream()
     weights = nn.functional.normalize(torch.randn(64, 32), dim=1)
-    sae = sf.SAE(W_enc=weights, bias=torch.zeros(64), W_dec=weights, b_dec=torch.ones(32), k=4)
+    sae = sf.SAE(W_enc=weights, b_enc=torch.zeros(64), W_dec=weights, b_dec=torch.ones(32), k=4)
     cache, found = Cache(static), []
     with sf.steering(model, sae, {3: 5.0, 7: sf.add(1.0)}, layer=0, scope=scope) as handle:
         with handle.prompt(prompt):

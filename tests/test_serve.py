@@ -165,9 +165,9 @@ def test_a_condition_is_read_token_by_token(sae, textbook):
     for layer in plain.layers[:2]:
         stream = stream + layer.linear(stream)
     on = (
-        torch.ops.saesteer.feature_acts(stream, sae.W_enc, sae.b_enc, torch.tensor([11]), sae.k)[
-            :, 0
-        ]
+        torch.ops.saesteer.feature_acts(
+            stream, sae.W_enc, sae.b_enc_folded, torch.tensor([11]), sae.k
+        )[:, 0]
         > 0.05
     )
     assert 0 < on.sum() < len(ids)

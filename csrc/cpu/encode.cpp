@@ -1,3 +1,4 @@
+// The best of each token, a heap a thread, then merged; and weighted sums of W_dec's rows.
 #include "encode.h"
 
 #include <cmath>

@@ -1,3 +1,4 @@
+// What the processor can do, asked of it, and what SAESTEER_CPU_ISA allows.
 #include "isa.h"
 
 #include <cstdlib>

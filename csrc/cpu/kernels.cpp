@@ -1,3 +1,4 @@
+// Which table of inner loops is used.
 #include "kernels.h"
 
 namespace saesteer::cpu {

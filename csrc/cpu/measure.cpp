@@ -1,3 +1,4 @@
+// The decision ladder, a chunk of tokens at a time: the dot products, then the counts that decide.
 #include "measure.h"
 
 #include <cmath>

@@ -1,3 +1,4 @@
+// The products, a tile of tokens by a block of rows at a time.
 #include "project.h"
 
 #include "blocks.h"

@@ -1,3 +1,4 @@
+// Sums of directions in fp32, rounded once; a token that nothing changes is copied, or left alone.
 #include "steer.h"
 
 #include <algorithm>

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ..errors import nearest
+from .. import hookpoints
+from ..errors import in_file, nearest, one_of
 from ..sae import SAE
 from . import (
     dictionary_learning,
     files,
     gemma_scope,
-    hookpoints,
     hub,
     llama_scope,
     openai,
@@ -22,8 +22,9 @@ from . import (
     saelens,
     sparsify,
 )
+from .protocol import Format, Writable
 
-FORMATS = (
+FORMATS: tuple[Format, ...] = (
     sparsify,
     saelens,
     dictionary_learning,
@@ -32,18 +33,12 @@ FORMATS = (
     qwen_scope,
     openai,
 )
-WRITABLE = {"sparsify": sparsify, "saelens": saelens}
+WRITABLE: dict[str, Writable] = {"sparsify": sparsify, "saelens": saelens}
 
-_FILES = sorted(
-    {file for format in FORMATS for file in format.FILES}
-    | {
-        "activation_scaler.json",
-        "params.safetensors",
-        order.FILE,
-    }
-)
+_FILES = sorted({order.FILE}.union(*(format.FILES for format in FORMATS)))
 
-_PARTS = {Path(file).name for file in _FILES} - {*qwen_scope.FILES, *openai.FILES}
+_PARTS = {Path(file).name for file in _FILES} - {*openai.FILES}
+"""Names of files that are no SAE by themselves."""
 
 
 @torch.inference_mode(False)
@@ -51,12 +46,8 @@ def load(path: str | os.PathLike[str]) -> SAE:
     """The SAE at `path`; see SAE.load."""
     place = _place(path)
     format = _format(place)
-    try:
-        with torch.device("cpu"):  # whatever the default is
-            return order.with_order(format.load(place), place)
-    except ValueError as error:
-        named = str(error).startswith(str(place))
-        raise error if named else ValueError(f"{place}: {error}") from None
+    with in_file(place), torch.device("cpu"):  # whatever the default is
+        return order.with_order(format.load(place), place)
 
 
 def name_of(path: str | os.PathLike[str]) -> str:
@@ -66,9 +57,7 @@ def name_of(path: str | os.PathLike[str]) -> str:
 
 def save(sae: SAE, path: str | os.PathLike[str], format: str) -> None:
     """Write folder `path`; see SAE.save."""
-    if format not in WRITABLE:
-        hint = nearest(str(format), WRITABLE)
-        raise ValueError(f"format: got {format!r}, accepted are {', '.join(WRITABLE)}{hint}")
+    one_of("format", format, WRITABLE)
     folder, writer = _absolute(path, "a path"), WRITABLE[format]
     others = [_name(other) for other in _found(folder) if other is not writer]
     if others:
@@ -101,12 +90,12 @@ def _absolute(path: str | os.PathLike[str], accepted: str) -> Path:
     return files.absolute(path)
 
 
-def _name(format) -> str:
+def _name(format: Format) -> str:
     return format.__name__.rpartition(".")[2]
 
 
-def _format(place: Path):
-    """The module for what is at `place`, by the names of the files."""
+def _format(place: Path) -> Format:
+    """That of what is at `place`, by the names of the files."""
     if place.is_file() and place.name in _PARTS:
         raise ValueError(f"path: {place} is one file of an SAE's folder; give {place.parent}")
     found = _found(place)
@@ -115,7 +104,7 @@ def _format(place: Path):
     if found:
         names = " and ".join(map(_name, found))
         raise ValueError(f"path: {place} holds SAEs in two formats, {names}; keep one in a folder")
-    wanted = "; or ".join(" and ".join(format.FILES) for format in FORMATS)
+    wanted = "; or ".join(format.NEEDED for format in FORMATS)
     if not place.is_dir():
         raise ValueError(f"path: {place} is a file of no known format; give a folder with {wanted}")
     inside = [name for name in _names(place) if _found(place / name)]
@@ -123,8 +112,8 @@ def _format(place: Path):
     raise FileNotFoundError(f"path: {place} holds no SAE; needed are {wanted}{hint}")
 
 
-def _found(place: Path) -> list:
-    """The modules whose files are at `place`."""
+def _found(place: Path) -> list[Format]:
+    """Those whose files are at `place`."""
     found = [format for format in FORMATS if format.recognises(place)]
     if openai in found and len(found) > 1:
         found.remove(openai)  # any .pt file could be one

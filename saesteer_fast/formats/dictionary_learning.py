@@ -14,27 +14,28 @@ from pathlib import Path
 
 import torch
 
-from ..errors import nearest
+from ..errors import among
 from ..sae import SAE, row_norms
 from .files import read_json, read_weights, require_files
 from .zips import Torch
 
 FILES = ("config.json", "ae.pt")
+NEEDED = " and ".join(FILES)
 
 _LINEAR = {
     "encoder.weight": ("W_enc", "Nd"),
-    "encoder.bias": ("bias", "N"),
+    "encoder.bias": ("b_enc", "N"),
     "decoder.weight": ("W_dec", "dN"),
 }
 _MATRICES = {
     "W_enc": ("W_enc", "dN"),
-    "b_enc": ("bias", "N"),
+    "b_enc": ("b_enc", "N"),
     "W_dec": ("W_dec", "Nd"),
     "b_dec": ("b_dec", "d"),
 }
 _GATED = {
     "encoder.weight": ("W_enc", "Nd"),
-    "gate_bias": ("bias", "N"),
+    "gate_bias": ("b_enc", "N"),
     "r_mag": ("r_mag", "N"),
     "mag_bias": ("b_mag", "N"),
     "decoder.weight": ("W_dec", "dN"),
@@ -69,16 +70,13 @@ def load(folder: Path) -> SAE:
         raise ValueError(f"{source}: trainer is {trainer!r}, an object is needed")
     name = trainer.get("dict_class")
     if name not in _CLASSES:
-        hint = nearest(str(name), _CLASSES)
-        raise ValueError(
-            f"{source}: dict_class is {name!r}, accepted are {', '.join(_CLASSES)}{hint}"
-        )
+        raise ValueError(f"{source}: dict_class is {among(name, _CLASSES)}")
     measure, layout, buffers = _CLASSES[name]
     tensors = Torch(folder / "ae.pt")
     own = _buffers(tensors, buffers, measure, source, trainer)
     weights = read_weights(tensors, layout, _sizes(source, trainer))
     if "threshold" in own:
-        own["threshold"] = torch.full_like(weights["bias"], own["threshold"], dtype=torch.float32)
+        own["threshold"] = torch.full_like(weights["b_enc"], own["threshold"], dtype=torch.float32)
     return SAE(
         **weights,
         **own,

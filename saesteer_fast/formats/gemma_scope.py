@@ -13,16 +13,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .. import hookpoints
 from ..sae import SAE
-from . import hookpoints
 from .files import Safetensors, Tensors, read_json, read_weights
 from .zips import Numpy
 
-FILES = ("params.npz",)
+FILES = ("params.npz", "params.safetensors", "config.json")
+NEEDED = "params.npz or params.safetensors"
 
 _LAYOUT = {
     "W_enc": ("W_enc", "dN"),
-    "b_enc": ("bias", "N"),
+    "b_enc": ("b_enc", "N"),
     "threshold": ("threshold", "N"),
     "W_dec": ("W_dec", "Nd"),
     "b_dec": ("b_dec", "d"),
@@ -30,7 +31,7 @@ _LAYOUT = {
 
 
 def recognises(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("params.npz", "params.safetensors"))
+    return any((folder / name).is_file() for name in FILES[:2])
 
 
 def load(folder: Path) -> SAE:

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 
+from .. import hookpoints
 from ..sae import SAE
-from . import hookpoints
 from .files import Safetensors, read_json, read_weights, require_files
 
 FILES = ("hyperparams.json", "checkpoints/final.safetensors")
+NEEDED = " and ".join(FILES)
 
 _LAYOUT = {
     "encoder.weight": ("W_enc", "Nd"),
-    "encoder.bias": ("bias", "N"),
+    "encoder.bias": ("b_enc", "N"),
     "decoder.weight": ("W_dec", "dN"),
     "decoder.bias": ("b_dec", "d"),
 }
@@ -54,7 +55,7 @@ def load(folder: Path) -> SAE:
     )
     if config["norm_activation"] == "dataset-wise":
         scale = config["dataset_average_activation_norm"]["in"] / d**0.5
-    weights |= {name: weights[name].float() * scale for name in ("bias", "b_dec")}
+    weights |= {name: weights[name].float() * scale for name in ("b_enc", "b_dec")}
     return SAE(
         **weights,
         measure="threshold",

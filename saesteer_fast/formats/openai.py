@@ -14,11 +14,12 @@ from ..sae import SAE
 from .files import read_weights
 from .zips import Torch
 
-FILES = ("autoencoder.pt",)
+FILES = ("autoencoder.pt",)  # as on the Hub; here it may have any name
+NEEDED = "one .pt file"
 
 _LAYOUT = {
     "encoder.weight": ("W_enc", "Nd"),
-    "latent_bias": ("bias", "N"),
+    "latent_bias": ("b_enc", "N"),
     "decoder.weight": ("W_dec", "dN"),
     "pre_bias": ("b_dec", "d"),
 }

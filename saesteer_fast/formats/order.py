@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ..errors import in_file
 from ..sae import SAE
 from .files import Safetensors, require_keys, write_tensors
 
@@ -33,8 +34,5 @@ def with_order(sae: SAE, place: Path) -> SAE:
     require_keys(path, set(tensors.shapes), {"order"})
     if tensors.dtypes["order"] != "I64":
         raise ValueError(f"{path}: order is {tensors.dtypes['order']}, accepted is I64")
-    try:
+    with in_file(path):
         return replace(sae, order=tensors.read("order"))
-    except ValueError as error:
-        named = str(error).startswith(str(path))
-        raise error if named else ValueError(f"{path}: {error}") from None

@@ -15,12 +15,13 @@ from ..sae import SAE
 from .files import read_weights
 from .zips import Torch
 
-FILES = ("layer0.sae.pt",)
+FILES = ()  # a folder holds every layer, and each file is an SAE
+NEEDED = "a file layerN.sae.pt, named itself"
 
 _NAME = re.compile(r"layer(\d+)\.sae\.pt")
 _LAYOUT = {
     "W_enc": ("W_enc", "Nd"),
-    "b_enc": ("bias", "N"),
+    "b_enc": ("b_enc", "N"),
     "W_dec": ("W_dec", "dN"),
     "b_dec": ("b_dec", "d"),
 }

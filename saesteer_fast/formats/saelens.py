@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
+from .. import hookpoints
 from ..errors import nearest
 from ..sae import SAE
-from . import hookpoints, order
+from . import order
 from .files import (
     Safetensors,
     read_json,
@@ -29,7 +30,8 @@ from .files import (
     write_tensors,
 )
 
-FILES = ("cfg.json", "sae_weights.safetensors")
+FILES = ("cfg.json", "sae_weights.safetensors", "activation_scaler.json")
+NEEDED = "cfg.json and sae_weights.safetensors"
 
 _MEASURES = {
     "standard": "relu",
@@ -39,10 +41,10 @@ _MEASURES = {
 }
 _COMMON = {"W_enc": ("W_enc", "dN"), "W_dec": ("W_dec", "Nd"), "b_dec": ("b_dec", "d")}
 _OWN = {
-    "standard": {"b_enc": ("bias", "N")},
-    "topk": {"b_enc": ("bias", "N")},
-    "jumprelu": {"b_enc": ("bias", "N"), "threshold": ("threshold", "N")},
-    "gated": {"b_gate": ("bias", "N"), "r_mag": ("r_mag", "N"), "b_mag": ("b_mag", "N")},
+    "standard": {"b_enc": ("b_enc", "N")},
+    "topk": {"b_enc": ("b_enc", "N")},
+    "jumprelu": {"b_enc": ("b_enc", "N"), "threshold": ("threshold", "N")},
+    "gated": {"b_gate": ("b_enc", "N"), "r_mag": ("r_mag", "N"), "b_mag": ("b_mag", "N")},
 }
 _NORMALIZE = {
     "none": "none",
@@ -74,7 +76,7 @@ def recognises(folder: Path) -> bool:
 
 
 def load(folder: Path) -> SAE:
-    require_files(folder, FILES)
+    require_files(folder, FILES[:2])
     source = folder / "cfg.json"
     config = _modern(source, read_json(source))
     architecture = _one_of(source, config, "architecture", _MEASURES)
@@ -143,7 +145,7 @@ def _config(sae: SAE, architecture: str) -> dict[str, object]:
 def _dtype(sae: SAE) -> str:
     """Wide enough for every weight: SAELens keeps all in one."""
     dtype = sae.W_enc.dtype
-    for tensor in (sae.bias, sae.W_dec, sae.b_dec, sae.threshold, sae.r_mag, sae.b_mag):
+    for tensor in (sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold, sae.r_mag, sae.b_mag):
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
     return str(dtype).removeprefix("torch.")
 

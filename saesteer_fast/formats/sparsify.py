@@ -13,9 +13,10 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from ..errors import nearest
+from .. import hookpoints
+from ..errors import among, nearest
 from ..sae import SAE
-from . import hookpoints, order
+from . import order
 from .files import (
     Safetensors,
     read_json,
@@ -27,10 +28,11 @@ from .files import (
 )
 
 FILES = ("cfg.json", "sae.safetensors")
+NEEDED = " and ".join(FILES)
 
 _LAYOUT = {
     "encoder.weight": ("W_enc", "Nd"),
-    "encoder.bias": ("bias", "N"),
+    "encoder.bias": ("b_enc", "N"),
     "W_dec": ("W_dec", "Nd"),
     "b_dec": ("b_dec", "d"),
 }
@@ -108,10 +110,7 @@ def _check_config(source: Path, config: dict[str, object]) -> dict[str, int]:
     """N and d, of a configuration that describes an SAE."""
     activation = config.get("activation", "topk")
     if activation not in _MEASURES:
-        hint = nearest(str(activation), _MEASURES)
-        raise ValueError(
-            f"{source}: activation is {activation!r}, accepted are {', '.join(_MEASURES)}{hint}"
-        )
+        raise ValueError(f"{source}: activation is {among(activation, _MEASURES)}")
     for key, why in _NEED_FALSE.items():
         if config.get(key, False) is not False:
             raise ValueError(f"{source}: {key} is {config[key]!r}, accepted is false: {why}")

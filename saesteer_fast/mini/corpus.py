@@ -22,6 +22,7 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ..errors import one_of
 from ..eval.prompts import Prompt
 
 SPLITS = ("train", "validation", "test")
@@ -330,8 +331,7 @@ def prompts(split: str, seed: int = 0, sums: int = 100) -> list[Prompt]:
     seed draws what the rule leaves open: whom wrappers name, the names in sums, which sums.
     Raises ValueError for an unknown split.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split: got {split!r}, accepted are {', '.join(SPLITS)}")
+    one_of("split", split, SPLITS)
     rng = random.Random(f"{split} {seed}")
     found = [
         _request(rng, kind, name, verb, obj, frame)

@@ -15,9 +15,9 @@ from ..attach import Handle, steering
 from ..conditions import Condition
 from ..edits import Edits
 from ..errors import named, nearest_file
+from ..plan import ErrorTerm, Impl, Reading, Rows
 from ..sae import SAE
 from ..scopes import Scope, parts
-from ..steering import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +31,9 @@ class Steering:
     scope: Scope = "all"
     rows: Rows | None = None
     when: Condition | Sequence[Condition] | None = None
-    error: str = "keep"
-    measure: str | None = None
-    impl: str = "auto"
+    error: ErrorTerm = "keep"
+    measure: Reading | None = None
+    impl: Impl = "auto"
 
     def arguments(self) -> dict[str, object]:
         """Of sf.steering, by keyword: all but the model, the SAE and the edits."""

@@ -13,10 +13,10 @@ from .. import formats, sites
 from ..edits import Edit
 from ..errors import named
 from ..hooks import Hooks
+from ..plan import Plan
 from ..sae import SAE
 from ..scopes import NotTokens, Positions, Scope, Scoped
 from ..sites import Site
-from ..steering import Plan
 from . import Steering, load_sae, load_steering
 
 _SEMANTICS = {

@@ -44,6 +44,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -53,16 +54,14 @@ from ..edits import KINDS, Edit
 from ..errors import named
 from ..formats import files, hub
 from ..node import Node
+from ..plan import ERRORS, Impl
 from ..sae import MEASURES, SAE
-from ..scopes import NotTokens, Positions, Scope, Scoped, not_tokens, positions
-from ..steering import ERRORS
+from ..scopes import NAMED, NotTokens, Positions, Scope, Scoped, not_tokens, positions
 from . import Recipe, Steering
 
 FORMAT, VERSION = "saesteer-steering", 1
 
 _INTEGER = re.compile("[-+]?[0-9]+")
-_SCOPES = ("all", "prompt", "generated")
-_IMPLS = ("auto", "cpu", "cuda", "triton", "reference")
 
 
 def read(path: Path) -> Recipe:
@@ -100,7 +99,7 @@ def _steering(node: Node, folder: Path) -> Steering:
         "when": lambda node: _when(node, folder),
         "error": lambda node: node.one_of(ERRORS),
         "measure": lambda node: node.one_of((*MEASURES, "projection")),
-        "impl": lambda node: node.one_of(_IMPLS),
+        "impl": lambda node: node.one_of(get_args(Impl)),
     }
     return Steering(**node.read("a steering", readers, ("sae", "edits")))
 
@@ -149,7 +148,7 @@ def _scope(node: Node) -> Scope:
     if isinstance(node.value, list):
         return [_scope(part) for part in node.items("a list of scopes")]
     if not isinstance(node.value, dict):
-        return node.one_of(_SCOPES)
+        return node.one_of(NAMED)
     readers = {
         "positions": lambda node: positions(*_integers(node)),
         "not_tokens": lambda node: not_tokens(_integers(node, 0)),

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..edits import add
-from ..errors import named, nearest
+from ..errors import named, nearest, one_of
 from ..formats import files
 from ..sae import SAE
 from . import Recipe, Steering, load_sae
@@ -97,7 +97,8 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def _row(row: Mapping[str, str], load: Callable[[str], SAE]) -> Steering:
-    action = _one_of("action", row.get("action", "add"), _ACTIONS)
+    action = row.get("action", "add")
+    one_of("action", action, _ACTIONS)
     if row.get("head_index"):
         raise ValueError(f"head_index: got {row['head_index']!r}, heads are not steered")
     latent = _number("feature_index", row["feature_index"])
@@ -114,11 +115,11 @@ def _row(row: Mapping[str, str], load: Callable[[str], SAE]) -> Steering:
 
 def _sparse_model(row: Mapping[str, str], load: Callable[[str], SAE]) -> tuple[str, SAE]:
     """Where the SAE of a row lies, and the SAE."""
-    loader = _one_of("loader", row["loader"], _LOADERS)
+    one_of("loader", row["loader"], _LOADERS)
     model, folder = row["sparse_model"], row["hookpoint"]
     if not model:
         raise ValueError("sparse_model: is missing")
-    if loader == "sae_lens":
+    if row["loader"] == "sae_lens":
         if "/" not in model and not Path(model).exists():
             raise ValueError(
                 f"sparse_model: got {model!r}, a release that only sae_lens knows; give the "
@@ -161,7 +162,8 @@ def _vector(hookpoint: object, told: object) -> Steering:
     if not isinstance(told, Mapping):
         raise ValueError(f"got a {type(told).__name__}, {{{', '.join(_KEYS)}, ...}} is needed")
     _known("key", list(told), _KEYS, _MORE_KEYS)
-    action = _one_of("action", told["action"], _ACTIONS)
+    action = told["action"]
+    one_of("action", action, _ACTIONS)
     if told.get("head_index") is not None:
         raise ValueError(f"head_index: got {told['head_index']!r}, heads are not steered")
     if told.get("bias") is not None and action == "add":
@@ -175,7 +177,7 @@ def _vector(hookpoint: object, told: object) -> Steering:
     value = _number("steering_coefficient", told.get("steering_coefficient", 1.0))
     sae = SAE(
         W_enc=vector[None],
-        bias=vector.new_zeros(1),
+        b_enc=vector.new_zeros(1),
         W_dec=vector[None],
         b_dec=bias,
         measure="relu",
@@ -215,13 +217,6 @@ def _number(name: str, value: object) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name}: got {value!r}, a finite number is needed")
     return number
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        hint = nearest(str(value), choices)
-        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(choices)}{hint}")
-    return value
 
 
 def _known(what: str, names: list, needed: tuple[str, ...], optional: tuple[str, ...]) -> None:

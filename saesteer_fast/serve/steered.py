@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from .. import sites
 from ..errors import named
+from ..plan import Plan
 from ..recipe import Recipe, Steering, load_sae
 from ..scopes import Scoped, both
-from ..steering import Plan
 from . import recipes
 from .requests import Packed, Requests, Span
 

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .conditions import Active, Condition, split
+from .dtypes import FLOATS
 from .edits import Edits, Table
-from .errors import nearest
+from .errors import one_of
 from .measures import Measured, reconstruct
-from .sae import DTYPES, SAE
+from .sae import SAE, Measure
+from .scopes import both
 
-ERRORS = ("keep", "drop")
+ErrorTerm = Literal["keep", "drop"]
+"""What becomes of the part of x that the SAE cannot express."""
+ERRORS: tuple[ErrorTerm, ...] = get_args(ErrorTerm)
+
+Reading = Measure | Literal["projection"]
+"""How activations are read: as the SAE does, or along the latent's direction."""
+
+Impl = Literal["auto", "cpu", "cuda", "triton", "reference"]
+"""Who computes the ops."""
 
 Rows = Sequence[str | int] | Tensor
+"""Of a table of configurations one for each row, by names, or by numbers [B]."""
 
 
 def steer(
@@ -27,9 +39,9 @@ def steer(
     mask: Tensor | None = None,
     rows: Rows | None = None,
     when: Active | None = None,
-    error: str = "keep",
-    measure: str | None = None,
-    impl: str = "auto",
+    error: ErrorTerm = "keep",
+    measure: Reading | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Edit latents of `sae` in x, keeping what the SAE cannot express.
 
@@ -69,7 +81,7 @@ def steer(
     plan.choose(rows)
     if plan.active is not None:
         plan.check(x, mask)
-        mask = _both(mask, plan.holds(x)[1])
+        mask = both(mask, plan.holds(x)[1])
     return plan(x, mask, plan.chosen)
 
 
@@ -87,9 +99,9 @@ class Plan:
         device: torch.device,
         *,
         when: Condition | Sequence[Condition] | None = None,
-        error: str = "keep",
-        measure: str | None = None,
-        impl: str = "auto",
+        error: ErrorTerm = "keep",
+        measure: Reading | None = None,
+        impl: Impl = "auto",
     ):
         sae.require_unwritten()
         _check_choices(sae, error, measure)
@@ -101,7 +113,7 @@ class Plan:
             self._build(sae, error, measure)
         self.chosen: Tensor | None = None
 
-    def _build(self, sae: SAE, error: str, measure: str | None) -> None:
+    def _build(self, sae: SAE, error: ErrorTerm, measure: Reading | None) -> None:
         if not self.table.latents or (not self.table.measures and measure != "projection"):
             measure = "none"
         self.measured = Measured(sae, self.table.latents, self.device, measure)
@@ -181,7 +193,7 @@ class Plan:
     def _set(self, x: Tensor, mask: Tensor | None, values: Tensor, kinds: Tensor) -> Tensor:
         if self.table.rowwise:
             values = values.expand(*x.shape[:-1], -1)
-            mask = _both(mask, self.table.edited(kinds).expand(x.shape[:-1]))
+            mask = both(mask, self.table.edited(kinds).expand(x.shape[:-1]))
         measured = self.measured
         return ops.steer(
             x,
@@ -198,7 +210,7 @@ class Plan:
 
     def _reconstructed(self, x: Tensor, mask: Tensor | None, amounts: Tensor, kinds: Tensor):
         recon = reconstruct(self.dropping, x, self.measured.features, amounts, self.impl)
-        edited = _both(mask, self.table.edited(kinds).expand(x.shape[:-1]))
+        edited = both(mask, self.table.edited(kinds).expand(x.shape[:-1]))
         return torch.where(edited[..., None], recon, x)
 
     def _conditional(self, sae: SAE, condition: Condition | None) -> Measured | None:
@@ -242,8 +254,8 @@ class Plan:
     def check(self, x: Tensor, mask: Tensor | None) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}, a tensor is needed")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"x: got {x.dtype}, accepted are {', '.join(map(str, DTYPES))}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"x: got {x.dtype}, accepted are {', '.join(map(str, FLOATS))}")
         if x.ndim == 0 or x.shape[-1] != self.d:
             raise ValueError(f"x: got shape {tuple(x.shape)}, the SAE is for [..., {self.d}]")
         if x.device != self.table.values.device:
@@ -268,18 +280,9 @@ def require_sae(sae: SAE) -> None:
         raise TypeError(f"sae: got {type(sae).__name__}, an SAE is needed; SAE.load reads one")
 
 
-def _check_choices(sae: SAE, error: str, measure: str | None) -> None:
-    if error not in ERRORS:
-        raise ValueError(
-            f"error: got {error!r}, accepted are keep, drop{nearest(str(error), ERRORS)}"
-        )
-    accepted = (sae.measure, "projection")
-    if measure is not None and measure not in accepted:
-        hint = nearest(str(measure), accepted)
-        raise ValueError(f"measure: got {measure!r}, accepted are {', '.join(accepted)}{hint}")
+def _check_choices(sae: SAE, error: ErrorTerm, measure: Reading | None) -> None:
+    one_of("error", error, ERRORS)
+    if measure is not None:
+        one_of("measure", measure, (sae.measure, "projection"))
     if error == "drop" and measure == "projection":
         raise ValueError("error: 'drop' decodes the SAE's activations; a projection has none")
-
-
-def _both(mask: Tensor | None, other: Tensor) -> Tensor:
-    return other if mask is None else mask & other
