@@ -1,8 +1,8 @@
 """Stores results, and puts them into the pages: `python -m bench.report [--write | --check]`.
 
 Without an option the newest result of every suite is printed as Markdown; --write puts it into
-README.md and docs/ between their markers and draws the plots, --check fails unless all
-of it is there already.
+README.md and docs/ between their markers and draws the plots, --check fails unless all of it is
+there already.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
         "bench:encode": lambda results: recorded(results, "encode"),
         "bench:calls": lambda results: recorded(results, "calls"),
         "bench:gpu": lambda results: recorded(results, "gpu"),
+    },
+    "docs/serving.md": {
+        "bench:serving": lambda results: recorded(results, "serving"),
     },
 }
 """What each page holds between `<!-- name -->` and `<!-- /name -->`, from the stored results."""

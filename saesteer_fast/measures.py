@@ -67,7 +67,7 @@ class Measured:
             elif self.measure == "groupmax":
                 W_enc, b_enc = sae.encoder
             elif self.measure == "projection":
-                W_enc, b_enc = directions, -(directions.double() @ sae.b_dec.double()).float()
+                W_enc, b_enc = directions, -(directions * sae.b_dec.double()).sum(-1).float()
             elif self.measure == "none":
                 W_enc, b_enc = sae.W_enc[:0], sae.b_enc[:0].float()
             else:

@@ -228,13 +228,11 @@ class SAE:
         with constants(self.device):
             if not self.subtract_b_dec:
                 return self.b_enc.float()
-            b_enc, b_dec = self.b_enc.double(), self.b_dec.double()
-            # fp64, for fp32 may be rounded to tf32; a few rows at a time, for they are copied.
-            parts = [
-                bias - rows.double() @ b_dec
-                for bias, rows in zip(b_enc.split(256), self.W_enc.split(256), strict=True)
-            ]
-            return torch.cat(parts).float()
+            folded, b_dec = self.b_enc.double(), self.b_dec.double()
+            # fp64: products of fp32 may become tf32. A few rows at a time, for they are copied.
+            for part, rows in zip(folded.split(256), self.W_enc.split(256), strict=True):
+                part -= (rows * b_dec).sum(-1)
+            return folded.float()
 
     @cached_property
     def decoder_norms(self) -> Tensor:
