@@ -127,7 +127,14 @@ class Subject:
     def shares(self) -> dict[str, float]:
         """Of the tokens of `ids`, as one sequence."""
         sae, x = self.sae, capture(self.model, self.ids[None], [self.layer])[0][0]
-        fixed = sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, torch.tensor([self.latent]), sae.k
+        fixed = (
+            sae.W_enc,
+            sae.b_enc_folded,
+            sae.W_dec,
+            sae.b_dec,
+            torch.tensor([self.latent]),
+            sae.k,
+        )
         shares = Workload("text", x, *fixed).shares(1)
         return {name: shares[name] for name in ("undecided", "live")}
 

@@ -137,7 +137,7 @@ class Workload:
             for at in torch.arange(len(tokens), device=tokens.device).split(512):
                 rows, back = tokens[at].unique(return_inverse=True)
                 gap = reference.preacts(self.x[rows], W, b)[back] - p_f[at]
-                size = torch.nn.functional.linear(self.x[rows].abs().float(), sizes, b.abs())
+                size = F.linear(self.x[rows].abs().float(), sizes, b.abs().float())
                 # fp32 errs by less than this in so many terms of one sign.
                 tau = self._error(size.double() * (1 + 2 * self.x.shape[1] * 2.0**-24))[back]
                 slack, f = tau_f[at] + tau, features[at]
