@@ -19,7 +19,7 @@ demo: $(BUILT)
 # A process a core that this one may use, up to 8, and a thread each: tests of threads ask for more.
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc || echo 4); echo $$((n < 8 ? n : 8)))
 test: $(BUILT)
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist loadfile -rs
 
 bench bench-full: $(BUILT)
 	$(RUN) pytest bench -q --benchmark-columns=min,median,iqr $(if $(filter bench-full,$@),--full)

@@ -20,7 +20,7 @@ import torch
 import saesteer_fast
 from saesteer_fast import ops
 
-from . import machine, verify, workloads
+from . import exactness, machine, workloads
 from .tables.common import circumstances, duration, number, table
 from .test_op import cases, inputs, steer
 from .timing import Contestant, interleaved
@@ -86,7 +86,7 @@ def measure() -> dict[str, float]:
         for case in some:
             w = of[case.workload].first(case.F)
             batches = inputs(w, case.T)
-            verify.check_ours(w, batches, lambda x: steer(w, x), lambda x: acts(w, x))  # noqa: B023
+            exactness.check_ours(w, batches, lambda x: steer(w, x), lambda x: acts(w, x))  # noqa: B023
             contestants[str(case)] = Contestant(
                 lambda x, w=w: steer(w, x), batches, whole=case.workload != "worst"
             )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from . import machine, report, verify
+from . import exactness, machine, report
 from .timing import Replay
 
 RESULTS = pytest.StashKey[dict[str, list[dict]]]()
@@ -68,7 +68,7 @@ def replay(benchmark) -> Callable[[str, list[float]], None]:
 
 def pytest_exception_interact(call):
     """Nothing is timed any more once two implementations disagree."""
-    if isinstance(call.excinfo.value, verify.Disagreement):
+    if isinstance(call.excinfo.value, exactness.Disagreement):
         pytest.exit(str(call.excinfo.value), returncode=1)
 
 

@@ -35,7 +35,7 @@ import saesteer_fast as sf
 from saesteer_fast import env, ops
 from saesteer_fast.verify import smoke, steps
 
-from . import machine, peers, verify, workloads
+from . import exactness, machine, peers, workloads
 from .tables.contestants import BASELINES, compiled
 from .tables.gpu import KERNELS
 from .timing import Contestant, interleaved
@@ -219,7 +219,7 @@ def timed(name: str, tokens: int, features: int, by: str) -> list[float]:
     w = workload(name, features)
     call = contestant(w, by)
     if impl := KERNELS.get(by.split()[0]):
-        verify.check_ours(
+        exactness.check_ours(
             w,
             w.batches(tokens)[: max(1, 512 // tokens)],
             call,
@@ -319,7 +319,7 @@ def decode_steps(by: str, how: str) -> dict:
         case = replace(w, name=f"decode step, {name}", x=unsteered, b_enc=b_enc)
         with ways[name]():
             outputs = read(how, ids).split(1)
-        verify.check_outputs(case, outputs, impl)
+        exactness.check_outputs(case, outputs, impl)
     contestants = {}
     for name, way in ways.items():
         with way():

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from . import miniature, plots
-from .tables import gpu, growth, summary
+from . import plots
+from .tables import gpu, growth, miniature, summary
 from .tables.common import circumstances
 
 ROOT = Path(__file__).parents[1]

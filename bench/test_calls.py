@@ -30,7 +30,7 @@ import saesteer_fast as sf
 from saesteer_fast import ops
 from saesteer_fast.plan import Plan
 
-from . import native, verify, workloads
+from . import exactness, native, workloads
 from .timing import Contestant, interleaved
 from .workloads import Workload
 
@@ -136,7 +136,7 @@ def verify_all(w: Workload, ways: dict[str, Contestant], calls: list[Tensor]) ->
 
     right = outputs("op")
     given = iter(right)
-    verify.check_ours(
+    exactness.check_ours(
         replace(w, x=settled),
         list(settled.split(1)),
         lambda x: next(given),
@@ -145,7 +145,7 @@ def verify_all(w: Workload, ways: dict[str, Contestant], calls: list[Tensor]) ->
     for name in STEERED:
         wanted = calls if name == "steering_generated" else right
         if not torch.equal(torch.cat(outputs(name)), torch.cat(wanted).view(-1, w.x.shape[1])):
-            raise verify.Disagreement(f"{name} differs from saesteer_fast.ops.steer")
+            raise exactness.Disagreement(f"{name} differs from saesteer_fast.ops.steer")
 
 
 @pytest.fixture(scope="module")

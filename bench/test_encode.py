@@ -24,7 +24,7 @@ from torch import Tensor
 
 from saesteer_fast import ops
 
-from . import peers, verify, workloads
+from . import exactness, peers, workloads
 from .timing import Contestant, interleaved
 from .workloads import Workload
 
@@ -104,15 +104,15 @@ def verified(workload) -> Callable[[int], dict[str, float]]:
 def verify_all(w: Workload, k: int) -> dict[str, float]:
     x, encode, decode = w.x[:VERIFIED], encoders(w, k), decoders(w)
     top = encode.pop("ours")(x)
-    verify.check_encode(w, x, *top)
+    exactness.check_encode(w, x, *top)
     recon = decode.pop("ours")(top)
-    verify.check_decode(w, *top, recon)
+    exactness.check_decode(w, *top, recon)
     found = {}
     for name, call in encode.items():
         values = call(x)[0].sort(descending=True).values
-        found[name] = verify.check_near(f"{name} encode", values, top[0])
+        found[name] = exactness.check_near(f"{name} encode", values, top[0])
     for name, call in decode.items():
-        share = verify.check_near(f"{name} decode", call(top), recon)
+        share = exactness.check_near(f"{name} decode", call(top), recon)
         found[name] = min(share, found.get(name, 1))
     return found
 

@@ -18,7 +18,7 @@ from functools import cache
 import pytest
 import torch
 
-from . import heap, machine, peers, verify, workloads
+from . import exactness, heap, machine, peers, workloads
 from .test_op import steer, verify_all
 from .workloads import Shape, Workload
 
@@ -67,7 +67,7 @@ def measured(request) -> Callable[[str], dict[str, dict]]:
             text=True,
         )
         if done.returncode:
-            raise verify.Disagreement(f"memory: the child failed: {done.stderr[-2000:]}")
+            raise exactness.Disagreement(f"memory: the child failed: {done.stderr[-2000:]}")
         return json.loads(done.stdout)
 
     return of

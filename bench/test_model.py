@@ -24,7 +24,7 @@ from torch import Tensor
 
 import saesteer_fast as sf
 
-from . import peers, phi3, verify, workloads
+from . import exactness, peers, phi3, workloads
 from .timing import Contestant, interleaved
 
 PROMPT, STEPS = 512, 16
@@ -117,11 +117,11 @@ def verify_all(subject: Subject, run: str) -> float:
             found[name] = subject.streams(run)
     planted = subject.workloads[run]
     worst = replace(planted, name=f"{run}, worst", b_enc=subject.worst.b_enc_folded)
-    verify.check_outputs(planted, found["ours"])
-    verify.check_outputs(worst, found["worst"])
+    exactness.check_outputs(planted, found["ours"])
+    exactness.check_outputs(worst, found["worst"])
     if not (worst.truth > 0).all():
-        raise verify.Disagreement(f"{run}, worst: a token does not need the whole scan")
-    return verify.check_baseline(planted, "naive", torch.cat(found["naive"]))
+        raise exactness.Disagreement(f"{run}, worst: a token does not need the whole scan")
+    return exactness.check_baseline(planted, "naive", torch.cat(found["naive"]))
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from saesteer_fast import ops
 
-from . import native, peers, verify, workloads
+from . import exactness, native, peers, workloads
 from .tables.contestants import BASELINES, compiled
 from .timing import Contestant, interleaved
 from .workloads import Shape, Workload
@@ -177,25 +177,25 @@ def verify_all(
         return ops.feature_acts(x, *fixed, order=w.order, impl="cpu")
 
     if w.name == "worst" and not (feature_acts(w, w.x) > 0).all():
-        raise verify.Disagreement("worst: a token does not need the whole scan")
+        raise exactness.Disagreement("worst: a token does not need the whole scan")
     for each in (w,) if w.name == "worst" else (w, w.hot_first):
         ours, acts = partial(steer, each), partial(feature_acts, each)
         for T in tokens:
-            verify.check_ours(each, inputs(each, T), ours, acts)
+            exactness.check_ours(each, inputs(each, T), ours, acts)
     x = w.x[:BASELINE_TOKENS]
-    verify.check_baseline(w, "reference", steer(w, x, "reference"))
+    exactness.check_baseline(w, "reference", steer(w, x, "reference"))
     agreed = {
-        name: verify.check_baseline(w, name, run(x)) for name, run in peers.baselines(w).items()
+        name: exactness.check_baseline(w, name, run(x)) for name, run in peers.baselines(w).items()
     }
     for name, peer in libraries.items():
-        agreed[name] = verify.check_baseline(w, name, peer.whole(x, peer.call(x)))
+        agreed[name] = exactness.check_baseline(w, name, peer.whole(x, peer.call(x)))
     return agreed
 
 
 def compile_now(w: Workload, name: str, run: Callable[[Tensor], Tensor], T: int) -> None:
     """Compiles for calls of T tokens and verifies on such calls."""
     calls = w.batches(T)[: max(1, BASELINE_TOKENS // 8 // T)]
-    verify.check_baseline(w, name, torch.cat([run(x) for x in calls]))
+    exactness.check_baseline(w, name, torch.cat([run(x) for x in calls]))
 
 
 @pytest.fixture(scope="session")

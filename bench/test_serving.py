@@ -4,7 +4,7 @@ in one step and then a token each a step.
 unsteered, again    two engines alike: how far apart no difference is measured
 ours                saesteer_fast.serve.vllm, one configuration, the scope all
 table               the same with three, which requests choose in turn, the scope generated
-naive               a forward hook on the same layer that does reference.naive
+naive               a forward hook on the same layer that does baselines.naive
 
 Each is an engine in a process of its own. They take turns, a batch each, in shuffled rounds; a
 round in which other processes took our cores is taken again. On one core (`taskset -c 0`) CPU time
@@ -33,7 +33,7 @@ from saesteer_fast.eval import chat_text
 from saesteer_fast.find import capture
 from saesteer_fast.mini import corpus
 
-from . import engine, phi3, verify, workloads
+from . import engine, exactness, phi3, workloads
 from .workloads import Workload
 
 PROMPT, NEW = 32, 16
@@ -197,7 +197,7 @@ def verify_all(subject: Subject, engines: Engines, requests: int = 3) -> dict[st
         scores = torch.tensor(answer["scores"])
         error, moved = ((each - wanted).square().mean().sqrt().item() for each in (scores, plain))
         if name not in ("unsteered", "again") and not error <= NEAR * moved:
-            raise verify.Disagreement(
+            raise exactness.Disagreement(
                 f"{name}: log-probabilities are {error:.3g} away from those of transformers, which "
                 f"steering moves by {moved:.3g}"
             )

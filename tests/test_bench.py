@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import baselines, miniature, peers, report, verify, workloads
+from bench import baselines, exactness, peers, report, workloads
 from bench import test_op as suite
-from bench.tables import common, summary
+from bench.tables import common, miniature, summary
 from bench.tables import op as op_tables
 from bench.timing import Contestant, interleaved
 from saesteer_fast import ops, reference
@@ -72,7 +72,7 @@ def test_hot_first_is_the_same_workload_and_less_work(pair):
     assert torch.equal(hot.W_enc, w.W_enc[hot.order]) and torch.equal(hot.directions, w.directions)
     assert torch.equal(hot.truth, w.truth) and torch.equal(hot.close, w.close)
     assert torch.equal(steer(hot)(w.x), steer(w)(w.x))
-    verify.check_ours(hot, hot.batches(16), steer(hot), feature_acts(hot))
+    exactness.check_ours(hot, hot.batches(16), steer(hot), feature_acts(hot))
     plain, less = w.shares(16), hot.shares(16)
     assert (less["undecided"], less["live"]) == (plain["undecided"], plain["live"])
     assert plain["live"] < less["work"] < 0.9 * plain["work"]
@@ -113,7 +113,7 @@ def test_workloads_repeat(pair):
 def test_ours_passes(pair, tokens):
     for w in pair:
         w = w.first(1)
-        verify.check_ours(w, w.batches(tokens), steer(w), feature_acts(w))
+        exactness.check_ours(w, w.batches(tokens), steer(w), feature_acts(w))
 
 
 def test_a_call_may_take_more_tokens_than_the_stream_has(pair):
@@ -133,7 +133,7 @@ def test_miniature_is_what_its_sae_says():
     torch.testing.assert_close(w.truth, top[:, w.features], rtol=1e-9, atol=1e-12)
     assert 0 < w.shares(1)["live"] < w.shares(1)["undecided"] < 1
     assert w.values.item() > w.truth.max()
-    verify.check_ours(w, w.batches(16), steer(w), feature_acts(w))
+    exactness.check_ours(w, w.batches(16), steer(w), feature_acts(w))
 
 
 def one_element_off(y):
@@ -150,15 +150,15 @@ def one_element_off(y):
 def test_a_wrong_result_disagrees(pair, wrong):
     for w in pair:
         right = steer(w)
-        with pytest.raises(verify.Disagreement, match=f"{w.name}, T=16: x' is"):
-            verify.check_ours(w, w.batches(16), lambda x: wrong(x, right(x)), feature_acts(w))  # noqa: B023
+        with pytest.raises(exactness.Disagreement, match=f"{w.name}, T=16: x' is"):
+            exactness.check_ours(w, w.batches(16), lambda x: wrong(x, right(x)), feature_acts(w))  # noqa: B023
 
 
 def test_a_wrong_decision_disagrees(pair):
     for w in pair:
         acts = feature_acts(w)
-        with pytest.raises(verify.Disagreement, match="decisions differ from fp64's"):
-            verify.check_ours(w, w.batches(16), steer(w), lambda x: 0 * acts(x))  # noqa: B023
+        with pytest.raises(exactness.Disagreement, match="decisions differ from fp64's"):
+            exactness.check_ours(w, w.batches(16), steer(w), lambda x: 0 * acts(x))  # noqa: B023
 
 
 def test_baselines(pair):
@@ -166,10 +166,10 @@ def test_baselines(pair):
         x = w.x[:128]
         b_enc = w.b_enc.to(x.dtype)
         dense = x, w.W_enc, b_enc, w.W_dec, w.b_dec, w.features, w.values, w.k
-        assert verify.check_baseline(w, "naive", baselines.naive(*dense)) >= 0.9
-        assert verify.check_baseline(w, "lean", baselines.lean(*dense)) >= 0.9
-        with pytest.raises(verify.Disagreement, match="nothing agrees on 0%"):
-            verify.check_baseline(w, "nothing", x)
+        assert exactness.check_baseline(w, "naive", baselines.naive(*dense)) >= 0.9
+        assert exactness.check_baseline(w, "lean", baselines.lean(*dense)) >= 0.9
+        with pytest.raises(exactness.Disagreement, match="nothing agrees on 0%"):
+            exactness.check_baseline(w, "nothing", x)
 
 
 def test_peers(pair):
@@ -181,7 +181,7 @@ def test_peers(pair):
             assert tuple(found) == peers.NAMES
             for name, peer in found.items():
                 x = w.x[:128]
-                assert verify.check_baseline(w, name, peer.whole(x, peer.call(x))) >= 0.9
+                assert exactness.check_baseline(w, name, peer.whole(x, peer.call(x))) >= 0.9
 
 
 def test_peers_get_the_bias_before_b_dec_was_folded(pair):
@@ -225,7 +225,7 @@ def test_what_does_not_compile_is_not_run(pair, small, monkeypatch):
 def test_compiled_code_that_is_wrong_ends_the_run(pair, small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda run, **_: lambda x, *_: x)
     planted, worst = (w.first(1) for w in pair)
-    with pytest.raises(verify.Disagreement, match="naive, compiled agrees on 0%"):
+    with pytest.raises(exactness.Disagreement, match="naive, compiled agrees on 0%"):
         suite.contestants(worst, replace(small, workload="worst"), planted.settled(1), {})
 
 
@@ -363,7 +363,7 @@ def test_stored_result_renders_the_same(tmp_path, result):
 
 def record_demo(folder):
     row = {"strength": 0, "counts": {}, "intervals": {}}
-    for column in miniature.COLUMNS:
+    for column in ("unsafe_refusal", "facts"):
         row |= {column: 0.5}
         row["counts"][column], row["intervals"][column] = [5, 10], [0.25, 0.75]
     ran = {"rows": [row, row | {"strength": 2.5}], "latent": 7, "layer": 4, "unit": 1.25}
@@ -436,7 +436,7 @@ def test_summary_says_what_was_missed_and_measured(result):
     memory = {"cases": [{"bytes": {"ours": n * 2**10, "naive": n * 2**20}} for n in (5, 7)]}
     text = summary.render(result | {"cases": met}, model, memory)
     assert "- Met: all 8 targets" in text and "| worst | 1 | 1.00 ms | 3.50× |" in text
-    assert "2 of 32 layers" in text and "decode 2.00 % (2.00 to 2.00); naive 50.0 %" in text
+    assert "2 of 32 layers" in text and "decode 2.00 % (2.00 to 2.00), naive 50.0 %" in text
     assert "at most 7.00 KiB; naive up to 7.00 MiB" in text
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, machine, timing, verify, workloads
+from bench import compare, exactness, machine, timing, workloads
 from bench.test_op import Case
 from saesteer_fast import ops
 
@@ -79,7 +79,7 @@ def test_measures_each_case(small):
 
 def test_measures_nothing_that_is_wrong(small, monkeypatch):
     monkeypatch.setattr(ops, "steer", lambda x, *_, **__: x)
-    with pytest.raises(verify.Disagreement):
+    with pytest.raises(exactness.Disagreement):
         compare.measure()
 
 

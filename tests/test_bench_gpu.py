@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import saesteer_fast as sf
-from bench import gpu, on_gpu, verify, workloads
+from bench import exactness, gpu, on_gpu, workloads
 from bench.tables import gpu as tables
 from saesteer_fast import ops
 from saesteer_fast.verify import steps
@@ -130,7 +130,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(on_gpu, "workload", lambda name, F: built[name].first(F))
     monkeypatch.setattr(on_gpu, "KERNELS", {"ours": "cpu", "triton": "cpu"})
     monkeypatch.setattr(ops, "steer", lambda x, *_, **__: x)
-    with pytest.raises(verify.Disagreement):
+    with pytest.raises(exactness.Disagreement):
         on_gpu.measures()["worst T=1 F=1 ours"]()
 
 

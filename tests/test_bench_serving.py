@@ -11,7 +11,7 @@ import torch
 from test_bench import ROOT, SMALL, run_small
 from test_bench_suites import TINY_PHI3
 
-from bench import engine, phi3, report, test_serving, timing, verify, workloads
+from bench import engine, exactness, phi3, report, test_serving, timing, workloads
 from bench.tables import serving as serving_tables
 
 
@@ -138,7 +138,7 @@ def test_an_engine_that_steers_otherwise_disagrees(subject, monkeypatch):
         for wrong in ("unsteered", "table" if name == "ours" else "ours"):
             engines[name].name = wrong
             if not (name == "naive" and wrong == "ours"):
-                with pytest.raises(verify.Disagreement, match=f"{name}: log-probabilities"):
+                with pytest.raises(exactness.Disagreement, match=f"{name}: log-probabilities"):
                     test_serving.verify_all(subject, engines)
         engines[name].name = name
 

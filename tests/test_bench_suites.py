@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_bench import ROOT, SMALL, run_small
 
-from bench import heap, phi3, report, test_calls, test_encode, test_model, verify, workloads
+from bench import exactness, heap, phi3, report, test_calls, test_encode, test_model, workloads
 from bench.tables import encode as encode_tables
 from bench.tables import memory as memory_tables
 from bench.tables import model as model_tables
@@ -90,7 +90,7 @@ def test_encode_agrees(planted):
 def test_a_wrong_encode_disagrees(planted, monkeypatch, wrong, complaint):
     right = ops.encode
     monkeypatch.setattr(ops, "encode", lambda *a, **o: wrong(*right(*a, **o)))
-    with pytest.raises(verify.Disagreement, match=f"encode's {complaint} are not"):
+    with pytest.raises(exactness.Disagreement, match=f"encode's {complaint} are not"):
         test_encode.verify_all(planted, 32)
 
 
@@ -98,7 +98,7 @@ def test_a_wrong_encode_disagrees(planted, monkeypatch, wrong, complaint):
 def test_a_wrong_decode_disagrees(planted, monkeypatch, wrong):
     right = ops.decode
     monkeypatch.setattr(ops, "decode", lambda *a, **o: wrong(right(*a, **o)))
-    with pytest.raises(verify.Disagreement, match="decode's reconstruction"):
+    with pytest.raises(exactness.Disagreement, match="decode's reconstruction"):
         test_encode.verify_all(planted, 32)
 
 
@@ -107,10 +107,10 @@ def test_a_call_that_does_not_steer_disagrees(planted):
     ways = test_calls.contestants(planted, calls)
     test_calls.verify_all(planted, ways, calls)
     ways["steering_mask"] = Contestant(lambda x: x, calls)
-    with pytest.raises(verify.Disagreement, match="steering_mask differs"):
+    with pytest.raises(exactness.Disagreement, match="steering_mask differs"):
         test_calls.verify_all(planted, ways, calls)
     ways["op"] = Contestant(lambda x: x, calls)
-    with pytest.raises(verify.Disagreement, match="x' is"):
+    with pytest.raises(exactness.Disagreement, match="x' is"):
         test_calls.verify_all(planted, ways, calls)
 
 
@@ -130,7 +130,7 @@ def test_model_is_steered(subject, run, monkeypatch):
     right = subject.ways()
     for name, complaint in (("ours", f"{run}, T="), ("worst", f"{run}, worst"), ("naive", "naive")):
         monkeypatch.setattr(subject, "ways", lambda n=name: right | {n: nullcontext})
-        with pytest.raises(verify.Disagreement, match=complaint):
+        with pytest.raises(exactness.Disagreement, match=complaint):
             test_model.verify_all(subject, run)
 
 

@@ -45,21 +45,21 @@ def _times(case: Case, name: str) -> str:
 def _targets(result: dict) -> str:
     judged = [cells for each in TARGETS if (cells := each.judge(result["cases"]))]
     missed = [title for title, _, verdict in judged if verdict != "met"]
-    over = f"{len(judged)} targets, by the medians of every case that each is set for"
+    over = f"{len(judged)} targets of docs/benchmarks.md, by the median of every case"
     return f"Missed of {over}: {'; '.join(missed)}." if missed else f"Met: all {over}."
 
 
 def _model(result: dict) -> str:
     """Next to what differs when nothing is attached."""
     said = [
-        f"{case['run']} {added(case, 'ours')}; naive {added(case, 'naive')}; nothing, measured "
-        f"again, {added(case, 'again')}"
+        f"{case['run']} {added(case, 'ours')}, naive {added(case, 'naive')}, and unsteered once "
+        f"more {added(case, 'again')}, which is the noise"
         for case in result["cases"]
     ]
     layers = result["cases"][0]["layers"]
     return (
-        f"Time added to Phi-3 Mini, {layers} of 32 layers, random weights, least to most in "
-        f"parentheses: {'. '.join(said)}."
+        f"Time added to Phi-3 Mini ({layers} of 32 layers, random weights; in parentheses the "
+        f"least and the most): {'; '.join(said)}."
     )
 
 
