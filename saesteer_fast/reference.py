@@ -209,6 +209,7 @@ def encode(
     """The k largest activations, descending, ties to the lower index: values in `dtype`, indices,
     [..., k]."""
     rows = x.reshape(-1, x.shape[-1])
+    W_enc = W_enc.double()  # once for all tokens
     found = [_largest(some, W_enc, b_enc, k) for some in rows.split(max(1, HELD // len(W_enc)))]
     values, indices = (
         torch.cat(parts).reshape(*x.shape[:-1], k) for parts in zip(*found, strict=True)
