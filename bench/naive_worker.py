@@ -19,9 +19,8 @@ class Worker(PlatformWorker):
         super().load_model(**kwargs)
         given = self.vllm_config.additional_config
         sae, latent = SAE.load(given["sae"]), torch.tensor([given["latent"]])
-        fixed = sae.W_enc, sae.b_enc_folded, sae.W_dec, sae.b_dec, latent, sae.k
         x = sae.W_enc.new_empty(0, sae.d)
-        naive = peers.baselines(Workload("naive", x, *fixed, value=given["value"]))["naive"]
+        naive = peers.baselines(Workload.of("naive", x, sae, latent, value=given["value"]))["naive"]
 
         def steer(module, args, output):
             hidden, residual = output

@@ -126,16 +126,8 @@ class Subject:
 
     def shares(self) -> dict[str, float]:
         """Of the tokens of `ids`, as one sequence."""
-        sae, x = self.sae, capture(self.model, self.ids[None], [self.layer])[0][0]
-        fixed = (
-            sae.W_enc,
-            sae.b_enc_folded,
-            sae.W_dec,
-            sae.b_dec,
-            torch.tensor([self.latent]),
-            sae.k,
-        )
-        shares = Workload("text", x, *fixed).shares(1)
+        x = capture(self.model, self.ids[None], [self.layer])[0][0]
+        shares = Workload.of("text", x, self.sae, torch.tensor([self.latent])).shares(1)
         return {name: shares[name] for name in ("undecided", "live")}
 
 

@@ -84,6 +84,12 @@ class Workload:
     value: float = VALUE
     order: Tensor | None = None  # [N] int64: the latent of each row of W_enc, unless by number
 
+    @classmethod
+    def of(cls, name: str, x: Tensor, sae: SAE, features: Tensor, **more) -> Workload:
+        """Of these latents of an SAE, whose bias is taken folded."""
+        weights = sae.W_enc, sae.b_enc_folded, sae.W_dec, sae.b_dec
+        return cls(name, x, *weights, features, sae.k, **more)
+
     @cached_property
     def values(self) -> Tensor:
         """What each latent is set to: [F] fp32."""
@@ -255,8 +261,7 @@ def on_stream(
     sae = SAE(W_enc, bias, W_dec, b_dec, k)
     most = F.linear(z, W_enc).abs().amax().float()
     always = bias.index_add(0, features, 4 * most[None])
-    planted = Workload("model", stream, W_enc, sae.b_enc_folded, W_dec, b_dec, features, k)
-    return planted, sae, replace(sae, b_enc=always)
+    return Workload.of("model", stream, sae, features), sae, replace(sae, b_enc=always)
 
 
 def miniature(dtype: str, tokens: int = 2048) -> Workload:

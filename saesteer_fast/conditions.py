@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .dtypes import LARGEST
 from .errors import is_integer, is_number, named, nearest, nearest_file, one_of
 from .node import Node
 from .tokens import Tokens
@@ -344,6 +345,6 @@ def _latent(name: str, latent: object) -> int:
 def _finite(name: str, value: object) -> float:
     if not is_number(value):
         raise TypeError(f"{name}: got {value!r}, a number is needed")
-    if not abs(value) <= torch.finfo(torch.float32).max:
+    if not abs(value) <= LARGEST:
         raise ValueError(f"{name}: got {value}, a number that is finite in fp32 is needed")
     return float(value)

@@ -101,10 +101,9 @@ def _ranked(rows, W_enc, b_enc, features, p_f, order) -> Tensor:
     order = everyone if order is None else order
     latents = max(1, HELD // d)
     tokens = max(1, HELD // min(latents, N))
-    ranks = []
+    places, ranks = order[features], []
     for x, mine in zip(rows.split(tokens), p_f.split(tokens), strict=True):
         parts = zip(*(t.split(latents) for t in (W_enc, b_enc, everyone, order)), strict=True)
-        places = order[features]
         found = (
             _beaten(preacts(x, W, b), row, place, mine, features, places)
             for W, b, row, place in parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..errors import nearest
+from ..errors import one_of
 from .prompts import KINDS
 
 REFUSAL_PHRASES = (
@@ -49,9 +49,7 @@ def judge(kind: str, answer: str, expected: str = "") -> bool:
 
     Raises ValueError for another kind, and for facts and sums without what is expected.
     """
-    if kind not in KINDS:
-        hint = nearest(str(kind), KINDS)
-        raise ValueError(f"kind: got {kind!r}, accepted are {', '.join(KINDS)}{hint}")
+    one_of("kind", kind, KINDS)
     if kind in ("facts", "sums") and not expected:
         raise ValueError(f"expected: got {expected!r}, a prompt of {kind} needs its answer")
     if kind == "facts":

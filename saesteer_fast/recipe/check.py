@@ -46,8 +46,9 @@ def report(path: str | os.PathLike[str], model: str | None = None) -> str:
 
 
 def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[str, str]]:
-    site = None if body is None else _site(step, sae, body)
-    yield "module", _module(step, sae, site)
+    layer = sae.hookpoint if step.layer is None else step.layer
+    site = None if body is None else _site(layer, sae, body)
+    yield "module", _module(step, layer, site)
     yield "SAE", f"{_source(step)}: N={sae.num_latents}, d={sae.d}, {sae.kind}, {_dtype(sae)}"
     keywords = {name: getattr(step, name) for name in ("when", "error", "measure")}
     plan = Plan(sae, step.edits, torch.device("cpu"), **keywords)
@@ -66,14 +67,13 @@ def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[s
     yield "memory", f"{_size(plan.nbytes)} on the module's device"
 
 
-def _site(step: Steering, sae: SAE, body: nn.Module) -> Site:
-    site = sites.locate(body, sae.hookpoint if step.layer is None else step.layer)
+def _site(layer: int | str | None, sae: SAE, body: nn.Module) -> Site:
+    site = sites.locate(body, layer)
     site.check_width(sae)
     return site
 
 
-def _module(step: Steering, sae: SAE, site: Site | None) -> str:
-    layer = sae.hookpoint if step.layer is None else step.layer
+def _module(step: Steering, layer: int | str | None, site: Site | None) -> str:
     if layer is None:
         raise ValueError("layer: none is given, and the SAE names no hookpoint")
     by = " (the SAE's hookpoint)" if step.layer is None else ""
