@@ -178,7 +178,7 @@ def undecided(x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int)
     rows = x.reshape(-1, x.shape[-1])
     n, u = x.shape[-1] + 2, 2.0**-24
     sizes = rows.double().abs().sum(-1, keepdim=True) + W_enc.double().abs().sum(-1)
-    flushed = 2.0**-126 * (n + sizes)
+    flushed = 2.0**-126 * (2 * n + sizes)
     size = preacts(rows.abs(), W_enc.abs(), b_enc.abs())
     tau = n * u / (1 - n * u) * size + flushed
     p = preacts(rows, W_enc, b_enc)

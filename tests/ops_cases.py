@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from saesteer_fast import ops, reference
+from saesteer_fast import _build, ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNIT = 2.0**-24
@@ -177,12 +177,23 @@ def preact_bound(x: Tensor, W: Tensor, bias: Tensor) -> Tensor:
     """By how much fp32 sums of p = W x + bias may be wrong, in any order: [..., rows of W] fp64.
 
     d products and d additions, of which the first adds to 0; and products of bf16 pairs may flush
-    subnormal factors and results to 0.
+    subnormal factors and results to 0, AMX's after at most 2 d additions.
     """
     d = x.shape[-1]
     x, W, bias = x.double().abs(), W.double().abs(), bias.double().abs()
-    flushed = 2.0**-126 * (d + x.sum(-1, keepdim=True) + W.sum(-1))
+    flushed = 2.0**-126 * (2 * d + x.sum(-1, keepdim=True) + W.sum(-1))
     return gamma(d + 1) * (x @ W.mT + bias) + flushed
+
+
+def encode_slack(case: Case) -> Tensor:
+    """How far the activations that encode gives may be from those of feature_acts: [..., F] fp64.
+
+    They are the same, but that AMX sums the products of many tokens in another order.
+    """
+    W, bias = case.W_enc[case.features], case.b_enc[case.features]
+    tiled = _build.instruction_set()[0] == "amx"
+    tiled &= case.x.dtype == case.W_enc.dtype == torch.bfloat16
+    return 2 * preact_bound(case.x, W, bias) * tiled
 
 
 def rounded(truth: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from ops_cases import (
     Case,
     assert_steered,
     bits,
+    encode_slack,
     gamma,
     integer_case,
     permutation,
@@ -105,6 +106,18 @@ def test_odd_shapes(shape, dtype, record_property):
     assert_encoded(case)
 
 
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("T", [1, 16, 17, 49, 300])
+@pytest.mark.parametrize(("d", "N"), [(31, 97), (512, 161), (1100, 200), (1088, 128)])
+def test_bf16_by_tiles_of_any_size(T, d, N):
+    """Of tokens, latents and columns; several passes, and more features than a block."""
+    case = random_case(T, d, N, 16, 70, torch.bfloat16, torch.bfloat16)
+    assert_right(case)
+    assert_encoded(case)
+    order = permutation(N)
+    assert same_bits(case.stored(order).acts(), case.acts())
+
+
 @EVERY_DTYPE
 def test_undecided_share_of_random_data_is_small(dtype, record_property):
     case = random_case(1000, 1024, 512, 32, 16, dtype, dtype)
@@ -190,7 +203,7 @@ def test_core_ties_go_to_the_lower_latent(dtype, weights):
     assert (acts[:, :k] == acts[:, :1]).all()
     values, indices = one.encode()
     assert torch.equal(indices, torch.arange(k).expand(9, k))
-    assert torch.equal(values, acts[:, :k])
+    assert ((values - acts[:, :k]).abs() <= encode_slack(one)[:, :k]).all()
 
 
 @pytest.mark.fault(25)
@@ -752,7 +765,7 @@ def test_core_encode_is_the_truth(shape, dtype, weights):
     assert_encoded(case)
     values, indices = case.encode()
     dense = torch.zeros(*values.shape[:-1], shape[2]).scatter_(-1, indices, values)
-    assert same_bits(dense[..., case.features], case.acts())
+    assert ((dense[..., case.features] - case.acts()).abs() <= encode_slack(case)).all()
 
 
 def test_encode_values_are_those_of_topk():

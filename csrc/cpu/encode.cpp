@@ -3,10 +3,11 @@
 
 #include <cmath>
 #include <functional>
+#include <numeric>
+#include <optional>
 
 #include "../keys.h"
-#include "blocks.h"
-#include "parallel.h"
+#include "panel.h"
 #include "tokens.h"
 
 namespace saesteer::cpu {
@@ -42,6 +43,7 @@ class Selection {
 
   void select(int64_t begin, int64_t end, float* values, int64_t* indices) {
     for (size_t i = 0; i < best_.size(); ++i) best_[i] = {keys_.data() + i * encoder_.k};
+    pack(begin, end);
     parallel(blocks(encoder_), [&](Pieces& pieces, int64_t worker) {
       scan(begin, end, pieces, best_.data() + worker * most_);
     });
@@ -53,7 +55,15 @@ class Selection {
   }
 
  private:
+  void pack(int64_t begin, int64_t end) {
+    if (!Panel::serves(x_, encoder_.W)) return;
+    std::vector<int64_t> tokens(end - begin);
+    std::iota(tokens.begin(), tokens.end(), begin);
+    panel_.emplace(x_, tokens.data(), end - begin);
+  }
+
   void scan(int64_t begin, int64_t end, Pieces& pieces, Best* best) {
+    if (panel_) return scan_panel(end - begin, pieces, best);
     Tokens tile(x_, encoder_.W);
     Block block;
     float p[Tokens::kCapacity * kBlock];
@@ -67,6 +77,20 @@ class Selection {
                   t == begin);
         for (int i = 0; i < tile.count(); ++i) offer(block, p + i * kBlock, best[t + i - begin]);
       }
+    }
+  }
+
+  void scan_panel(size_t count, Pieces& pieces, Best* best) {
+    std::vector<size_t> all(count);
+    std::iota(all.begin(), all.end(), 0);
+    Block block;
+    float p[Panel::kMost * kBlock];
+    int64_t b, next;
+    for (bool more = pieces.take(b); more; b = next) {
+      more = pieces.take(next);
+      block.select(encoder_, b, next);
+      panel_->dots(block.rows, block.count, encoder_.bias + block.first, all, p);
+      for (size_t t = 0; t < count; ++t) offer(block, p + t * kBlock, best[t]);
     }
   }
 
@@ -98,6 +122,7 @@ class Selection {
   const int64_t workers_, most_;
   std::vector<uint64_t> keys_;
   std::vector<Best> best_;
+  std::optional<Panel> panel_;
 };
 
 }  // namespace
@@ -105,10 +130,12 @@ class Selection {
 void encode(const Rows& x, int64_t tokens, const Encoder& encoder, float* values,
             int64_t* indices) {
   if (tokens == 0) return;
-  // Keys kept at once: a megabyte, or a tile's.
-  const int64_t workers = workers_for(blocks(encoder));
-  const int64_t fit = (int64_t{1} << 20) / (8 * encoder.k * workers);
-  const int64_t most = std::min<int64_t>(tokens, std::max<int64_t>(fit, kernels().tokens));
+  // Kept at once, keys and packed tokens: a megabyte, or a tile's.
+  const int64_t workers = workers_for(blocks(encoder)), keys = 8 * encoder.k * workers;
+  constexpr int64_t kBytes = int64_t{1} << 20;
+  const int64_t most = std::min<int64_t>(
+      tokens, Panel::serves(x, encoder.W) ? Panel::most(packed_bytes(x.width) + keys, kBytes)
+                                          : std::max<int64_t>(kBytes / keys, kernels().tokens));
   Selection selection(x, encoder, workers, most);
   for (int64_t begin = 0; begin < tokens; begin += most)
     selection.select(begin, std::min(tokens, begin + most), values, indices);

@@ -11,6 +11,7 @@ static const Kernels& chosen_kernels() {
     case Isa::avx512:
       return avx512_kernels;
     case Isa::avx512bf16:
+    case Isa::amx:
       return avx512bf16_kernels;
 #endif
     default:
@@ -21,6 +22,14 @@ static const Kernels& chosen_kernels() {
 const Kernels& kernels() {
   static const Kernels& table = chosen_kernels();
   return table;
+}
+
+const Tiles* tiles() {
+#ifdef SAESTEER_X86
+  static const bool there = isa_in_use() == Isa::amx;
+  if (there) return &amx_tiles;
+#endif
+  return nullptr;
 }
 
 }  // namespace saesteer::cpu

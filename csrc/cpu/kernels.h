@@ -9,11 +9,10 @@ namespace saesteer::cpu {
 
 // Latents scanned at once; their comparisons fit one 64-bit word.
 constexpr int kBlock = 64;
-// Rows beyond the last that `dots` may prefetch.
-constexpr int kRowsAhead = 8;
+// Rows beyond the last that may be read ahead.
+constexpr int kRowsAhead = 32;
 // Tokens that `dots_and_add` takes, and the most rows of w.
 constexpr int kFusedTokens = 6, kFusedRows = 4;
-
 struct Kernels {
   // Most tokens that `dots` takes at once.
   int tokens;
@@ -48,13 +47,40 @@ struct Kernels {
 };
 
 extern const Kernels plain_kernels;
+// The most tokens of a group, and the most groups, that `Tiles::dots` takes.
+constexpr int kGroupTokens = 32, kMostGroups = 5;
+
+// Packed tokens, and where their p go: out[i * kBlock + j].
+struct Group {
+  const void* packed;
+  int tokens;
+  float* out;
+};
+
+// What a packed token of d columns takes: whole tiles.
+constexpr int64_t packed_bytes(int64_t d) { return (d + 31) / 32 * 64; }
+
+// Products of many tokens at once, x and W both bf16.
+struct Tiles {
+  // Packs m <= kGroupTokens rows of x into m * packed_bytes(d) bytes.
+  void (*pack)(const void* const* x, int m, int64_t d, void* packed);
+
+  // groups[g].out[i * kBlock + j] = x[i] . w[j] + bias[j] for the tokens of count <= kMostGroups
+  // groups and n <= kBlock rows; w has kRowsAhead more pointers, null or of rows that come next.
+  void (*dots)(const Group* groups, int count, const void* const* w, int n, int64_t d,
+               const float* bias);
+};
+
 #ifdef SAESTEER_X86
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512bf16_kernels;
+extern const Tiles amx_tiles;
 #endif
 
 // Those of the instruction set in use.
 const Kernels& kernels();
+// Null where `Kernels::dots` is all there is.
+const Tiles* tiles();
 
 }  // namespace saesteer::cpu

@@ -3,24 +3,32 @@
 
 #include <cmath>
 #include <memory>
+#include <numeric>
+#include <optional>
 
 #include "blocks.h"
+#include "panel.h"
 #include "spans.h"
 #include "tokens.h"
 
 namespace saesteer::cpu {
 namespace {
 
-// Tokens measured at once, so that what is kept of them stays below half a megabyte: activations
-// and counts, lists of those undecided, and one list more a thread.
+// What is kept of a token while it is measured: activations and counts, lists of those undecided,
+// and one list more a thread.
+int64_t kept_bytes(const Encoder& encoder, int64_t features) {
+  return 8 * features + 48 + 8 * workers_for(blocks(encoder));
+}
+
+// Tokens measured at once, so that what is kept of them stays below half a megabyte.
 int64_t chunk_tokens(const Encoder& encoder, int64_t features) {
-  const int64_t a_token = 8 * features + 48 + 8 * workers_for(blocks(encoder));
-  return std::max<int64_t>(64, (int64_t{1} << 19) / a_token);
+  return std::max<int64_t>(64, (int64_t{1} << 19) / kept_bytes(encoder, features));
 }
 
 // Tokens that pass over W together, so that theirs stay in the second- and third-level caches: each
-// block of W meets all of them before the next one comes.
-int64_t scanned_at_once(const Rows& x) {
+// block of W meets all of them before the next one comes. `spare` bytes are left for copies.
+int64_t scanned_at_once(const Rows& x, const Rows& W, int64_t spare) {
+  if (Panel::serves(x, W)) return Panel::most(packed_bytes(x.width), spare);
   const int64_t a_token = std::max<int64_t>(1, x.width * bytes(x.dtype));
   return std::max<int64_t>(64, (int64_t{4} << 20) / a_token);
 }
@@ -41,8 +49,8 @@ struct FeatureRows {
 // L1 and L2: how many latents beat each positive p_f, counted until k do.
 class Ranks {
  public:
-  Ranks(const Rows& x, const Encoder& encoder, const Features& features, const int64_t* tokens,
-        float* const* acts, size_t count)
+  Ranks(const Rows& x, const Encoder& encoder, const Features& features, const FeatureRows& rows,
+        const int64_t* tokens, float* const* acts, size_t count)
       : x_(x),
         encoder_(encoder),
         features_(features),
@@ -53,6 +61,7 @@ class Ranks {
     for (size_t t = 0; t < count_; ++t)
       for (int64_t f = 0; f < features.count; ++f)
         beaten(t, f) = acts[t][f] > 0 ? 0 : static_cast<int32_t>(encoder.k);
+    if (Panel::serves(x, encoder.W)) pack(rows);
   }
 
   // Leaves in acts what is live, and 0 elsewhere.
@@ -74,9 +83,31 @@ class Ranks {
     return true;
   }
 
+  std::vector<size_t> every_token() const {
+    std::vector<size_t> all(count_);
+    std::iota(all.begin(), all.end(), 0);
+    return all;
+  }
+
+  // Latents are to be compared with a p_f that was summed as theirs is, not as L0 does.
+  void pack(const FeatureRows& rows) {
+    panel_.emplace(x_, tokens_, count_);
+    thresholds_.resize(count_ * features_.count);
+    float p[Panel::kMost * kBlock];
+    for (int64_t f0 = 0; f0 < features_.count; f0 += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, features_.count - f0));
+      panel_->dots(&rows.rows[f0], n, &rows.bias[f0], every_token(), p);
+      for (size_t t = 0; t < count_; ++t)
+        std::copy_n(p + t * kBlock, n, &thresholds_[t * features_.count + f0]);
+    }
+  }
+
+  float threshold(size_t t, int64_t f) const {
+    return panel_ ? thresholds_[t * features_.count + f] : acts_[t][f];
+  }
+
   void scan(Pieces& pieces) {
-    std::vector<size_t> open(count_);
-    for (size_t t = 0; t < open.size(); ++t) open[t] = t;
+    std::vector<size_t> open = every_token();
     Tokens tile(x_, encoder_.W);
     Block block;
     int64_t b, next;
@@ -86,11 +117,21 @@ class Ranks {
                  open.end());
       if (open.empty()) return;
       block.select(encoder_, b, next);
+      if (panel_) {
+        count(block, open);
+        continue;
+      }
       for (size_t first = 0; first < open.size(); first += kernels().tokens)
         count(block, open.data() + first,
               static_cast<int>(std::min<size_t>(kernels().tokens, open.size() - first)), tile,
               first == 0);
     }
+  }
+
+  void count(const Block& block, const std::vector<size_t>& open) {
+    float p[Panel::kMost * kBlock];
+    panel_->dots(block.rows, block.count, encoder_.bias + block.first, open, p);
+    for (const size_t t : open) count(block, t, p + t * kBlock);
   }
 
   void count(const Block& block, const size_t* open, int m, Tokens& tile, bool cold) {
@@ -102,13 +143,15 @@ class Ranks {
     tile.load(tokens, filled);
     float p[Tokens::kCapacity * kBlock];
     tile.dots(block.rows, encoder_.W.dtype, block.count, encoder_.bias + block.first, p, cold);
-    for (int i = 0; i < m; ++i)
-      for (int64_t f = 0; f < features_.count; ++f) {
-        if (decided(open[i], f)) continue;
-        const uint64_t bits = beaters(block, p + i * kBlock, acts_[open[i]][f], features_.index[f]);
-        if (bits)
-          beaten(open[i], f).fetch_add(__builtin_popcountll(bits), std::memory_order_relaxed);
-      }
+    for (int i = 0; i < m; ++i) count(block, open[i], p + i * kBlock);
+  }
+
+  void count(const Block& block, size_t t, const float* p) {
+    for (int64_t f = 0; f < features_.count; ++f) {
+      if (decided(t, f)) continue;
+      const uint64_t bits = beaters(block, p, threshold(t, f), features_.index[f]);
+      if (bits) beaten(t, f).fetch_add(__builtin_popcountll(bits), std::memory_order_relaxed);
+    }
   }
 
   // The latents of the block that beat feature f, which itself is left out by its index.
@@ -143,19 +186,22 @@ class Ranks {
   float* const* acts_;
   const size_t count_;
   std::unique_ptr<std::atomic<int32_t>[]> beaten_;
+  std::optional<Panel> panel_;
+  std::vector<float> thresholds_;
 };
 
 // One chunk of tokens at a time: L0 settles most, Ranks the rest.
 class Ladder {
  public:
   Ladder(const Rows& x, const Encoder& encoder, const Features& features, const bool* mask,
-         const Dead& dead, const Settled& settled, int64_t most)
+         const Dead& dead, const Settled& settled, int64_t most, int64_t spare)
       : x_(x),
         encoder_(encoder),
         features_(features),
         mask_(mask),
         dead_(dead),
         settled_(settled),
+        spare_(spare),
         rows_(encoder, features),
         acts_(most * features.count),
         open_(most) {}
@@ -180,9 +226,9 @@ class Ladder {
 
  private:
   void rank(const std::vector<int64_t>& tokens, const std::vector<float*>& acts) {
-    const size_t most = scanned_at_once(x_);
+    const size_t most = scanned_at_once(x_, encoder_.W, spare_);
     for (size_t t = 0; t < tokens.size(); t += most)
-      Ranks(x_, encoder_, features_, &tokens[t], &acts[t], std::min(most, tokens.size() - t))
+      Ranks(x_, encoder_, features_, rows_, &tokens[t], &acts[t], std::min(most, tokens.size() - t))
           .settle();
   }
 
@@ -252,6 +298,7 @@ class Ladder {
   const bool* mask_;
   const Dead dead_;
   const Settled& settled_;
+  const int64_t spare_;
   const FeatureRows rows_;
   std::vector<float> acts_;
   std::vector<uint8_t> open_;
@@ -263,7 +310,9 @@ class Ladder {
 void measure(const Rows& x, int64_t tokens, const Encoder& encoder, const Features& features,
              const bool* mask, const Dead& dead, const Settled& settled) {
   const int64_t most = std::min(tokens, chunk_tokens(encoder, features.count));
-  Ladder ladder(x, encoder, features, mask, dead, settled, most);
+  const int64_t kept = most * kept_bytes(encoder, features.count);
+  const int64_t spare = (int64_t{15} << 16) + 64 * tokens - kept;  // of 1 MiB and 64 bytes a token
+  Ladder ladder(x, encoder, features, mask, dead, settled, most, spare);
   for (int64_t begin = 0; begin < tokens; begin += most)
     ladder.climb(begin, std::min(tokens, begin + most));
 }
