@@ -45,14 +45,15 @@ def poisoned_memory():
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], SimpleNamespace]:
-    """A case of golden/record.py: .folder, .x, .acts, .recon, .steered, .edits, .k."""
+    """A case of golden/record.py: .folder (or file), .x, .acts, .recon, .steered, .edits, .k."""
 
     def case(name: str) -> SimpleNamespace:
         folder = GOLDEN / name
         case = json.loads((folder / "case.json").read_text())
         edits = dict(zip(case["features"], case["values"], strict=True))
         tensors = load_file(folder / "case.safetensors")
-        return SimpleNamespace(folder=folder / "sae", edits=edits, k=case["k"], **tensors)
+        place = folder / "sae" / case.get("place", "")
+        return SimpleNamespace(folder=place, edits=edits, k=case["k"], **tensors)
 
     return case
 

@@ -1,4 +1,4 @@
-"""SAE files that the libraries themselves saved (golden/record.py): same activations,
+"""SAE files that the libraries themselves saved or read (golden/record.py): same activations,
 reconstructions, steering; and what is saved again is the same bit for bit."""
 
 from __future__ import annotations
@@ -21,17 +21,26 @@ CASES = {
     "dictionary_learning-matryoshka": ("threshold", "layers.6"),
     "dictionary_learning-relu": ("relu", "layers.6"),
     "dictionary_learning-relu-decoder-norm": ("relu", "layers.6"),
+    "dictionary_learning-relu-new": ("relu", "layers.6"),
     "dictionary_learning-topk": ("topk", "layers.6"),
+    "gemma_scope-embedding": ("threshold", None),
     "gemma_scope-jumprelu": ("threshold", None),
+    "gemma_scope_2-jumprelu": ("threshold", "layers.6"),
+    "llama_scope-jumprelu": ("threshold", "layers.6"),
     "openai-relu": ("relu", None),
     "openai-topk": ("topk", None),
+    "qwen_scope-topk": ("topk", "layers.6"),
     "saelens-gated": ("gated", None),
     "saelens-jumprelu": ("threshold", None),
     "saelens-standard": ("relu", None),
+    "saelens-standard-scaled": ("relu", None),
     "saelens-topk": ("topk", None),
+    "saelens-topk-constant-norm": ("topk", None),
     "saelens-topk-decoder-norm": ("topk", None),
     "saelens-topk-layer-norm": ("topk", None),
     "saelens-topk-no-b_dec": ("topk", None),
+    "saelens_5-standard": ("relu", "layers.6"),
+    "saelens_5-topk": ("topk", "layers.6"),
     "sparsify-groupmax": ("groupmax", None),
     "sparsify-topk": ("topk", None),
     "sparsify-topk-default-width": ("topk", None),
@@ -44,18 +53,28 @@ REFUSED = {
         "dictionary_learning-matryoshka": "has no measure 'threshold'",
         "dictionary_learning-relu": "has no measure 'relu'",
         "dictionary_learning-relu-decoder-norm": "has no measure 'relu'",
+        "dictionary_learning-relu-new": "has no measure 'relu'",
+        "gemma_scope-embedding": "has no measure 'threshold'",
         "gemma_scope-jumprelu": "has no measure 'threshold'",
+        "gemma_scope_2-jumprelu": "has no measure 'threshold'",
+        "llama_scope-jumprelu": "has no measure 'threshold'",
         "openai-relu": "has no measure 'relu'",
         "openai-topk": "cannot say normalize='layer_norm'",
+        "qwen_scope-topk": "cannot say subtract_b_dec=False",
         "saelens-gated": "has no measure 'gated'",
         "saelens-jumprelu": "has no measure 'threshold'",
         "saelens-standard": "has no measure 'relu'",
+        "saelens-standard-scaled": "has no measure 'relu'",
+        "saelens-topk-constant-norm": "cannot say normalize='constant_norm'",
         "saelens-topk-decoder-norm": r"cannot say decoder_norm=True; fold\(\) the SAE first",
         "saelens-topk-layer-norm": "cannot say normalize='layer_norm'",
         "saelens-topk-no-b_dec": "cannot say subtract_b_dec=False",
+        "saelens_5-standard": "has no measure 'relu'",
     },
     "saelens": {
         "dictionary_learning-relu-decoder-norm": r"decoder_norm for 'relu'; fold\(\) the SAE first",
+        "llama_scope-jumprelu": r"decoder_norm for 'threshold'; fold\(\) the SAE first",
+        "saelens-standard-scaled": r"cannot say scale=0.8; fold\(\) the SAE first",
         "sparsify-groupmax": "has no measure 'groupmax'",
     },
 }
@@ -115,7 +134,8 @@ def test_converting_loses_no_bit(golden, tmp_path, name, to, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if name.startswith(("sparsify", "saelens"))]
+    "name",
+    [n for to in REFUSED for n in CASES if n.startswith(f"{to}-") and n not in REFUSED[to]],
 )
 def test_saved_again_as_the_library_saved_it(golden, tmp_path, name):
     source = golden(name).folder
