@@ -473,6 +473,20 @@ def test_llama_scope_is_used_in_units_of_the_stream(tmp_path):
     torch.testing.assert_close(sf.SAE.load(plain).encode(x), p * (p > 0.5))
 
 
+def test_settings_that_llama_scope_leaves_out_are_its_librarys(tmp_path):
+    source = llama(tmp_path / "L19R", random()) / "hyperparams.json"
+    config = json.loads(source.read_text())
+    for key in ("apply_decoder_bias_to_pre_encoder", "sparsity_include_decoder_norm"):
+        del config[key]
+    dump(source, config)
+    sae = sf.SAE.load(source.parent)
+    assert sae.subtract_b_dec and sae.decoder_norm
+    for key, meant in {"act_fn": "relu", "norm_activation": "token-wise"}.items():
+        dump(source, {name: value for name, value in config.items() if name != key})
+        with pytest.raises(ValueError, match=f"{key} is '{meant}', accepted are"):
+            sf.SAE.load(source.parent)
+
+
 def test_gemma_scope_of_the_embedding(tmp_path):
     w = random()
     sae = sf.SAE.load(numpy(tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k", w))
@@ -660,6 +674,7 @@ SETTINGS = {
         TRANSCODER,
     ),
     "llama-activation": (lambda f, w: llama(f, w, act_fn="relu"), "act_fn is 'relu', accepted are"),
+    "llama-topk": (lambda f, w: llama(f, w, act_fn="topk"), "act_fn is 'topk', accepted are"),
     "llama-norm": (
         lambda f, w: llama(f, w, norm_activation="token-wise"),
         "norm_activation is 'token-wise', accepted are 'dataset-wise', 'inference'",
@@ -667,6 +682,10 @@ SETTINGS = {
     "llama-no-norm": (
         lambda f, w: llama(f, w, dataset_average_activation_norm=None),
         "dataset_average_activation_norm is None",
+    ),
+    "llama-two-norms": (
+        lambda f, w: llama(f, w, dataset_average_activation_norm={"in": 17.125, "out": 16.0}),
+        '"out": the same} is needed',
     ),
     "llama-threshold": (
         lambda f, w: llama(f, w, jump_relu_threshold=0.0),
@@ -679,7 +698,7 @@ SETTINGS = {
     ),
     "llama-other-flag": (
         lambda f, w: llama(f, w, apply_decoder_bias_to_pre_encoder="false"),
-        "apply_decoder_bias_to_pre_encoder is 'false', accepted are False, True",
+        "apply_decoder_bias_to_pre_encoder is 'false', accepted are True, False",
     ),
     "openai-identity": (
         lambda f, w: openai(f, w, postact="Identity"),

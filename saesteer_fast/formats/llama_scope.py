@@ -5,8 +5,9 @@
 
 Trained on tokens divided by s = dataset_average_activation_norm / sqrt(d), used on tokens as they
 are: both biases are multiplied by s, and activations are in units of the stream. With
-sparsity_include_decoder_norm the threshold holds for pre-activations times decoder norms. Source:
-OpenMOSS/Language-Model-SAEs at the SAEs' release, SparseAutoEncoder.from_config.
+sparsity_include_decoder_norm the threshold holds for pre-activations times decoder norms. act_fn
+"topk" is refused: the library announces a threshold for it, and takes the top k. Source:
+OpenMOSS/Language-Model-SAEs at the SAEs' release, SparseAutoEncoder.from_config and SAEConfig.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ _LAYOUT = {
     "decoder.weight": ("W_dec", "dN"),
     "decoder.bias": ("b_dec", "d"),
 }
-_ACCEPTED = {
-    "act_fn": ("jumprelu", "topk"),
-    "norm_activation": ("dataset-wise", "inference"),
-    "use_decoder_bias": (True,),
-    "use_glu_encoder": (False, None),
-    "apply_decoder_bias_to_pre_encoder": (False, True),
-    "sparsity_include_decoder_norm": (True, False),
+_SETTINGS = {
+    "act_fn": ("relu", ("jumprelu",)),
+    "norm_activation": ("token-wise", ("dataset-wise", "inference")),
+    "use_decoder_bias": (True, (True,)),
+    "use_glu_encoder": (False, (False, None)),
+    "apply_decoder_bias_to_pre_encoder": (True, (True, False)),
+    "sparsity_include_decoder_norm": (True, (True, False)),
 }
+"""Of each what the library takes it for where a file leaves it out, and what is accepted."""
 
 
 def recognises(folder: Path) -> bool:
@@ -62,16 +64,16 @@ def load(folder: Path) -> SAE:
         threshold=torch.full(
             (config["d_sae"],), config["jump_relu_threshold"], dtype=torch.float32
         ),
-        subtract_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
-        decoder_norm=bool(config.get("sparsity_include_decoder_norm", True)),
+        subtract_b_dec=bool(config["apply_decoder_bias_to_pre_encoder"]),
+        decoder_norm=bool(config["sparsity_include_decoder_norm"]),
         hookpoint=hookpoints.of_transformer_lens(config.get("hook_point_in")),
         config=config,
     )
 
 
 def _check_config(source: Path, config: dict[str, object]) -> None:
-    for key, accepted in _ACCEPTED.items():
-        if config.get(key, accepted[0]) not in accepted:
+    for key, (default, accepted) in _SETTINGS.items():
+        if config.setdefault(key, default) not in accepted:
             raise ValueError(
                 f"{source}: {key} is {config[key]!r}, accepted are {', '.join(map(repr, accepted))}"
             )
@@ -84,10 +86,10 @@ def _check_config(source: Path, config: dict[str, object]) -> None:
     if not isinstance(threshold, int | float) or not threshold > 0:
         raise ValueError(f"{source}: jump_relu_threshold is {threshold!r}, which must be positive")
     norms = config.get("dataset_average_activation_norm")
-    if config.setdefault("norm_activation", "dataset-wise") == "dataset-wise":
+    if config["norm_activation"] == "dataset-wise":
         inside = norms.get("in") if isinstance(norms, dict) else None
-        if not isinstance(inside, int | float) or not inside > 0:
+        if not isinstance(inside, int | float) or not inside > 0 or norms.get("out") != inside:
             raise ValueError(
                 f"{source}: dataset_average_activation_norm is {norms!r}, "
-                '{"in": a positive number, ...} is needed'
+                '{"in": a positive number, "out": the same} is needed'
             )

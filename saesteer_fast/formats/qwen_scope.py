@@ -3,7 +3,8 @@
     W_enc [N, d], b_enc [N], W_dec [d, N], b_dec [d]
 
 Repositories are called SAE-Res-<model>-W32K-L0_50, where 50 is k; b_dec is not taken off the input.
-Source: SAELens 6.54, qwen_scope_sae_huggingface_loader.
+The model cards' own code has no ReLU, which changes only tokens with fewer than k positive
+pre-activations. Source: SAELens 6.54, qwen_scope_sae_huggingface_loader.
 """
 
 from __future__ import annotations
