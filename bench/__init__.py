@@ -2,5 +2,15 @@
 
 python -m pytest bench -q               verify, time, print the tables (--full: every case;
                                         --record: store the results)
-python -m bench.report --write          put the newest stored tables into README.md and docs/
+python -m bench.gpu                     the same on a GPU, which `make gpu` calls
+
+suites/         what each compares;  test_*.py, gpu.py run them;  compare.py: two commits
+workloads.py    tokens and SAEs;  peers.py: who steers them;  exactness.py: who is right
+timing.py       rounds;  heap.py: bytes;  machine.py: on what
+tables/         results as Markdown;  plots.py: as SVG;  report.py stores and finds them
 """
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+"""Of the checkout: nothing here is installed."""

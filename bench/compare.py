@@ -12,17 +12,18 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
 import saesteer_fast
-from saesteer_fast import ops
 
 from . import exactness, machine, workloads
+from .peers import feature_acts, steer
+from .suites.op import cases, inputs
 from .tables.common import circumstances, duration, number, table
-from .test_op import cases, inputs, steer
 from .timing import Contestant, interleaved
 
 ROUNDS = 7
@@ -86,17 +87,12 @@ def measure() -> dict[str, float]:
         for case in some:
             w = of[case.workload].first(case.F)
             batches = inputs(w, case.T)
-            exactness.check_ours(w, batches, lambda x: steer(w, x), lambda x: acts(w, x))  # noqa: B023
-            contestants[str(case)] = Contestant(
-                lambda x, w=w: steer(w, x), batches, whole=case.workload != "worst"
-            )
+            ours = partial(steer, w)
+            exactness.check_ours(w, batches, ours, partial(feature_acts, w))
+            contestants[str(case)] = Contestant(ours, batches, whole=case.workload != "worst")
         seconds = interleaved(contestants, ROUNDS)
         found |= {name: median(rounds) for name, rounds in seconds.items()}
     return found
-
-
-def acts(w: workloads.Workload, x: torch.Tensor) -> torch.Tensor:
-    return ops.feature_acts(x, w.W_enc, w.b_enc, w.features, w.k)
 
 
 def child(tree: str) -> None:

@@ -1,15 +1,19 @@
 """What all suites share: threads, their cases, and what becomes of the results: a table a suite on
 the terminal and, with --record, a file a suite.
 
-A suite is bench/test_<suite>.py, with bench/tables/<suite>.py to render it. Its `cases(full)` lists
-what a test's argument `case` goes through: a short set or, with --full, everything. A test with an
-argument `name` as well runs once for each of `names(case)`, the contestants of that case.
+bench/test_<suite>.py runs suites/<suite>.py, and tables/<suite>.py renders it. A test with an
+argument `case` runs once for each of the suite's cases, with --full for every one; with an argument
+`name` as well, for each contestant of a case.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -32,9 +36,10 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    suite, wanted = metafunc.module, metafunc.fixturenames
+    wanted = metafunc.fixturenames
     if "case" not in wanted:
         return
+    _, suite = _suite(metafunc.module)
     cases = suite.cases(metafunc.config.getoption("full"))
     if "name" not in wanted:
         metafunc.parametrize("case", cases, ids=str)
@@ -43,23 +48,41 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("case, name", named, ids=[f"{case}-{name}" for case, name in named])
 
 
+def _suite(module: ModuleType) -> tuple[str, ModuleType]:
+    """The name of the suite that this file runs, and its module."""
+    name = module.__name__.rpartition("test_")[2]
+    return name, import_module(f".suites.{name}", __package__)
+
+
 def pytest_itemcollected(item):
     if "replay" in item.fixturenames:
         item.add_marker(pytest.mark.benchmark(timer=REPLAY))
 
 
-@pytest.fixture(scope="session")
-def record(request) -> Callable[[str, dict], None]:
-    """record(suite, case): the case is a line of the suite's result."""
-    return lambda suite, case: request.config.stash[RESULTS].setdefault(suite, []).append(case)
+@pytest.fixture(scope="module")
+def measured(request) -> Iterator[Callable[[Any], dict]]:
+    """A case's record, measured once."""
+    name, suite = _suite(request.module)
+    records = request.config.stash[RESULTS].setdefault(name, [])
+    with suite.measuring(suite.cases(request.config.getoption("full"))) as measure:
+
+        @cache
+        def of(case: Any) -> dict:
+            records.append(measure(case))
+            return records[-1]
+
+        yield of
 
 
 @pytest.fixture
-def replay(benchmark) -> Callable[[str, list[float]], None]:
-    """replay(group, seconds): pytest-benchmark reports rounds that were timed before."""
+def replay(benchmark) -> Callable[[Any, dict, str], None]:
+    """replay(case, record, name): pytest-benchmark reports rounds that were timed before."""
 
-    def report(group: str, seconds: list[float]) -> None:
-        benchmark.group = group
+    def report(case: Any, record: dict, name: str) -> None:
+        if reason := record.get("not_run", {}).get(name):
+            pytest.skip(reason)
+        benchmark.group = str(case)
+        seconds = record["seconds"][name]
         REPLAY.load(seconds)
         benchmark.pedantic(lambda: None, rounds=len(seconds))
 
@@ -74,7 +97,7 @@ def pytest_exception_interact(call):
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    suites = config.stash[RESULTS]
+    suites = {name: cases for name, cases in config.stash[RESULTS].items() if cases}
     if exitstatus or not suites:
         terminalreporter.line("no speeds: not everything was measured and right")
         return

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from . import ROOT
 from .timing import Others
 
-ROOT = Path(__file__).parents[1]
 PYTHON = os.environ.get("SAESTEER_VLLM") or sys.executable
 """The one that has vLLM."""
 THERE = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"

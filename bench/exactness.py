@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from saesteer_fast import ops
-
+from .peers import feature_acts
 from .workloads import Workload
 
 AGREES = 0.02
@@ -63,13 +63,8 @@ def check_ours(
 
 def check_outputs(w: Workload, outputs: Sequence[Tensor], impl: str = "auto") -> None:
     """The same of what a steered layer gave, [T, d] a call."""
-    given, fixed = iter(outputs), (w.W_enc, w.b_enc, w.features, w.k)
-    check_ours(
-        w,
-        w.batches(len(outputs[0])),
-        lambda x: next(given),
-        lambda x: ops.feature_acts(x, *fixed, impl=impl),
-    )
+    given, acts = iter(outputs), partial(feature_acts, w, impl=impl)
+    check_ours(w, w.batches(len(outputs[0])), lambda x: next(given), acts)
 
 
 def check_baseline(w: Workload, name: str, y: Tensor) -> float:

@@ -4,7 +4,7 @@
     smoke     every kernel alone, on small integers; a scan that is wrong is left out from here on,
               and so is the one launch for few tokens
     checks    the tests that need a GPU, and compute-sanitizer
-    measure   floors, the op, the host's share, memory, decode steps (bench.on_gpu)
+    measure   floors, the op, the host's share, memory, decode steps (suites/gpu.py)
 
 Each part is a process of its own with a limit, so that none takes another with it. What is known so
 far is always in a JSON file, which bench/tables/gpu.py renders, and all that was printed in the log
@@ -30,9 +30,8 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+from . import ROOT
 from .tables.gpu import KERNELS, cases, mistakes, render
-
-ROOT = Path(__file__).parents[1]
 
 
 def _alone(file: Path) -> ModuleType:
@@ -112,11 +111,11 @@ class Run:
     def steps(
         self, name: str, deadline: float, *arguments: str, patience: float = PATIENCE, **env: str
     ) -> dict[str, dict]:
-        """What the steps of a part of bench.on_gpu found."""
+        """What the steps of a part of suites/gpu.py found."""
         with tempfile.TemporaryDirectory(prefix="saesteer-") as folder:
             store = Path(folder) / "steps.jsonl"
             part, *options = arguments
-            command = [sys.executable, "-m", "bench.on_gpu", part, str(store), *options]
+            command = [sys.executable, "-m", "bench.suites.gpu", part, str(store), *options]
             supervised = threading.Thread(
                 target=steps.supervise,
                 args=(command, store),

@@ -15,8 +15,7 @@ import torch
 import saesteer_fast
 from saesteer_fast import _build
 
-ROOT = Path(__file__).parents[1]
-
+from . import ROOT
 
 PACKAGES = ("transformers", "eai-sparsify", "sae-lens")
 """Others that a suite may run."""

@@ -1,5 +1,6 @@
-"""Whom ours is compared with, and how each steers.
+"""Ours and whom it is compared with: how each steers the tokens of a workload.
 
+steer, feature_acts   ours
 naive, lean, smart    baselines.py
 
 The SAE libraries, where they are installed (the extra `peers`):
@@ -23,8 +24,20 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from saesteer_fast import ops
+
 from .baselines import lean, naive, smart
 from .workloads import ROWS, Workload
+
+
+def steer(w: Workload, x: Tensor, impl: str = "cpu") -> Tensor:
+    fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
+    return ops.steer(x, *fixed, order=w.order, impl=impl)
+
+
+def feature_acts(w: Workload, x: Tensor, impl: str = "cpu") -> Tensor:
+    fixed = w.W_enc, w.b_enc, w.features, w.k
+    return ops.feature_acts(x, *fixed, order=w.order, impl=impl)
 
 
 def baselines(w: Workload, wrap=lambda run: run) -> dict[str, Callable[[Tensor], Tensor]]:

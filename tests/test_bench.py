@@ -1,29 +1,21 @@
 """The benchmark: its workloads, its refusals, and tables that follow from the stored results."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from bench_cases import MACHINE, SMALL, run_small
 
 from bench import baselines, exactness, peers, report, workloads
-from bench import test_op as suite
+from bench.suites import op as suite
 from bench.tables import common, miniature, summary
 from bench.tables import op as op_tables
 from bench.timing import Contestant, interleaved
 from saesteer_fast import ops, reference
-
-ROOT = Path(__file__).parents[1]
-
-SMALL = workloads.Shape(d=256, N=2048, k=16)
 
 
 @pytest.fixture(scope="module", params=workloads.DTYPES)
@@ -244,27 +236,6 @@ def test_rounds_are_complete():
     assert all(second > 0 for each in seconds.values() for second in each)
 
 
-def run_small(tmp_path, *arguments, plugin="", suites=("op",)):
-    """`python -m pytest bench` on SMALL and on one core, with its results in tmp_path."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("no C++ compiler for the op that does nothing")
-    (tmp_path / "small.py").write_text(
-        "import os\nfrom pathlib import Path\n"
-        "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-        "from bench import report, workloads\nfrom saesteer_fast import ops\n"
-        f"workloads.FULL = workloads.{SMALL}\nreport.RESULTS = Path(__file__).parent\n{plugin}"
-    )
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    files = [f"bench/test_{suite}.py" for suite in suites]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "small", *arguments, *files],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_run_records_what_it_prints(tmp_path):
     done = run_small(tmp_path, "--record", "-k", "bf16-T16-F1 and not real")
     assert done.returncode == 0, done.stdout
@@ -297,9 +268,7 @@ def case(workload, T, **seconds):
 
 @pytest.fixture
 def result():
-    machine = dict(device="a processor", cores=4, threads=4, instructions="avx2", torch="2.13.0")
-    machine |= dict(commit="0123456789ab", dirty=False, date="2026-01-02T03:04:05+00:00")
-    machine["packages"] = {"eai-sparsify": "1.3.3"}
+    machine = MACHINE | {"packages": {"eai-sparsify": "1.3.3"}}
     cases = [case("planted", 1, nothing=0.48), case("planted", 512), case("worst", 1, naive=2.5)]
     return {"suite": "op", "machine": machine, "cases": cases}
 

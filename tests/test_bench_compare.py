@@ -1,17 +1,13 @@
 """Two commits side by side: which are refused, what is measured, and the table."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
+from bench_cases import SMALL
 
 from bench import compare, exactness, machine, timing, workloads
-from bench.test_op import Case
+from bench.suites.op import Case
 from saesteer_fast import ops
-
-ROOT = Path(__file__).parents[1]
-
-SMALL = workloads.Shape(d=256, N=2048, k=16)
 
 
 @pytest.fixture

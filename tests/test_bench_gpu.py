@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import saesteer_fast as sf
-from bench import exactness, gpu, on_gpu, workloads
+from bench import ROOT, exactness, gpu, workloads
+from bench.suites import gpu as on_gpu
 from bench.tables import gpu as tables
 from saesteer_fast import ops
 from saesteer_fast.verify import steps
-
-ROOT = Path(__file__).parents[1]
 
 # ---- smoke ----
 

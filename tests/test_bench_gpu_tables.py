@@ -4,18 +4,16 @@ with a clock and a device that are not real: no figure of it leaves this file.""
 from __future__ import annotations
 
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_bench_suites import TINY_PHI3
+from bench_cases import TINY_PHI3
 
-from bench import gpu, on_gpu, phi3, report, workloads
+from bench import gpu, phi3, report, workloads
+from bench.suites import gpu as on_gpu
 from bench.tables import gpu as tables
 from saesteer_fast.verify import smoke, steps
-
-ROOT = Path(__file__).parents[1]
 
 SMALL = dict(d=64, N=512, k=8)
 CACHED = ("whole", "workload", "phi3_mini", "planted_on_phi3", "torch_compiled")

@@ -5,9 +5,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from bench_cases import MACHINE
 
 from bench import plots, report
-from bench import test_op as suite
+from bench.suites import op as suite
 from bench.tables import growth
 
 
@@ -25,9 +26,7 @@ def result():
         names = ("ours", "naive", *["naive, compiled"] * ("naive, compiled" in suite.names(case)))
         seconds = {name: [cost(name, case)] * 3 for name in names}
         cases.append(asdict(case) | {"seconds": seconds, "short": case in suite.cases(full=False)})
-    machine = dict(device="a processor", cores=4, threads=4, instructions="avx2", torch="2.13.0")
-    machine |= dict(commit="0123456789ab", dirty=False, date="2026-01-02T03:04:05+00:00")
-    return {"suite": "op", "full": True, "machine": machine, "cases": cases}
+    return {"suite": "op", "full": True, "machine": MACHINE, "cases": cases}
 
 
 def test_every_axis_has_its_series(result):

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_bench import ROOT, SMALL, run_small
-from test_bench_suites import TINY_PHI3
+from bench_cases import MACHINE, SMALL, TINY_PHI3, run_small
 
-from bench import engine, exactness, phi3, report, test_serving, timing, workloads
+from bench import ROOT, engine, exactness, phi3, report, timing, workloads
+from bench.suites import serving
 from bench.tables import serving as serving_tables
 
 
@@ -31,12 +31,10 @@ def case(run, requests, **more):
 
 @pytest.fixture
 def result():
-    machine = dict(device="a processor", cores=2, threads=2, instructions="avx2", torch="2.13.0")
-    machine |= dict(commit="0123456789ab", dirty=False, date="2026-01-02T03:04:05+00:00")
     cases = [case("prompt", 8), case("decode", 8)]
     miniature = {"model": "miniature", "mode": "compiled", "d": 128, "N": 1024, "layers": 6}
     cases.append(case("decode", 1) | miniature | {"layer": 5, "others": 0.034})
-    return {"suite": "serving", "machine": machine, "cases": cases}
+    return {"suite": "serving", "machine": MACHINE, "cases": cases}
 
 
 def test_table(result):
@@ -51,7 +49,7 @@ def test_table(result):
     assert "0.030 off those of transformers at most" in text and "by 3.00 at least" in text
     one_core = result | {"machine": result["machine"] | {"cores": 1}}
     assert "Times are CPU time." in report.render(one_core) and "CPU time" not in text
-    assert "vLLM 0.32.0 with PyTorch 2.13.0+cpu; a processor, 2 cores" in text
+    assert "vLLM 0.32.0 with PyTorch 2.13.0+cpu; a processor, 4 cores" in text
 
 
 def test_a_page_has_it(tmp_path, result):
@@ -62,7 +60,7 @@ def test_a_page_has_it(tmp_path, result):
 
 
 def test_cases():
-    short, full = test_serving.cases(full=False), test_serving.cases(full=True)
+    short, full = serving.cases(full=False), serving.cases(full=True)
     assert set(short) < set(full) and {case.mode for case in short} == {"eager"}
     started = [(case.model, case.mode) for case in full]
     changes = sum(one != other for one, other in pairwise(started))
@@ -104,20 +102,20 @@ def subject(tmp_path_factory):
         patch.setattr(phi3, "OPTIONS", TINY_PHI3)
         patch.setattr(phi3, "BLOCK", 1 << 12)
         patch.setattr(workloads, "FULL", SMALL)
-        yield test_serving.first_layers(tmp_path_factory.mktemp("phi3"))
+        yield serving.first_layers(tmp_path_factory.mktemp("phi3"))
 
 
 def test_disturbed_rounds_are_taken_again(subject):
-    engines = {name: Answers() for name in test_serving.NAMES}
+    engines = {name: Answers() for name in serving.NAMES}
     engines["naive"] = Answers([0, 0.01, 0.3, 0.02, 0.2])
-    seconds, others = test_serving.rounds(subject, engines, requests=4, count=7)
+    seconds, others = serving.rounds(subject, engines, requests=4, count=7)
     assert others == 0.02
     # The first round warms up, the third and the fifth were disturbed.
     assert sorted(seconds["prompt"]["ours"]) == [2, 4, 6, 7, 8, 9, 10]
     assert engines["ours"].asked == [(p, [None] * 4) for p, _ in engines["naive"].asked]
     assert engines["table"].asked[0][1] == ["strong", "weak", None, "strong"]
     engines["naive"] = Answers([0] + [0.3] * 20 + [0.1])
-    seconds, others = test_serving.rounds(subject, engines, requests=1, count=7)
+    seconds, others = serving.rounds(subject, engines, requests=1, count=7)
     assert others == 0.3 and {len(of) for of in seconds["decode"].values()} == {7}
 
 
@@ -129,17 +127,17 @@ def test_an_engine_that_steers_otherwise_disagrees(subject, monkeypatch):
             scores = [subject.score(self.name, *one).tolist() for one in each]
             return super().ask(prompts, asked, new) | {"ids": made, "scores": scores}
 
-    engines = {name: Right() for name in test_serving.NAMES}
+    engines = {name: Right() for name in serving.NAMES}
     for name, one in engines.items():
         one.name = name
-    found = test_serving.verify_all(subject, engines)
+    found = serving.verify_all(subject, engines)
     assert all(error < 1e-3 < moved for n, (error, moved) in found.items() if n in EDITED)
     for name in EDITED:
         for wrong in ("unsteered", "table" if name == "ours" else "ours"):
             engines[name].name = wrong
             if not (name == "naive" and wrong == "ours"):
                 with pytest.raises(exactness.Disagreement, match=f"{name}: log-probabilities"):
-                    test_serving.verify_all(subject, engines)
+                    serving.verify_all(subject, engines)
         engines[name].name = name
 
 
@@ -169,11 +167,10 @@ def test_it_runs_in_vllm(tmp_path):
     """Eager, on a model of two tiny layers, and on the miniature."""
     if reason := engine.missing():
         pytest.skip(reason)
-    small = {**TINY_PHI3, "hidden_size": SMALL.d}
     plugin = (
-        "from bench import phi3, test_serving\n"
-        f"phi3.OPTIONS = {small}\nphi3.BLOCK = 1 << 12\n"
-        "test_serving.ROUNDS, test_serving.TRIES = dict.fromkeys(test_serving.ROUNDS, 2), 1\n"
+        "from bench import phi3\nfrom bench.suites import serving\n"
+        f"phi3.OPTIONS = {TINY_PHI3}\nphi3.BLOCK = 1 << 12\n"
+        "serving.ROUNDS, serving.TRIES = dict.fromkeys(serving.ROUNDS, 2), 1\n"
     )
     done = run_small(tmp_path, "--record", "-k", "eager-8", plugin=plugin, suites=("serving",))
     assert done.returncode == 0, done.stdout

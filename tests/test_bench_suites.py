@@ -7,9 +7,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_bench import ROOT, SMALL, run_small
+from bench_cases import SMALL, TINY_PHI3, run_small
 
-from bench import exactness, heap, phi3, report, test_calls, test_encode, test_model, workloads
+from bench import ROOT, exactness, heap, phi3, report, workloads
+from bench.suites import calls, encode, model
 from bench.tables import encode as encode_tables
 from bench.tables import memory as memory_tables
 from bench.tables import model as model_tables
@@ -17,19 +18,11 @@ from bench.timing import Contestant
 from saesteer_fast import ops
 
 SUITES = ("memory", "model", "encode", "calls")
-TINY_PHI3 = dict(
-    hidden_size=SMALL.d,
-    intermediate_size=128,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    vocab_size=256,
-    pad_token_id=0,
-)
 
 
 def test_all_run_and_record_what_they_print(tmp_path):
     plugin = (
-        "from bench import phi3, test_model, timing\ntest_model.PROMPT = 64\n"
+        "from bench import phi3, timing\nfrom bench.suites import model\nmodel.PROMPT = 64\n"
         f"phi3.OPTIONS = {TINY_PHI3}\nphi3.BLOCK = 1 << 12\ntiming.ROUND_SECONDS = 1e-4\n"
     )
     done = run_small(tmp_path, "--record", plugin=plugin, suites=SUITES)
@@ -72,8 +65,8 @@ def planted():
 
 
 def test_encode_agrees(planted):
-    found = test_encode.verify_all(planted, 32)
-    assert set(found) == {"eager", "bag", "dense", *test_encode.SPARSIFY}
+    found = encode.verify_all(planted, 32)
+    assert set(found) == {"eager", "bag", "dense", *encode.SPARSIFY}
     assert min(found.values()) >= 0.9
 
 
@@ -91,7 +84,7 @@ def test_a_wrong_encode_disagrees(planted, monkeypatch, wrong, complaint):
     right = ops.encode
     monkeypatch.setattr(ops, "encode", lambda *a, **o: wrong(*right(*a, **o)))
     with pytest.raises(exactness.Disagreement, match=f"encode's {complaint} are not"):
-        test_encode.verify_all(planted, 32)
+        encode.verify_all(planted, 32)
 
 
 @pytest.mark.parametrize("wrong", [lambda y: y * 1.01, lambda y: y.roll(1, 0), torch.zeros_like])
@@ -99,19 +92,19 @@ def test_a_wrong_decode_disagrees(planted, monkeypatch, wrong):
     right = ops.decode
     monkeypatch.setattr(ops, "decode", lambda *a, **o: wrong(right(*a, **o)))
     with pytest.raises(exactness.Disagreement, match="decode's reconstruction"):
-        test_encode.verify_all(planted, 32)
+        encode.verify_all(planted, 32)
 
 
 def test_a_call_that_does_not_steer_disagrees(planted):
-    calls = [x[None] for x in planted.settled(1)[:3]]
-    ways = test_calls.contestants(planted, calls)
-    test_calls.verify_all(planted, ways, calls)
-    ways["steering_mask"] = Contestant(lambda x: x, calls)
+    settled = [x[None] for x in planted.settled(1)[:3]]
+    ways = calls.contestants(planted, settled)
+    calls.verify_all(planted, ways, settled)
+    ways["steering_mask"] = Contestant(lambda x: x, settled)
     with pytest.raises(exactness.Disagreement, match="steering_mask differs"):
-        test_calls.verify_all(planted, ways, calls)
-    ways["op"] = Contestant(lambda x: x, calls)
+        calls.verify_all(planted, ways, settled)
+    ways["op"] = Contestant(lambda x: x, settled)
     with pytest.raises(exactness.Disagreement, match="x' is"):
-        test_calls.verify_all(planted, ways, calls)
+        calls.verify_all(planted, ways, settled)
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +113,18 @@ def subject():
         patch.setattr(phi3, "OPTIONS", TINY_PHI3)
         patch.setattr(phi3, "BLOCK", 1 << 12)
         patch.setattr(workloads, "FULL", SMALL)
-        patch.setattr(test_model, "PROMPT", 64)
-        yield test_model.Subject(layers=3, layer=1)
+        patch.setattr(model, "PROMPT", 64)
+        yield model.Subject(layers=3, layer=1)
 
 
 @pytest.mark.parametrize("run", ["prefill", "decode"])
 def test_model_is_steered(subject, run, monkeypatch):
-    assert test_model.verify_all(subject, run) >= 0.9
+    assert model.verify_all(subject, run) >= 0.9
     right = subject.ways()
     for name, complaint in (("ours", f"{run}, T="), ("worst", f"{run}, worst"), ("naive", "naive")):
         monkeypatch.setattr(subject, "ways", lambda n=name: right | {n: nullcontext})
         with pytest.raises(exactness.Disagreement, match=complaint):
-            test_model.verify_all(subject, run)
+            model.verify_all(subject, run)
 
 
 def test_decode_step_forgets_its_token(subject):
@@ -141,15 +134,15 @@ def test_decode_step_forgets_its_token(subject):
 
 
 def test_phi3_is_random_and_whole(subject):
-    model = subject.model
-    for name, weight in model.named_parameters():
+    built = subject.model
+    for name, weight in built.named_parameters():
         weight = weight.float()
         assert weight.isfinite().all(), name
         if weight.ndim > 1:
             assert weight.std().item() == pytest.approx(phi3.DEVIATION, rel=0.1), name
-    rows = model.model.layers[0].mlp.down_proj.weight
-    assert not torch.equal(rows, model.model.layers[1].mlp.down_proj.weight)
-    first, *_ = model.model.rotary_emb.inv_freq
+    rows = built.model.layers[0].mlp.down_proj.weight
+    assert not torch.equal(rows, built.model.layers[1].mlp.down_proj.weight)
+    first, *_ = built.model.rotary_emb.inv_freq
     assert first == 1
 
 

@@ -1,4 +1,5 @@
-"""What `bench.gpu` runs on the GPU, in steps (verify/steps.py): `python -m bench.on_gpu PART STORE`
+"""What `make gpu` runs on the GPU, in steps (verify/steps.py): `python -m bench.suites.gpu PART
+STORE`, which bench/gpu.py calls.
 
 smoke        every kernel of --impl alone
 measure      the floors (a copy, a product, a launch), the op against what a careful PyTorch user
@@ -32,14 +33,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import saesteer_fast as sf
-from saesteer_fast import env, ops
+from saesteer_fast import env
 from saesteer_fast.verify import smoke, steps
 
-from . import exactness, machine, peers, workloads
-from .tables.contestants import BASELINES, compiled
-from .tables.gpu import KERNELS
-from .timing import Contestant, interleaved
-from .workloads import Workload
+from .. import exactness, machine, peers, workloads
+from ..tables.contestants import BASELINES, compiled
+from ..tables.gpu import KERNELS
+from ..timing import Contestant, interleaved
+from ..workloads import Workload
 
 DEVICE = "cuda"
 
@@ -173,12 +174,10 @@ def torch_compiled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def contestant(w: Workload, name: str) -> Callable[[Tensor], Tensor]:
-    fixed = w.directions, w.features, w.values, w.k
     if name == IN_STEPS:
         return in_steps(contestant(w, "ours"))
     if name in KERNELS or name == "reference":
-        impl = KERNELS.get(name, name)
-        return lambda x: ops.steer(x, w.W_enc, w.b_enc, *fixed, impl=impl)
+        return partial(peers.steer, w, impl=KERNELS.get(name, name))
     if name == "copy":
         return torch.clone
     if name == "linear":
@@ -219,12 +218,8 @@ def timed(name: str, tokens: int, features: int, by: str) -> list[float]:
     w = workload(name, features)
     call = contestant(w, by)
     if impl := KERNELS.get(by.split()[0]):
-        exactness.check_ours(
-            w,
-            w.batches(tokens)[: max(1, 512 // tokens)],
-            call,
-            lambda x: ops.feature_acts(x, w.W_enc, w.b_enc, w.features, w.k, impl=impl),
-        )
+        some = w.batches(tokens)[: max(1, 512 // tokens)]
+        exactness.check_ours(w, some, call, partial(peers.feature_acts, w, impl=impl))
     return seconds(call, batches(w, tokens))
 
 
@@ -247,7 +242,7 @@ def memory(by: str) -> dict[str, int]:
 
 @cache
 def phi3_mini() -> nn.Module:
-    from . import phi3  # transformers may be missing: all else goes on
+    from .. import phi3  # transformers may be missing: all else goes on
 
     return phi3.build(device=DEVICE)
 
@@ -281,7 +276,7 @@ def runner(how: str, ids: Tensor) -> Callable[[], object]:
 
 def read(how: str, ids: Tensor) -> Tensor:
     """The layer's output, steered if the model is, a token a step: [len(ids), d]."""
-    from . import phi3
+    from .. import phi3
 
     layer, seen, rows = phi3_mini().model.layers[LAYER], [], []
     with phi3.hooked(layer, lambda module, args, output: seen.append(output[0])):
