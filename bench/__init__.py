@@ -3,6 +3,7 @@
 python -m pytest bench -q               verify, time, print the tables (--full: every case;
                                         --record: store the results)
 python -m bench.gpu                     the same on a GPU, which `make gpu` calls
+python -m tests.pages --write           put the newest stored results into README.md and docs/
 
 suites/         what each compares;  test_*.py, gpu.py run them;  compare.py: two commits
 workloads.py    tokens and SAEs;  peers.py: who steers them;  exactness.py: who is right

@@ -129,8 +129,8 @@ def faults_page(tests: Path) -> str:
         "",
         "What goes wrong with steering in practice. Each gives a clear error or the right answer: "
         "never a model",
-        "that is silently unsteered, never a file lost. Written by `python -m tests.tables "
-        "--write` from the marks on the tests.",
+        "that is silently unsteered, never a file lost. Written by `python -m tests.pages --write` "
+        "from the marks on the tests.",
     ]
     for section, faults in FAULTS.items():
         lines += ["", f"## {section}", "", "| | fault | held by |", "| ---: | --- | --- |"]

@@ -1,22 +1,14 @@
-"""What README and docs/ say of the tests: `python -m tests.tables [--write | --check]` puts it
-there, or fails unless it is there already.
-"""
+"""What README and docs/ say of the tests, as Markdown."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 from bench import report
 from bench.tables import gpu
 from saesteer_fast import ops
 from tests.families import FAMILIES
-from tests.faults import faults_page
 from tests.support import support_table
-
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
 
 
 def families_line() -> str:
@@ -41,8 +33,9 @@ def families_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def support() -> str:
-    return support_table(gpu.standing(report.latest(report.RESULTS, "gpu")))
+def support(results: Path) -> str:
+    """docs/usage.md's table of what is supported."""
+    return support_table(gpu.standing(report.latest(results, "gpu")))
 
 
 def devices_table() -> str:
@@ -62,41 +55,3 @@ def devices_table() -> str:
             f"on it; until then {'; '.join(rows)} |",
         ]
     )
-
-
-BLOCKS = {
-    "README.md": {"devices": devices_table},
-    "docs/usage.md": {"families": families_line, "support": support},
-}
-"""What each page holds between `<!-- name -->` and `<!-- /name -->`."""
-PAGES = {"docs/faults.md": lambda: faults_page(TESTS), "docs/families.md": families_page}
-"""Pages that are nothing else."""
-
-
-def wanted() -> dict[Path, str]:
-    """Each file that holds a table, as it ought to be."""
-    filled = {
-        ROOT / page: report.filled(ROOT / page, {name: block() for name, block in blocks.items()})
-        for page, blocks in BLOCKS.items()
-    }
-    return {**filled, **{ROOT / page: made() for page, made in PAGES.items()}}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.tables", description=__doc__)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--write", action="store_true", help="put the tables where they belong")
-    mode.add_argument("--check", action="store_true", help="fail if other tables are there")
-    options = parser.parse_args(arguments)
-    for path, text in wanted().items():
-        if options.write:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        elif not options.check:
-            print(text)
-        elif not path.exists() or path.read_text() != text:
-            sys.exit(f"{path.relative_to(ROOT)} differs: `python -m tests.tables --write`")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,13 @@
 """The benchmark: its workloads, its refusals, and tables that follow from the stored results."""
 
 import json
-import re
 from dataclasses import replace
 from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_cases import MACHINE, SMALL, run_small
+from bench_cases import SMALL, op_case, op_result, record_demo, run_small
 
 from bench import baselines, exactness, peers, report, workloads
 from bench.suites import op as suite
@@ -255,22 +254,9 @@ def test_disagreement_prints_no_speed(tmp_path):
     assert not list(tmp_path.glob("*.json"))
 
 
-def case(workload, T, **seconds):
-    """Nine times the same seconds a call, in units of ours."""
-    rounds = dict(naive=100, lean=20, smart=20, linear=20, copy=0.3, L0=0.5, read=0.5) | seconds
-    return {
-        **{"workload": workload, "dtype": "bf16", "T": T, "F": 1, "d": 3072, "N": 24576, "k": 32},
-        **{"undecided": 0.022, "live": 0.0049, "work": 0.012, "read": 0.5, "close": 0},
-        "agreement": {"naive": 0.99},
-        "seconds": {name: [value * 1e-3] * 9 for name, value in ({"ours": 1} | rounds).items()},
-    }
-
-
 @pytest.fixture
 def result():
-    machine = MACHINE | {"packages": {"eai-sparsify": "1.3.3"}}
-    cases = [case("planted", 1, nothing=0.48), case("planted", 512), case("worst", 1, naive=2.5)]
-    return {"suite": "op", "machine": machine, "cases": cases}
+    return op_result()
 
 
 def verdicts(result):
@@ -291,11 +277,11 @@ def test_targets(result):
     assert got["T=512 planted: ours / (L0 + one read of W_enc)"] == "met"
     assert got["T=512, ends at L0: ours / copy of x"] == "met"
     assert got["T=1 worst: one read of W_enc / ours"] == "**missed**"
-    result["cases"][1:] = case("planted", 512, L0=0.7), case("worst", 1, read=0.9)
+    result["cases"][1:] = op_case("planted", 512, L0=0.7), op_case("worst", 1, read=0.9)
     got = verdicts(result)
     assert got["T=512, ends at L0: ours / copy of x"] == "**missed**"
     assert got["T=1 worst: one read of W_enc / ours"] == "met"
-    result["cases"].append(case("worst", 16, smart=0.9, linear=0.9))
+    result["cases"].append(op_case("worst", 16, smart=0.9, linear=0.9))
     got = verdicts(result)
     assert got["any T, worst: fastest peer / ours"] == "**missed**"
     assert got["any T, worst: ours / F.linear"] == "**missed**"
@@ -330,16 +316,6 @@ def test_stored_result_renders_the_same(tmp_path, result):
     assert "| planted | bf16 | 512 | 1 | 1.00 ms | 100× (100) |" in text
 
 
-def record_demo(folder):
-    row = {"strength": 0, "counts": {}, "intervals": {}}
-    for column in ("unsafe_refusal", "facts"):
-        row |= {column: 0.5}
-        row["counts"][column], row["intervals"][column] = [5, 10], [0.25, 0.75]
-    ran = {"rows": [row, row | {"strength": 2.5}], "latent": 7, "layer": 4, "unit": 1.25}
-    versions = {"saesteer_fast": "1", "torch": "2"}
-    (folder / "demo.json").write_text(json.dumps(ran | {"versions": versions}))
-
-
 def test_demo_table(tmp_path):
     record_demo(tmp_path)
     text = miniature.demo(tmp_path)
@@ -355,51 +331,12 @@ def test_mini_table_is_the_shipped_builds():
     assert text.count("\n|") == len(built["layers"]) + 2
 
 
-@pytest.fixture
-def pages(tmp_path):
-    """Each page of the report, with nothing between its markers."""
-    (tmp_path / "docs").mkdir()
-    for page, blocks in report.PAGES.items():
-        markers = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in blocks)
-        (tmp_path / page).write_text(f"before\n{markers}after\n")
-    return [tmp_path / page for page in report.PAGES]
-
-
-def test_check_detects_drift(tmp_path, result, pages):
-    stored = report.save(result, tmp_path)
-    record_demo(tmp_path)
-    every = " and ".join(re.escape(page.name) for page in pages)
-    with pytest.raises(SystemExit, match=f"{every}: differs from the stored results"):
-        report.main(["--check"], tmp_path, tmp_path)
-    report.main(["--write"], tmp_path, tmp_path)
-    report.main(["--check"], tmp_path, tmp_path)
-    for page in pages:
-        assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
-    result["cases"][0]["seconds"]["naive"] = [1] * 9
-    stored.unlink()
-    report.save(result, tmp_path)
-    differ = r"README\.md and benchmarks\.md: differs from the stored results"
-    with pytest.raises(SystemExit, match=differ):
-        report.main(["--check"], tmp_path, tmp_path)
-
-
-def test_report_says_what_is_missing(tmp_path, result, pages):
-    with pytest.raises(SystemExit, match="no result of the suite op"):
-        report.main([], tmp_path)
-    report.save(result, tmp_path)
-    record_demo(tmp_path)
-    (tmp_path / "docs" / "benchmarks.md").write_text("no markers")
-    with pytest.raises(SystemExit, match=r"benchmarks\.md: the markers <!-- bench:op --> and"):
-        report.main(["--write"], tmp_path, tmp_path)
-    assert pages[0].read_text().startswith("before\n<!-- bench -->\n<!--"), "half was written"
-
-
 def test_summary_says_what_was_missed_and_measured(result):
     short = summary.render(result, None, None)
     assert "| planted | 512 | 1.00 ms | 100× | 20.0× | 20.0× | — | — | 20.0× | 2.2 % |" in short
     assert "- Missed of 11 targets" in short and "T=1 planted: naive / ours ≥ 300×;" in short
     assert "T=512 planted: naive" not in short and "commit 0123456789ab" in short
-    met = [case("planted", 512), case("worst", 1, naive=3.5, sparsify=1.2, read=0.9)]
+    met = [op_case("planted", 512), op_case("worst", 1, naive=3.5, sparsify=1.2, read=0.9)]
     seconds = {"unsteered": [1.0] * 3, "again": [1.01] * 3, "ours": [1.02] * 3, "naive": [1.5] * 3}
     model = {"cases": [{"run": "decode", "layers": 2, "seconds": seconds}]}
     memory = {"cases": [{"bytes": {"ours": n * 2**10, "naive": n * 2**20}} for n in (5, 7)]}
@@ -407,12 +344,6 @@ def test_summary_says_what_was_missed_and_measured(result):
     assert "- Met: all 8 targets" in text and "| worst | 1 | 1.00 ms | 3.50× |" in text
     assert "2 of 32 layers" in text and "decode 2.00 % (2.00 to 2.00), naive 50.0 %" in text
     assert "at most 7.00 KiB; naive up to 7.00 MiB" in text
-
-
-def test_the_pages_hold_the_newest_results():
-    if not list(report.RESULTS.glob("op-*.json")):
-        pytest.skip("no result is recorded yet")
-    report.main(["--check"])
 
 
 @pytest.mark.parametrize(

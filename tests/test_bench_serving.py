@@ -53,10 +53,9 @@ def test_table(result):
 
 
 def test_a_page_has_it(tmp_path, result):
-    assert "serving.py --record" in report.PAGES["docs/serving.md"]["bench:serving"](tmp_path)
+    assert "serving.py --record" in report.recorded(tmp_path, "serving")
     report.save(result, tmp_path)
-    block = report.PAGES["docs/serving.md"]["bench:serving"](tmp_path)
-    assert block == serving_tables.render(result)
+    assert report.recorded(tmp_path, "serving") == serving_tables.render(result)
 
 
 def test_cases():
