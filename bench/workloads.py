@@ -197,10 +197,11 @@ class Workload:
         """Calls of so many tokens that all end at L0."""
         return _calls(self.x[(self.preacts <= 0).all(-1)], tokens)
 
-    def shares(self, tokens: int, calls: int | None = None) -> dict[str, float]:
+    def shares(self, tokens: int, calls: int | None = None) -> dict:
         """Of all (token, latent) pairs, those `undecided` at L0 and those `live`; of an encoder
         pass, the multiplications that are needed (`work`) and the rows of W_enc that one call of
-        so many tokens reads (`read`). Of the first `calls` alone, where that is given."""
+        so many tokens reads (`read`). `spread`: the rows that each token needs, over `all` tokens
+        and over those `undecided`. Of the first `calls` alone, where that is given."""
         scanned = torch.stack(_calls(self.ranks.scanned.amax(-1), tokens)[:calls])
         seen = slice(calls and calls * tokens)
         return {
@@ -208,7 +209,17 @@ class Workload:
             "live": self.ranks.live[seen].double().mean().item(),
             "work": scanned.mean().item(),
             "read": scanned.amax(-1).mean().item(),
+            "spread": {"all": _spread(scanned), "undecided": _spread(scanned[scanned > 0])},
         }
+
+
+def _spread(shares: Tensor) -> dict[str, float]:
+    """How many tokens these are, and the least that half, 99 % and all of them stay within."""
+    if not shares.numel():
+        return {"tokens": 0}
+    ranks = shares.new_tensor([0.5, 0.99, 1])
+    values = shares.quantile(ranks, interpolation="higher").tolist()
+    return {"tokens": shares.numel(), **dict(zip(("median", "p99", "max"), values, strict=True))}
 
 
 def _calls(rows: Tensor, tokens: int) -> list[Tensor]:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bench import ROOT, plots, report
-from bench.tables import gpu, miniature, summary
+from bench.tables import gpu, miniature, summary, workloads
 from tests import tables
 from tests.faults import faults_page
 
@@ -36,6 +36,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
         },
         "docs/miniature.md": {"mini": miniature.mini()},
         "docs/benchmarks.md": {
+            "bench:workloads": workloads.render(op),
             "bench:op": report.render(op),
             "bench:growth": report.grown(report.newest(results, "op", full=True)),
             "bench:model": report.recorded(results, "model"),

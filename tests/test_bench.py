@@ -13,6 +13,7 @@ from bench import baselines, exactness, peers, report, workloads
 from bench.suites import op as suite
 from bench.tables import common, miniature, summary
 from bench.tables import op as op_tables
+from bench.tables import workloads as workload_tables
 from bench.timing import Contestant, interleaved
 from saesteer_fast import ops, reference
 
@@ -41,7 +42,29 @@ def test_shares(pair, features):
     assert shares["live"] < shares["work"] == shares["read"] < features * shares["undecided"]
     assert planted.shares(512)["read"] > planted.shares(16)["read"] > shares["read"]
     assert all((batch.shape[0] == 16) for batch in planted.settled(16))
-    assert worst.shares(1) == {"undecided": 1, "live": 1, "work": 1, "read": 1}
+    all_of_it = {"tokens": len(worst.x), "median": 1, "p99": 1, "max": 1}
+    assert worst.shares(1) == {
+        **{"undecided": 1, "live": 1, "work": 1, "read": 1},
+        "spread": {"all": all_of_it, "undecided": all_of_it},
+    }
+
+
+@pytest.mark.parametrize("features", [1, 4])
+def test_spread_is_that_of_the_tokens(pair, features):
+    w = pair[0].first(features)
+    needed = sorted(w.ranks.scanned.amax(-1).tolist())
+    undecided = [share for share in needed if share > 0]
+    assert len(undecided) == (w.preacts > 0).any(-1).sum()
+    found = w.shares(1)["spread"]
+    for shares, said in ((needed, found["all"]), (undecided, found["undecided"])):
+        assert said["tokens"] == len(shares) and said["max"] == shares[-1]
+        for within, at in ((0.5, "median"), (0.99, "p99")):
+            assert said[at] in shares
+            assert sum(share <= said[at] for share in shares) >= within * len(shares)
+            assert sum(share < said[at] for share in shares) <= within * len(shares)
+    assert w.shares(1, calls=10)["spread"]["all"]["tokens"] == 10
+    settled = replace(w, x=w.x[(w.preacts <= 0).all(-1)])
+    assert settled.shares(1)["spread"]["undecided"] == {"tokens": 0}
 
 
 def test_scanned_is_what_a_plain_count_says(pair):
@@ -303,6 +326,27 @@ def test_the_fastest_is_judged_and_shown(result):
     planted["short"] = False
     assert "| planted | bf16 | 1 |" not in report.render(result)
     assert "| planted | bf16 | 1 |" in report.render(result, everything=True)
+
+
+def test_the_spread_is_shown_where_it_was_recorded(result):
+    old = workload_tables.render(result)
+    assert "| planted | bf16 | 1 | 2.2 % | 0.49 % | 1.2 % |\n" in old and "need at most" not in old
+    planted, *_, worst = result["cases"]
+    planted["spread"] = {
+        "all": {"tokens": 2000, "median": 0.0, "p99": 0.54, "max": 1.0},
+        "undecided": {"tokens": 44, "median": 0.51, "p99": 0.9, "max": 1.0},
+    }
+    planted |= {"work, hot-first": 0.008, "spread, hot-first": planted["spread"]}
+    worst["spread"] = {"all": planted["spread"]["all"], "undecided": {"tokens": 0}}
+    new = workload_tables.render(result)
+    cells = "44 of 2000 | 54 % | 100 % | 51 % | 90 % |\n"
+    assert f"| planted | bf16 | 1 | 2.2 % | 0.49 % | 1.2 % | {cells}" in new
+    assert f"| planted, hot-first | bf16 | 1 | 2.2 % | 0.49 % | 0.8 % | {cells}" in new
+    assert "| 1.2 % | 0 of 2000 | 54 % | 100 % | — | — |\n" in new
+    assert new.count("\n| planted |") == 1 and new in report.render(result, everything=True)
+    del worst["spread"]
+    assert "| 1.2 % | — of — | — | — | — | — |\n" in workload_tables.render(result)
+    assert workload_tables.render({"cases": [op_case("worst", 1) | {"short": False}]}) == ""
 
 
 def test_stored_result_renders_the_same(tmp_path, result):

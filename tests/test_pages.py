@@ -77,6 +77,6 @@ def test_what_is_missing_is_said(folder, tmp_path_factory):
     with pytest.raises(SystemExit, match="no result of the suite op"):
         pages.main(["--write"], results=tmp_path_factory.mktemp("nothing"), root=folder)
     (folder / "docs" / "benchmarks.md").write_text("no markers")
-    with pytest.raises(SystemExit, match=r"docs/benchmarks\.md: the markers <!-- bench:op --> and"):
+    with pytest.raises(SystemExit, match=r"docs/benchmarks\.md: the markers <!-- bench:work"):
         main("--write", folder)
     assert (folder / "README.md").read_text().startswith("before\n<!-- demo -->\n<!--"), "half"

@@ -235,7 +235,7 @@ def measuring(every: list[Case]) -> Iterator[Callable[[Case], dict]]:
         found = asdict(case) | {"short": case in cases(full=False), **w.shares(case.T)}
         if w.name != "worst":
             hot = w.hot_first.shares(case.T)
-            found |= {f"{name}, hot-first": hot[name] for name in ("work", "read")}
+            found |= {f"{name}, hot-first": hot[name] for name in ("work", "read", "spread")}
         found |= {"close": int(w.close.sum()), "agreement": agreement}
         return found | {"not_run": not_run, "seconds": seconds}
 

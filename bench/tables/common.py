@@ -39,6 +39,15 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
+def shapes(cases: list[Case]) -> str:
+    """Of all workloads, and of the real one where that is another."""
+    told = {
+        each["workload"] == "real": [f"{n}={each[n]}" for n in ("d", "N", "k")] for each in cases
+    }
+    said = [f"{'real: ' * real}{', '.join(shape)}" for real, shape in sorted(told.items())]
+    return f"{'; '.join(said)};"
+
+
 def ratios(case: Case, name: str, base: str = "ours") -> list[float]:
     """How many times as long as `base`, round by round."""
     seconds = case["seconds"]

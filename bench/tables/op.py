@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from . import growth
+from . import growth, workloads
 from .common import (
     Case,
     Target,
@@ -15,6 +15,7 @@ from .common import (
     of_tokens,
     percent,
     ratios,
+    shapes,
     spread,
     table,
 )
@@ -125,7 +126,9 @@ def render(result: dict, everything: bool = False) -> str:
         parts.append(judged(TARGETS, result["cases"]))  # of those that are not shown too
     if everything and growth.series(cases):
         parts.append(growth.slopes(cases))
-    return "\n\n".join([*parts, circumstances(result["machine"])])
+    if everything:
+        parts.append(workloads.render(result))
+    return "\n\n".join([*filter(None, parts), circumstances(result["machine"])])
 
 
 def _compared(case: Case, name: str, everything: bool) -> str:
@@ -164,10 +167,3 @@ def _legend(cases: list[Case], everything: bool) -> str:
     if reasons := {each for case in cases for each in case.get("not_run", {}).values()}:
         says.append(f"Not run: {'; '.join(sorted(reasons))}.")
     return " ".join(says)
-
-
-def shapes(cases: list[Case]) -> str:
-    """Of all workloads, and of the real one where that is another."""
-    shapes = {case["workload"] == "real": [f"{n}={case[n]}" for n in SHAPE] for case in cases}
-    said = [f"{'real: ' * real}{', '.join(shape)}" for real, shape in sorted(shapes.items())]
-    return f"{'; '.join(said)};"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from statistics import median
 
-from .common import Case, circumstances, duration, number, percent, ratios, table
+from .common import Case, circumstances, duration, number, percent, ratios, shapes, table
 from .contestants import BASELINES, HEADINGS, LIBRARIES, best
 from .memory import size
 from .model import added
-from .op import TARGETS, shapes
+from .op import TARGETS
 
 SHOWN = {"dtype": "bf16", "F": 1}
 OTHERS = (*BASELINES, *LIBRARIES[:2], "linear")
