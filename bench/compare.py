@@ -23,7 +23,7 @@ import saesteer_fast
 from . import exactness, machine, workloads
 from .peers import feature_acts, steer
 from .suites.op import cases, inputs
-from .tables.common import circumstances, duration, number, table
+from .tables.common import circumstances, duration, least_to_most, table
 from .timing import Contestant, interleaved
 
 ROUNDS = 7
@@ -119,8 +119,8 @@ def render(names: list[str], pairs: list[tuple[dict[str, float], dict[str, float
     for case in pairs[0][0]:
         before, after = ([each[i][case] for each in pairs] for i in (0, 1))
         ratios = [b / a for a, b in zip(before, after, strict=True)]
-        spread = f"{number(median(ratios))}× ({number(min(ratios))} to {number(max(ratios))})"
-        rows.append([case, duration(median(before)), duration(median(after)), spread])
+        times = [duration(median(each)) for each in (before, after)]
+        rows.append([case, *times, least_to_most(ratios, "×")])
     return table(["case", *names, f"{names[1]} / {names[0]}"], rows)
 
 

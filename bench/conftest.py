@@ -61,14 +61,15 @@ def pytest_itemcollected(item):
 
 @pytest.fixture(scope="module")
 def measured(request) -> Iterator[Callable[[Any], dict]]:
-    """A case's record, measured once."""
+    """A case's record, measured once; `short` says whether it is of the short set."""
     name, suite = _suite(request.module)
     records = request.config.stash[RESULTS].setdefault(name, [])
+    short = suite.cases(False)
     with suite.measuring(suite.cases(request.config.getoption("full"))) as measure:
 
         @cache
         def of(case: Any) -> dict:
-            records.append(measure(case))
+            records.append({"short": case in short} | measure(case))
             return records[-1]
 
         yield of

@@ -130,7 +130,7 @@ def measuring(every: list[Case]) -> Iterator[Callable[[Case], dict]]:
     def measure(case: Case) -> dict:
         agreement = verified(case.k)
         N, d = w.W_enc.shape
-        found = {"short": case in cases(full=False), "dtype": "bf16", "d": d, "N": N}
+        found = {"dtype": "bf16", "d": d, "N": N}
         found |= {"agreement": agreement, "seconds": interleaved(contestants(w, case), ROUNDS)}
         return asdict(case) | found
 

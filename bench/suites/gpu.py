@@ -52,6 +52,9 @@ COMPILED_TOKENS = (1, 512, 8192)
 IN_STEPS, IN_STEPS_TOKENS = "ours in steps", (1, 8, 64)
 CALLS, CALLED = 512, 4096
 """Calls in one graph, at most, and of how many tokens; at least two calls."""
+ROUNDS, ROUND_SECONDS = 7, 0.02
+QUEUED = 100
+"""Calls in a row while the host is timed: so few that the device's queue never fills."""
 COPIED, SIDE = 1 << 30, 8192
 """Bytes of the copy and side of the product that the floors are taken from."""
 LAYER = 6
@@ -99,7 +102,7 @@ def graphed(call: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> torch
     return graph
 
 
-def replayed(run: Callable[[], object], budget: float = 0.15, rounds: int = 7) -> list[float]:
+def replayed(run: Callable[[], object]) -> list[float]:
     """Seconds a run, by round."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -112,8 +115,8 @@ def replayed(run: Callable[[], object], budget: float = 0.15, rounds: int = 7) -
         return start.elapsed_time(end) / 1e3 / runs
 
     timed(2)
-    runs = max(1, int(budget / rounds / max(timed(1), 1e-7)))
-    return [timed(runs) for _ in range(rounds)]
+    runs = max(1, int(ROUND_SECONDS / max(timed(1), 1e-7)))
+    return [timed(runs) for _ in range(ROUNDS)]
 
 
 def seconds(call: Callable[[Tensor], object], inputs: Sequence[Tensor]) -> list[float]:
@@ -135,21 +138,17 @@ def floors() -> dict[str, float]:
 
 
 def on_host(by: str) -> list[float]:
-    """Seconds that a call of one token that ends at L0 keeps the host, by round."""
+    """Seconds that a call of one token that ends at L0 keeps the host, by round; the first round
+    warms up."""
     w = workload("planted", 1)
-    x = w.settled(1)[0]
-    return host_seconds(partial(contestant(w, by), x))
-
-
-def host_seconds(call: Callable[[], object], calls: int = 100, rounds: int = 9) -> list[float]:
-    """So few calls that the device's queue never fills; the first round warms up."""
+    call, x = contestant(w, by), w.settled(1)[0]
     found = []
-    for _ in range(rounds + 1):
+    for _ in range(ROUNDS + 1):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        found.append((time.perf_counter() - start) / calls)
+        for _ in range(QUEUED):
+            call(x)
+        found.append((time.perf_counter() - start) / QUEUED)
     return found[1:]
 
 

@@ -67,8 +67,7 @@ def measuring(every: list[Case]) -> Iterator[Callable[[Case], dict]]:
         return json.loads(done.stdout)
 
     def measure(case: Case) -> dict:
-        short = {"short": case in cases(full=False)}
-        return asdict(case) | short | of(case.dtype)[str(case)]
+        return asdict(case) | of(case.dtype)[str(case)]
 
     yield measure
 

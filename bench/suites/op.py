@@ -232,7 +232,7 @@ def measuring(every: list[Case]) -> Iterator[Callable[[Case], dict]]:
             once = sum(each.seconds * each.calls for each in chosen.values())
             rounds = next(rounds for most, rounds in ROUNDS.items() if once <= most)
             seconds = interleaved(chosen, rounds)
-        found = asdict(case) | {"short": case in cases(full=False), **w.shares(case.T)}
+        found = asdict(case) | w.shares(case.T)
         if w.name != "worst":
             hot = w.hot_first.shares(case.T)
             found |= {f"{name}, hot-first": hot[name] for name in ("work", "read", "spread")}

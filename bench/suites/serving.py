@@ -176,12 +176,12 @@ def batch(subject: Subject, one: engine.Engine, name: str, requests: int, seed: 
     return prompts, asked, one.ask(prompts, asked, NEW, **more)
 
 
-def verify_all(subject: Subject, engines: Engines, requests: int = 3) -> dict[str, list[float]]:
+def verify_all(subject: Subject, engines: Engines) -> dict[str, list[float]]:
     """How far each engine's log-probabilities are from those of transformers, steered alike, and
     how far these are from unsteered ones; Disagreement unless that is much further."""
     found = {}
     for name, one in engines.items():
-        prompts, asked, answer = batch(subject, one, name, requests, seed=-1, scored=True)
+        prompts, asked, answer = batch(subject, one, name, len(KINDS), seed=-1, scored=True)
         made = list(zip(asked, prompts, answer["ids"], strict=True))
         wanted, plain = (
             torch.stack([subject.score(way, *each) for each in made]) for way in (name, "unsteered")

@@ -1,5 +1,5 @@
-"""Results as Markdown: `common` writes numbers and tables, each other file renders one suite,
-`summary` what README shows of them.
+"""Results as Markdown. `common` writes numbers and tables; the other files render a suite each, but
+for `workloads` and `growth`, more of the op suite, `summary`, README's rows, and `miniature`.
 
 render(result, everything=False) -> str     one recorded result; `everything` adds what pages omit
 """

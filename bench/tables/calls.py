@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median
-
-from .common import Case, Target, circumstances, judged, number, table
+from .common import Case, Target, circumstances, judged, least_to_most, table
 
 RUNGS = {
     "add": ("`x + x`", None),
@@ -67,10 +65,5 @@ def render(result: dict, everything: bool = False) -> str:
 def _row(case: Case, name: str) -> list[str]:
     what, base = RUNGS[name]
     taken = [1e6 * each for each in case["seconds"][name]]
-    more = ["", ""] if base is None else [RUNGS[base][0], spread(beyond(case, name, base))]
-    return [what, spread(taken), *more]
-
-
-def spread(values: list[float]) -> str:
-    """Median and, in parentheses, the least and the most."""
-    return f"{number(median(values))} ({number(min(values))} to {number(max(values))})"
+    more = ["", ""] if base is None else [RUNGS[base][0], least_to_most(beyond(case, name, base))]
+    return [what, least_to_most(taken), *more]

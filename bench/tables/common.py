@@ -54,6 +54,12 @@ def ratios(case: Case, name: str, base: str = "ours") -> list[float]:
     return [theirs / ours for theirs, ours in zip(seconds[name], seconds[base], strict=True)]
 
 
+def least_to_most(values: list[float], unit: str = "") -> str:
+    """Median and, in parentheses, the least and the most."""
+    middle, *ends = (number(each) for each in (median(values), min(values), max(values)))
+    return f"{middle}{unit} ({' to '.join(ends)})"
+
+
 def spread(values: list[float], everything: bool = False) -> str:
     """Median and, in parentheses, the least; `everything` adds the interquartile range."""
     low, _, high = quantiles(values, n=4)

@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterable, Mapping
 from statistics import median
 
-from . import calls
 from .common import (
     TARGET_HEADER,
     Case,
     Target,
     circumstances,
     duration,
+    least_to_most,
     number,
     percent,
     ratios,
@@ -379,7 +379,7 @@ def _models(decoded: list[Case]) -> str:
 
 def _hosts(result: Mapping) -> str:
     rows = [
-        [what, calls.spread([1e6 * each for each in seconds])]
+        [what, least_to_most([1e6 * each for each in seconds])]
         for by, what in CALLERS.items()
         if (seconds := found(result, f"host: {by}"))
     ]

@@ -67,9 +67,9 @@ def slope(points: dict[int, float]) -> tuple[float, float] | None:
     return b, math.sqrt(residual / (len(x) - 2) / sum((u - mean) ** 2 for u in x))
 
 
-def slopes(cases: list[Case], axes: tuple[str, ...] = AXES) -> str:
+def slopes(cases: list[Case]) -> str:
     """Markdown, a row a series."""
-    found = [each for each in series(cases) if each.axis in axes]
+    found = series(cases)
     shown = [name for name in CONTESTANTS if any(name in each.points for each in found)]
     rows = [
         [f"{each.axis}, {min(each.points['ours'])} to {max(each.points['ours'])}", each.title]

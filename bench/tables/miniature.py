@@ -34,9 +34,9 @@ def demo(results: Path) -> str:
     )
 
 
-def mini(metrics: Path = METRICS) -> str:
+def mini() -> str:
     """The build's metrics.json: the model unsteered, and each layer's SAE with its best latent."""
-    built = json.loads(metrics.read_text())
+    built = json.loads(METRICS.read_text())
     sae = built["config"]["sae"]
     width = built["config"]["model"]["width"]
     columns = built["base"]["test"]

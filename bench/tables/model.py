@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from .common import Case, circumstances, duration, number, of_tokens, percent, ratios, table
+from .common import Case, circumstances, duration, least_to_most, of_tokens, percent, ratios, table
 
 COLUMNS = {
     "again": "unsteered again",
@@ -43,5 +43,4 @@ def _row(case: Case) -> list[str]:
 def added(case: Case, name: str) -> str:
     """Per cent more time than unsteered."""
     values = [100 * (ratio - 1) for ratio in ratios(case, name, "unsteered")]
-    middle, *ends = (number(each) for each in (median(values), min(values), max(values)))
-    return f"{middle} % ({' to '.join(ends)})"
+    return least_to_most(values, " %")
