@@ -1029,4 +1029,5 @@ def test_loading_takes_the_memory_of_the_weights(tmp_path, name, dtype):
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, check=True, text=True
     )
-    assert 0.9 < float(result.stdout) <= 1.1
+    # A second copy of either matrix is half as much again; the rest is what pages and malloc keep.
+    assert 0.9 < float(result.stdout) <= 1.3
