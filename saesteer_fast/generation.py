@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -48,24 +49,25 @@ class Generate:
         return self.replaced or type(self.model).generate.__get__(self.model)
 
     def __call__(self, *args, **kwargs):
-        self._require_shown_padding(**kwargs)
-        told = _told(*args, **kwargs)
+        if not self.listeners:  # somebody kept it
+            return self.original(*args, **kwargs)
+        asked = partial(self._asked, args, kwargs)
+        _require_shown_padding(kwargs.get("attention_mask"), asked("prefill_chunk_size"))
+        _require_one_prompt(asked("guidance_scale"))
+        told = _told(bool(asked("is_assistant")), *args, **kwargs)
         with ExitStack() as until:
             for listener in self.listeners:
                 until.enter_context(listener.told(told))
             return self.original(*args, **kwargs)
 
-    def _require_shown_padding(
-        self, *, attention_mask=None, generation_config=None, prefill_chunk_size=None, **others
-    ) -> None:
-        config = generation_config or getattr(self.model, "generation_config", None)
-        chunk = prefill_chunk_size or getattr(config, "prefill_chunk_size", None)
-        two = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-        if chunk and two and not (attention_mask[:, -1] != 0).all():
-            raise ValueError(
-                "attention_mask: pads on the right, which a prompt in chunks shows too late; pad "
-                "on the left, or leave prefill_chunk_size out"
-            )
+    def _asked(self, args: tuple, kwargs: dict, name: str):
+        """An option of this call: its own, or that of its configuration, or the model's."""
+        if name in kwargs:
+            return kwargs[name]
+        given = (*args, kwargs.get("generation_config"))
+        configs = (*given, getattr(self.model, "generation_config", None))
+        values = (getattr(config, name, None) for config in configs)
+        return next((value for value in values if value is not None), None)
 
 
 def listen(model: nn.Module, listener) -> Callable[[], None]:
@@ -90,7 +92,24 @@ def listen(model: nn.Module, listener) -> Callable[[], None]:
     return undo
 
 
-def _told(inputs: Tensor | None = None, *args, **kwargs) -> Told:
+def _require_shown_padding(mask: Tensor | None, chunk: int | None) -> None:
+    if chunk and isinstance(mask, Tensor) and mask.ndim == 2 and not (mask[:, -1] != 0).all():
+        raise ValueError(
+            "attention_mask: pads on the right, which a prompt in chunks shows too late; pad on "
+            "the left, or leave prefill_chunk_size out"
+        )
+
+
+def _require_one_prompt(guidance: float | None) -> None:
+    """Guidance reads another, with a cache or with rows of its own."""
+    if guidance not in (None, 1):
+        raise ValueError(
+            f"scope: guidance_scale is {guidance}, for which generate reads a second prompt; only "
+            "scope 'all' of one configuration can do that"
+        )
+
+
+def _told(drafts: bool, inputs: Tensor | None = None, *args, **kwargs) -> Told:
     """From the arguments of generate."""
     given = (kwargs.get("inputs_embeds"), inputs, kwargs.get("inputs"), kwargs.get("input_ids"))
     prompt = next((tensor for tensor in given if tensor is not None), None)
@@ -102,5 +121,4 @@ def _told(inputs: Tensor | None = None, *args, **kwargs) -> Told:
     elif columns <= start:
         # Of a sequence that goes on from a cache, the new tokens alone may be given.
         columns += start
-    drafts = bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
     return Told(columns, columns, batch, start, once=True, drafts=drafts)

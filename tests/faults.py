@@ -95,6 +95,7 @@ FAULTS = {
         75: "Several sequences packed in a row",
         76: "Virtual tokens, as of prompt tuning, before the prompt",
         77: "A past that tells no length, as a tuple",
+        80: "Guidance, which reads a second prompt, with a cache of its own",
     },
 }
 

@@ -366,11 +366,28 @@ def test_a_model_that_drafts_with_its_first_layers(model, sae, name):
     assert not torch.equal(expected, plain)
 
 
-def test_guidance_has_a_prompt_of_its_own(model, sae, textbook):
+@pytest.mark.fault(80)
+@pytest.mark.parametrize("count", [1, 4, 12])
+def test_guidance_has_a_prompt_of_its_own(model, sae, textbook, count):
+    """Which may be longer than the one that is generated from."""
+    options = {"guidance_scale": 1.5, "negative_prompt_ids": IDS.repeat(1, 2)[:, :count]}
     with textbook_hook(model.model.layers[1], textbook, sae):
-        expected = generate(model, guidance_scale=1.5)
+        expected = generate(model, **options)
     with sf.steering(model, sae, EDITS, layer=1):
-        assert torch.equal(generate(model, guidance_scale=1.5), expected)
+        assert torch.equal(generate(model, **options), expected)
+    config = transformers.GenerationConfig(max_new_tokens=4, guidance_scale=1.5)
+    with sf.steering(model, sae, EDITS, layer=1, scope="generated") as handle:
+        generate(model, guidance_scale=1)
+        for guided in (partial(generate, model, **options), partial(model.generate, IDS, config)):
+            with pytest.raises(ValueError, match=r"scope: guidance_scale is 1.5, for which"):
+                guided()
+        handle.remove()
+        guided()
+
+
+@pytest.mark.fault(80)
+def test_guidance_that_the_caller_brings(model, sae):
+    guide = transformers.UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, model)
     with sf.steering(model, sae, EDITS, layer=1, scope="generated"):
         with pytest.raises(ValueError, match="or a second prompt, as of guidance, can only be"):
-            generate(model, guidance_scale=1.5)
+            generate(model, logits_processor=[guide])
