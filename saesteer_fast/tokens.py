@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MASKED = -1000.0
+"""What is added to a score, up to which nothing is left of it in any dtype; more is a bias."""
+
 
 @dataclass
 class Tokens:
@@ -130,7 +133,7 @@ def padding(
     if mask.ndim == 2 and isinstance(start, int) and mask.shape[1] == start + count:
         return mask, mask[:, start:] != 0
     if mask.ndim == 4 and count > 1 and mask.shape[2] == count:
-        attended = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+        attended = (mask if mask.dtype == torch.bool else mask > MASKED)[:, 0]
         spare = attended.shape[2] - count  # keys of the past, and of a static cache's future
         ordered = spare == 0 or hasattr(cache, "get_seq_length")
         if isinstance(start, int) and start <= spare and ordered:

@@ -96,6 +96,7 @@ FAULTS = {
         76: "Virtual tokens, as of prompt tuning, before the prompt",
         77: "A past that tells no length, as a tuple",
         80: "Guidance, which reads a second prompt, with a cache of its own",
+        81: "An attention mask that weighs keys, as a bias, rather than leaving them out",
     },
 }
 

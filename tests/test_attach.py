@@ -262,6 +262,21 @@ def test_padding_shows_in_a_mask_with_a_row_a_query(sae, textbook, side, added):
         assert torch.equal(y[mask == 0], x[mask == 0])
 
 
+@pytest.mark.fault(81)
+@pytest.mark.parametrize("masked", [-torch.inf, torch.finfo(torch.float32).min, -1e4])
+def test_a_mask_that_weighs_keys_pads_none_of_them(sae, textbook, masked):
+    """Attention may be biased, also towards no token and away from the token itself."""
+    model = Decoder()
+    ids, mask = padded("left")
+    bias = torch.randn(len(ids), 1, 7, 7, generator=torch.Generator().manual_seed(0)) - 5
+    given = bias.masked_fill(mask[:, None, None] == 0, masked).masked_fill(
+        ~torch.ones(7, 7).bool().tril(), masked
+    )
+    x = model(ids, given)
+    with sf.steering(model, sae, EDITS, layer=1):
+        assert_same(model(ids, given).double(), textbook(x, sae, EDITS, mask.bool()))
+
+
 @pytest.mark.parametrize("kind", ["none", "paged", "too long"])
 def test_every_position_is_steered_where_padding_is_unknown(sae, textbook, kind):
     """Keys of a cache in pages are in no order."""
