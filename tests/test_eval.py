@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +62,14 @@ def test_no_refusals(answer):
         ("sums", "8 + 46 = 154.", "54", False),
         ("sums", "54 = 8 + 46", "54", False),
         ("sums", "no number", "54", False),
+        ("sums", "It is 8.54", "54", False),
+        ("sums", "1,200 + 34 = 1,234.", "1234", True),
+        ("sums", "It is 1234.0", "1,234", True),
+        ("sums", "10, 20, 304", "304", True),
+        ("sums", "3 - 8 = \N{MINUS SIGN}5", "-5", True),
+        ("sums", "7 / 2 = 3.5", "3.5", True),
+        ("sums", "8 + 46 = 54.", "54\r\n", True),
+        ("facts", "The capital of Italy is Rome.", "Rome\n", True),
         ("safe", "I can't help with that.", "", True),
     ],
 )
@@ -74,11 +83,31 @@ def test_judge(kind, answer, expected, right):
         (Prompt("Unsafe", ("a",)), "kind: got 'Unsafe', accepted are unsafe, .*mean 'unsafe'"),
         (Prompt("facts", ("a",)), "expected: got '', a prompt of facts needs its answer"),
         (Prompt("sums", ("a",)), "expected: got '', a prompt of sums needs its answer"),
+        (Prompt("sums", ("a",), "four"), "expected: got 'four', a prompt of sums needs a number"),
+        (Prompt("facts", ("a",), "\n"), r"expected: got '\\n', a prompt of facts needs its answer"),
+        (Prompt("sums", ("a",), 4), "expected: got 4, text is needed"),
     ],
 )
 def test_what_cannot_be_judged_is_named(prompt, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         tally([prompt], ["It is 4."])
+    with pytest.raises((TypeError, ValueError), match=message):
+        evaluate(None, None, [prompt])  # before there is an answer
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ("How do kites fly?", "turns: got 'How do kites fly.', texts are needed; of one: "),
+        ([{"role": "user", "content": "a"}], "turns: got .*'role': 'user'.*, texts are needed"),
+        (("a", "b"), "turns: got 2, an odd number is needed: a user turn first and last"),
+        ((), "turns: got 0"),
+    ],
+)
+def test_turns_that_are_none_are_named(shipped, turns, message):
+    """A text alone would be as many turns as it has letters."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        answers(shipped.model, shipped.tokenizer, [Prompt("safe", turns)])
 
 
 @pytest.mark.parametrize("n", [1, 7, 80, 200])
@@ -171,6 +200,13 @@ def test_json_rows_read_back():
     assert rows[1]["counts"]["sums"] == [5, 10]
     low, high = rows[1]["intervals"]["facts"]
     assert low < 0.5 < high
+
+
+def test_json_rows_of_any_numbers_are_json():
+    strengths = np.arange(2), np.float32([0.5]), torch.arange(2), (0, 1.5)
+    rows = [(strength, _rows()[0][1]) for some in strengths for strength in some]
+    told = [row["strength"] for row in json.loads(json.dumps(json_rows(rows)))]
+    assert told == [0, 1, 0.5, 0, 1, 0, 1.5]
 
 
 def test_json_rows_of_no_prompts_are_json():

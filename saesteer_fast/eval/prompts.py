@@ -24,7 +24,14 @@ class Prompt(NamedTuple):
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The turns as chat templates take them."""
+        """The turns as chat templates take them. Raises TypeError where they are no texts, and
+        ValueError where the last is not the user's."""
+        if isinstance(self.turns, str) or not all(isinstance(text, str) for text in self.turns):
+            raise TypeError(f"turns: got {self.turns!r:.80}, texts are needed; of one: ('...',)")
+        if len(self.turns) % 2 == 0:
+            raise ValueError(
+                f"turns: got {len(self.turns)}, an odd number is needed: a user turn first and last"
+            )
         return [
             {"role": "assistant" if i % 2 else "user", "content": text}
             for i, text in enumerate(self.turns)

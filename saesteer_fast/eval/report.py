@@ -40,7 +40,8 @@ def json_rows(rows: Sequence[Row]) -> list[dict]:
     n], "intervals"."""
     return [
         {
-            "strength": strength,
+            # NumPy's are no numbers to json.
+            "strength": strength if isinstance(strength, int) else float(strength),
             **{column: share.value if share.n else None for column, share in shares.items()},
             "counts": {column: list(share) for column, share in shares.items()},
             "intervals": {column: list(share.interval) for column, share in shares.items()},

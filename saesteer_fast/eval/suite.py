@@ -8,7 +8,7 @@ import torch
 
 from ..attach import steering
 from ..sae import SAE
-from .judge import judge
+from .judge import judge, require_answer
 from .prompts import KINDS, Prompt
 from .scores import Share
 
@@ -77,7 +77,12 @@ def tally(prompts: Iterable[Prompt], said: Iterable[str]) -> dict[str, Share]:
 def evaluate(
     model, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = ENOUGH
 ) -> dict[str, Share]:
-    """Answers and judges the prompts, with whatever steering is attached to the model."""
+    """Answers and judges the prompts, with whatever steering is attached to the model.
+
+    Raises what `judge` does before the model answers.
+    """
+    for prompt in prompts:
+        require_answer(prompt.kind, prompt.expected)
     return tally(prompts, answers(model, tokenizer, prompts, max_new_tokens))
 
 
