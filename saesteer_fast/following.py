@@ -171,7 +171,7 @@ def _guessed(start: int | Tensor, count: int) -> int | Tensor:
     if isinstance(start, int):
         return start or count
     if count == 1:
-        return start
+        return start.reshape(()).clamp(min=1)
     raise ValueError(
         "scope: the cache keeps its length on the device, so nothing says whether these "
         f"{count} tokens are a prompt; call the model inside `with handle.prompt(columns)`"

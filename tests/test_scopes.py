@@ -506,6 +506,16 @@ def test_a_static_cache_by_hand(model, sae):
             model(IDS[1:2, :2], past_key_values=cache)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("scope", ["prompt", "generated"])
+def test_a_prompt_of_one_token(sae, static, scope):
+    """What comes onto an empty cache is a prompt, wherever the cache counts."""
+    model, cache, ids = Stream(), Cache(static), IDS[:, 2:3]
+    with sf.steering(model, sae, EDITS, layer=0, scope=scope):
+        changed = [(model(ids, None, None, cache) != model.embed(ids)).any() for _ in range(3)]
+    assert changed == [scope == "prompt", scope == "generated", scope == "generated"]
+
+
 class Cache:
     """Counts columns as caches do, on the host or, as static ones, in a tensor in place."""
 
