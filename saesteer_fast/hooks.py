@@ -67,7 +67,10 @@ class Hooks:
         if chosen is not None:
             chosen = spread(chosen, tokens, self.plan.chosen_by)
         steered = self.plan(hidden, mask, chosen)
-        return (steered, *output[1:]) if isinstance(output, tuple) else steered
+        if not isinstance(output, tuple):
+            return steered
+        replaced = (steered, *output[1:])
+        return output._make(replaced) if hasattr(output, "_make") else replaced  # a namedtuple
 
     def after(self, decoder: nn.Module, args: tuple, output) -> None:
         call = self.calls.running

@@ -8,6 +8,7 @@ import pickle
 import threading
 import weakref
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -292,21 +293,27 @@ def test_every_position_is_steered_where_padding_is_unknown(sae, textbook, kind)
         assert_same(model(ids, given).double(), textbook(x, sae, EDITS))
 
 
+class Output(NamedTuple):
+    hidden: torch.Tensor
+    cache: str
+
+
 class Layer(nn.Module):
-    def __init__(self, as_tuple=False):
+    def __init__(self, as_tuple=None):
         super().__init__()
         self.linear = nn.Linear(32, 32)
         self.as_tuple = as_tuple
 
     def forward(self, hidden):
         hidden = hidden + torch.tanh(self.linear(hidden))
-        return (hidden, "cache") if self.as_tuple else hidden
+        kept = Output(hidden, "cache")
+        return {None: hidden, tuple: tuple(kept), Output: kept}[self.as_tuple]
 
 
 class Decoder(nn.Module):
     """A decoder without attention; `model.layers` is where Hugging Face keeps its own."""
 
-    def __init__(self, as_tuple=False):
+    def __init__(self, as_tuple=None):
         super().__init__()
         torch.manual_seed(0)
         self.as_tuple = as_tuple
@@ -318,16 +325,18 @@ class Decoder(nn.Module):
         hidden = self.embed(ids)
         for layer in self.layers:
             output = layer(hidden)
+            assert type(output) is (self.as_tuple or torch.Tensor)
             hidden, rest = output if self.as_tuple else (output, "cache")
             assert rest == "cache"
         return hidden
 
 
 @pytest.mark.fault(48)
-def test_layers_that_return_tuples(sae, textbook):
+@pytest.mark.parametrize("as_tuple", [tuple, Output])
+def test_layers_that_return_tuples(sae, textbook, as_tuple):
     ids, mask = padded("left")
-    x = Decoder(as_tuple=True)(ids)
-    model = Decoder(as_tuple=True)
+    x = Decoder(as_tuple)(ids)
+    model = Decoder(as_tuple)
     with sf.steering(model, sae, EDITS, layer=1):
         assert_same(model(ids, mask).double(), textbook(x, sae, EDITS, mask.bool()))
 
