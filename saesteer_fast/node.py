@@ -23,9 +23,9 @@ class Node:
 
     @classmethod
     def of(cls, text: bytes) -> Node:
-        """The root of a document in UTF-8."""
+        """The root of a document in UTF-8, which some editors begin with a byte order mark."""
         try:
-            return cls(json.loads(text.decode("utf-8"), object_pairs_hook=_object))
+            return cls(json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not valid JSON ({error})") from None
 

@@ -224,6 +224,13 @@ def test_all_are_attached_or_none(folder, model, monkeypatch):
     assert hooks(model) == 0
 
 
+def test_a_byte_order_mark_is_no_text(folder):
+    (folder / "marked.json").write_bytes(json.dumps(one()).encode("utf-8-sig"))
+    assert sf.load_steering(folder / "marked.json").steerings[0].edits == {
+        3: sf.edits.Edit("set", 6.0)
+    }
+
+
 def test_saved_and_read_again(folder, tmp_path_factory):
     recipe = sf.load_steering(written(folder, FULL))
     recipe.save(folder / "again.json")
@@ -409,6 +416,8 @@ def test_files_that_are_none(folder):
         sf.load_steering(folder / "layers.1")
     with pytest.raises(FileNotFoundError, match=r"no file .*layers\.2$"):
         sf.load_steering(folder / "layers.2")
+    with pytest.raises(FileNotFoundError, match=r"^path: no folder .*none to write a.json into"):
+        sf.load_steering(written(folder, one())).save(folder / "none" / "a.json")
     (folder / "latin.json").write_bytes(json.dumps(one(), ensure_ascii=False).encode("utf-16"))
     with pytest.raises(ValueError, match=r"latin\.json: not valid JSON"):
         sf.load_steering(folder / "latin.json")

@@ -85,8 +85,9 @@ class Recipe:
         """Write a steering file that load_steering reads; it takes `path`'s place when complete.
 
         Paths of SAEs are written relative to it, strengths as numbers, a gate's weights inline.
-        Raises ValueError for a path that does not end in .json and, naming the place, for what is
-        no data: an SAE in memory alone, or a gate that a callable decides.
+        Raises FileNotFoundError where there is no folder for it; ValueError for a path that does
+        not end in .json and, naming the place, for what is no data: an SAE in memory alone, or a
+        gate that a callable decides.
         """
         from . import document
 

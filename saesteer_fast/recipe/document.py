@@ -203,6 +203,8 @@ def write(recipe: Recipe, path: Path) -> None:
     """See Recipe.save."""
     if path.suffix != ".json":
         raise ValueError(f"path: got {path}, a name that ends in .json is needed")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: no folder {path.parent} to write {path.name} into")
     content = {"format": FORMAT, "version": VERSION}
     if recipe.model is not None:
         content["model"] = recipe.model
