@@ -13,6 +13,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.pop("run")(**arguments)
     except OSError as error:  # a folder that cannot be written, above all
         raise SystemExit(f"saesteer: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as shells say it of what Ctrl-C ended
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,6 +17,16 @@ def test_demo_is_given_its_folder(monkeypatch):
     assert given == ["saesteer-demo", "elsewhere"]
 
 
+def test_ctrl_c_ends_a_command_without_a_trace(monkeypatch):
+    def run(out):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("saesteer_fast.demo.run", run)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo"])
+    assert ended.value.code == 130
+
+
 def test_mini_build_is_given_its_arguments(monkeypatch, capsys):
     given = []
 
