@@ -258,9 +258,9 @@ def _kind(edit: Edit | None) -> int:
 
 
 def _number(what: str, value: float | Tensor) -> float | Tensor:
-    """A finite number as a float; a tensor of one number stays what it is."""
-    if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
-        return value
+    """A finite number as a float; a tensor of one, of any shape, as one of none."""
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        return value.reshape(())
     if isinstance(value, Tensor):
         raise TypeError(f"{what} {value!r}, a number or a floating-point tensor of one is needed")
     if not is_number(value):

@@ -122,8 +122,8 @@ def test_unknown_impl(sae, x):
 
 @pytest.mark.parametrize(
     "edits",
-    [{np.int64(3): np.float32(4.0)}, {3: Fraction(4)}, {3: 4}],
-    ids=["numpy", "ratio", "int"],
+    [{np.int64(3): np.float32(4.0)}, {3: Fraction(4)}, {3: 4}, {3: torch.tensor([[4.0]])}],
+    ids=["numpy", "ratio", "int", "tensor"],
 )
 def test_any_kind_of_number(sae, x, edits):
     assert torch.equal(sf.steer(x, sae, edits), sf.steer(x, sae, {3: 4.0}))
