@@ -168,6 +168,16 @@ def test_answers_are_the_models_greedy_choice(shipped):
     ]
 
 
+def test_answers_are_greedy_whatever_the_model_is_configured_to(shipped, monkeypatch):
+    model, tokenizer, *_ = shipped
+    prompts = corpus.prompts("test")[::300]
+    expected = answers(model, tokenizer, prompts)
+    config = dict(num_beams=3, num_return_sequences=2, return_dict_in_generate=True, do_sample=True)
+    for name, value in config.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert answers(model, tokenizer, prompts) == expected
+
+
 def test_sweep_steers_and_lets_go(shipped):
     model, tokenizer, sae, layer, metrics = shipped
     prompts = [p for p in corpus.prompts("test") if p.kind == "sums"][:20]
@@ -193,6 +203,13 @@ def test_table_holds_every_number():
     assert lines[5].count("100 (72 to 100)") == 5
 
 
+def test_rows_may_come_one_by_one():
+    assert table(iter(_rows())) == table(_rows())
+    assert json_rows(iter(_rows())) == json_rows(_rows())
+    with pytest.raises(ValueError, match="rows: none is given"):
+        table([])
+
+
 def test_json_rows_read_back():
     rows = json.loads(json.dumps(json_rows(_rows())))
     assert [row["strength"] for row in rows] == [0, 0.5, 2]
@@ -216,5 +233,5 @@ def test_json_rows_of_no_prompts_are_json():
 
 def test_plot_writes_a_png(tmp_path):
     pytest.importorskip("matplotlib")
-    plot(_rows(), tmp_path / "plot.png", "title")
+    plot(iter(_rows()), tmp_path / "plot.png", "title")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

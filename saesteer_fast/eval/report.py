@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .scores import Share
@@ -12,8 +12,12 @@ Row = tuple[float, Mapping[str, Share]]
 """(strength, shares by column), strength 0 being the unsteered model."""
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Per cent with 95 % Wilson intervals, a line a strength; below the heads, how many prompts."""
+def table(rows: Iterable[Row]) -> str:
+    """Per cent with 95 % Wilson intervals, a line a strength; below the heads, how many prompts.
+
+    Raises ValueError without rows.
+    """
+    rows = _some(rows)
     counts = [share.n for share in rows[0][1].values()]
     lines = [
         ["strength", *(column.replace("_", " ") for column in COLUMNS)],
@@ -30,12 +34,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([*text[:2], "-" * len(text[0]), *text[2:]])
 
 
+def _some(rows: Iterable[Row]) -> list[Row]:
+    """All that `sweep` yields."""
+    rows = list(rows)
+    if not rows:
+        raise ValueError("rows: none is given; accepted is what sweep yields")
+    return rows
+
+
 def _percent(share: Share) -> str:
     low, high = share.interval
     return f"{100 * share.value:.0f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
-def json_rows(rows: Sequence[Row]) -> list[dict]:
+def json_rows(rows: Iterable[Row]) -> list[dict]:
     """As JSON: "strength", each column's share from 0 to 1 (null without prompts), "counts" [hits,
     n], "intervals"."""
     return [
@@ -50,11 +62,15 @@ def json_rows(rows: Sequence[Row]) -> list[dict]:
     ]
 
 
-def plot(rows: Sequence[Row], path: str | Path, title: str) -> None:
-    """Draws each column's share over the strength, with its Wilson interval, as a PNG."""
+def plot(rows: Iterable[Row], path: str | Path, title: str) -> None:
+    """Draws each column's share over the strength, with its Wilson interval, as a PNG.
+
+    Raises ValueError without rows.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    rows = _some(rows)
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

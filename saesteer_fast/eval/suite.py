@@ -25,6 +25,9 @@ COLUMNS = {
 ENOUGH = 16
 """New tokens after which a refusal is told from an answer, and facts and sums are answered."""
 
+_GREEDY = dict(do_sample=False, num_beams=1, num_return_sequences=1, return_dict_in_generate=False)
+"""Whatever the model's own generation_config says."""
+
 
 def chat_text(tokenizer, prompt: Prompt) -> str:
     """The prompt in the tokenizer's chat template, up to where the assistant speaks."""
@@ -54,7 +57,7 @@ def answers(
             add_special_tokens=False,
             return_token_type_ids=False,
         ).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **_GREEDY)
         said = tokenizer.batch_decode(
             out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
