@@ -61,8 +61,15 @@ class Requests:
         self.running.pop(request, None)
 
     def tokens(self, spans: Iterable[Span]) -> np.ndarray:
-        """[3, T] int64: each token's position, its prompt's length, its configuration."""
-        spans = [(start, count, *self.running[request]) for request, start, count in spans]
+        """[3, T] int64: each token's position, its prompt's length, its configuration.
+
+        Raises ValueError for tokens of a request that has not begun, or has ended.
+        """
+        try:
+            spans = [(start, count, *self.running[request]) for request, start, count in spans]
+        except KeyError as error:
+            named = repr(error.args[0])
+            raise ValueError(f"spans: request {named} is none of those that run") from None
         start, count, chosen, prompt = np.array(spans, dtype=np.int64).reshape(-1, 4).T
         before = count.cumsum() - count
         tokens = np.stack([start - before, prompt, chosen]).repeat(count, axis=1)
