@@ -81,6 +81,7 @@ def steering(
     if plan.table.values.requires_grad:
         raise ValueError("edits: a strength requires a gradient; learn handle.strengths instead")
     require_finite(plan.table.values)
+    plan.require_effect()
     # Steering no tokens finds now what the model's first call would find.
     plan(sae.W_enc.new_empty(0, 0, sae.d, device=device), chosen=plan.nobody)
     return Handle(site, Hooks(site, plan, Scoped(scope, device)))

@@ -167,6 +167,15 @@ class Plan:
         else:
             self.chosen = chosen
 
+    def require_effect(self) -> None:
+        """ValueError for an edited latent whose direction is 0; waits for the device."""
+        still = ~self.measured.directions.any(-1)
+        if still.any():
+            latent = self.table.latents[int(still.int().argmax())]
+            raise ValueError(
+                f"edits: latent {latent} has the direction 0, nothing would be steered"
+            )
+
     @property
     def chosen_by(self) -> str:
         """The argument that tells how many rows there are."""

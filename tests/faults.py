@@ -42,6 +42,7 @@ FAULTS = {
         27: "A latent among the k largest, positive but outside, or not positive",
         28: "Clamping to its own value changes no bit",
         29: "Two latents of one direction",
+        82: "A latent whose direction is 0, so that no edit of it would do anything",
         30: "int32 indices, or indices on another device",
         31: "The same bits however a batch is cut, on any number of threads, on any stream",
     },

@@ -33,6 +33,18 @@ def no_hook_is_left(model):
     assert hooks(model) == before
 
 
+@pytest.mark.fault(82)
+@pytest.mark.parametrize("options", [{}, {"measure": "projection"}, {"error": "drop"}])
+def test_a_latent_that_writes_nothing(model, make_sae, options):
+    """As those by which a dictionary was padded."""
+    sae = make_sae(hookpoint="layers.1")
+    sae.W_dec[77] = 0
+    for edits in (EDITS | {77: 0.0}, [{}, {77: sf.scale(2)}]):
+        with pytest.raises(ValueError, match="edits: latent 77 has the direction 0, nothing would"):
+            sf.steering(model, sae, edits, **options)
+    sf.steering(model, sae, EDITS, **options).remove()
+
+
 @pytest.mark.fault(53)
 @pytest.mark.parametrize(
     ("layer", "error", "message"),

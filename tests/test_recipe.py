@@ -611,7 +611,7 @@ def test_check_sees_that_nothing_would_be_steered(folder, make_sae, capsys):
     sae = make_sae(hookpoint="layers.0")
     sae.W_dec[3] = 0
     sae.save(folder / "layers.0")
-    with pytest.raises(SystemExit, match=r'steerings\[0\]\.edits\["3"\]: its direction is 0'):
+    with pytest.raises(SystemExit, match=r"steerings\[0\]\.edits: latent 3 has the direction 0"):
         main(["check", str(written(folder, one(sae="layers.0")))])
 
 

@@ -242,6 +242,15 @@ def test_more_tokens_than_said_are_refused(sae):
         model(torch.zeros(41, dtype=torch.long))
 
 
+def test_what_cannot_be_packed_is_named(sae):
+    served = Steered(recipe(sae, scope="prompt"), Toy(), SIZE)
+    with pytest.raises(ValueError, match="spans: request 'one' is none of those that run"):
+        served.pack([Span("one", 0, 3)], None)
+    served.requests.begin("one", None, 41)
+    with pytest.raises(RuntimeError, match="41 tokens in a call, 40 at most"):
+        served.pack([Span("one", 0, 41)], None)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -53,6 +53,7 @@ def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[s
     keywords = {name: getattr(step, name) for name in ("when", "error", "measure")}
     plan = Plan(sae, step.edits, torch.device("cpu"), **keywords)
     plan.choose(step.rows)
+    plan.require_effect()
     if site is not None:
         Hooks(site, plan, Scoped(step.scope, plan.device))
     yield "measure", _measured(plan.measured.measure)
@@ -115,8 +116,6 @@ def _edits(step: Steering, plan: Plan) -> Iterator[tuple[str, str]]:
         for latent, edit in edits.items():
             edit = edit if isinstance(edit, Edit) else Edit("set", edit)
             norm = norms[plan.table.columns[latent]]
-            if norm == 0:
-                raise ValueError(f'edits["{latent}"]: its direction is 0, nothing would be steered')
             told = _semantics(edit.kind, step)
             yield "edits", f"{before}latent {latent}: {edit}, |direction| {norm:.4g}; {told}"
 

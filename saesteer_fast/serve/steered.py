@@ -95,6 +95,7 @@ class _Layer:
         device = sites.device(site)
         choices = dict(when=step.when, error=step.error, measure=step.measure, impl=step.impl)
         self.plan = Plan(sae, step.edits, device, **choices)
+        self.plan.require_effect()
         self.scope = Scoped(step.scope, device)
         table = self.plan.table
         numbers = [table.index(name) for name in names] if table.rowwise else []
@@ -110,6 +111,7 @@ class _Layer:
 
     def pack(self, packed: Packed, configurations: Tensor) -> None:
         count = len(configurations)
+        self._require_room(count)
         if self.plan.table.rowwise:
             self.chosen[:count] = self.numbers[configurations]
         if not self.scope.everything:
@@ -126,13 +128,16 @@ class _Layer:
 
     def _steered(self, stream: Tensor) -> Tensor:
         count, plan = len(stream), self.plan
-        if count > len(self.inside):
-            raise RuntimeError(f"{self.path}: {count} tokens in a call, {len(self.inside)} at most")
+        self._require_room(count)
         mask = True if self.scope.everything else self.inside[:count]
         if plan.active is not None:
             mask = both(mask, plan.holds(stream)[1])
         chosen = self.chosen[:count] if plan.table.rowwise else None
         return plan(stream, None if mask is True else mask, chosen)
+
+    def _require_room(self, count: int) -> None:
+        if count > len(self.inside):
+            raise RuntimeError(f"{self.path}: {count} tokens in a call, {len(self.inside)} at most")
 
 
 def _is_summed(site: sites.Site) -> bool:
