@@ -53,9 +53,10 @@ def steering(
     looked up by that name while the steering is attached. In any other call, one without a cache
     or with an empty one is a prompt, what is called onto a cache is generated, and `handle.prompt`
     says otherwise. Rows of the batch that generate repeats, for beams or several answers, share
-    what was given for their prompt. An encoder's decoder, a state or a past that has no length, and
-    virtual tokens leave nothing to tell the prompt by: they raise ValueError for all but scope
-    "all" of one configuration.
+    what was given for their prompt. The last token of an answer is never read, so that "generated"
+    and max_new_tokens=1 raise ValueError. An encoder's decoder, a state or a past that has no
+    length, virtual tokens, and guidance, which reads a second prompt, leave nothing to tell the
+    prompt by: they raise ValueError for all but scope "all" of one configuration.
 
     Padding is left alone where the decoder is given an attention_mask of [B, past + T], or the
     4-D one that generate makes for a static cache. Without one nothing says what is padding, and

@@ -28,6 +28,8 @@ class Told(NamedTuple):
     """Whether all calls until told otherwise are of one batch of sequences."""
     drafts: bool = False
     """Whether another model checks what is generated."""
+    new: int | None = None
+    """How many tokens are asked for; None if nobody says."""
 
 
 class Generate:
@@ -54,7 +56,9 @@ class Generate:
         asked = partial(self._asked, args, kwargs)
         _require_shown_padding(kwargs.get("attention_mask"), asked("prefill_chunk_size"))
         _require_one_prompt(asked("guidance_scale"))
-        told = _told(bool(asked("is_assistant")), *args, **kwargs)
+        told = _told(*args, **kwargs)._replace(
+            drafts=bool(asked("is_assistant")), new=asked("max_new_tokens")
+        )
         with ExitStack() as until:
             for listener in self.listeners:
                 until.enter_context(listener.told(told))
@@ -109,7 +113,7 @@ def _require_one_prompt(guidance: float | None) -> None:
         )
 
 
-def _told(drafts: bool, inputs: Tensor | None = None, *args, **kwargs) -> Told:
+def _told(inputs: Tensor | None = None, *args, **kwargs) -> Told:
     """From the arguments of generate."""
     given = (kwargs.get("inputs_embeds"), inputs, kwargs.get("inputs"), kwargs.get("input_ids"))
     prompt = next((tensor for tensor in given if tensor is not None), None)
@@ -121,4 +125,4 @@ def _told(drafts: bool, inputs: Tensor | None = None, *args, **kwargs) -> Told:
     elif columns <= start:
         # Of a sequence that goes on from a cache, the new tokens alone may be given.
         columns += start
-    return Told(columns, columns, batch, start, once=True, drafts=drafts)
+    return Told(columns, columns, batch, start, once=True)

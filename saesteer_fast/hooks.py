@@ -87,6 +87,11 @@ class Hooks:
                 "prompt: this thread is inside of another `with handle.prompt` of this steering; "
                 "coroutines share one, so do not await in it"
             )
+        if told.new == 1 and self.scope.begins_late and not told.drafts:
+            raise ValueError(
+                "max_new_tokens: got 1, and scope 'generated' would steer nothing, since the first "
+                "token is not read again; accepted are 2 and more"
+            )
         before, found = dict(vars(call)), (self.active, self.gated)
         call.told = told
         call.begin()

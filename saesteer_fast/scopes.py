@@ -98,6 +98,11 @@ class Scoped:
         return not self.parts
 
     @property
+    def begins_late(self) -> bool:
+        """Whether it has what only a second token can show: tokens that were generated before."""
+        return _generated in self.parts
+
+    @property
     def mask(self) -> Tensor:
         """The tensor [B, S] of the scope, which may change in place."""
         masks = [part.steered for part in self.parts if isinstance(part, _Mask)]

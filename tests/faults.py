@@ -98,6 +98,7 @@ FAULTS = {
         77: "A past that tells no length, as a tuple",
         80: "Guidance, which reads a second prompt, with a cache of its own",
         81: "An attention mask that weighs keys, as a bias, rather than leaving them out",
+        83: "One new token where generated ones are steered: none is ever read",
     },
 }
 

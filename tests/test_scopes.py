@@ -506,6 +506,25 @@ def test_a_static_cache_by_hand(model, sae):
             model(IDS[1:2, :2], past_key_values=cache)
 
 
+@pytest.mark.fault(83)
+@pytest.mark.parametrize("by", ["argument", "config", "model"])
+def test_one_new_token_is_never_read(model, sae, monkeypatch, by):
+    """Asked for one by one, tokens would come back as parts of prompts, and none be steered."""
+    options = {"max_new_tokens": 1} if by == "argument" else {}
+    if by == "config":
+        config = pytest.importorskip("transformers").GenerationConfig(max_new_tokens=1)
+        options["generation_config"] = config
+    if by == "model":
+        monkeypatch.setattr(model.generation_config, "max_new_tokens", 1)
+    for scope in ("generated", ["generated", sf.not_tokens([1])]):
+        with sf.steering(model, sae, EDITS, scope=scope):
+            with pytest.raises(ValueError, match="max_new_tokens: got 1, and scope 'generated' wo"):
+                model.generate(IDS, **options)
+            model.generate(IDS, max_new_tokens=2)
+    with sf.steering(model, sae, EDITS, scope="prompt"):
+        model.generate(IDS, **options)
+
+
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("scope", ["prompt", "generated"])
 def test_a_prompt_of_one_token(sae, static, scope):
