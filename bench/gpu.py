@@ -265,12 +265,12 @@ def measure(run: Run) -> None:
 
 
 def propose(result: Mapping) -> str:
-    """saesteer_fast.ops._ON_GPU as these times have it: the faster kernels first, by tokens.
+    """saesteer_fast.choice.ON_GPU as these times have it: the faster kernels first, by tokens.
 
     Both workloads count alike.
     """
     if wrong := mistakes(result):
-        return f"_ON_GPU stays as it is: not right: {', '.join(wrong)}"
+        return f"ON_GPU stays as it is: not right: {', '.join(wrong)}"
     from saesteer_fast import verdicts
 
     times: dict[int, dict[str, list[float]]] = {}
@@ -283,7 +283,7 @@ def propose(result: Mapping) -> str:
             if all(name in each for each in here)
         }
         times |= {T: by} if by else {}
-    return f"_ON_GPU = {verdicts.rows(times)}"
+    return f"ON_GPU = {verdicts.rows(times)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from . import sites
+from .choice import Impl
 from .conditions import Condition, Decision
 from .edits import Edits, require_finite
 from .errors import is_integer
 from .generation import Told, listen
 from .hooks import Hooks
-from .plan import ErrorTerm, Impl, Plan, Reading, Rows, require_sae
+from .plan import ErrorTerm, Plan, Reading, Rows, require_sae
 from .sae import SAE
 from .scopes import Scope, Scoped
 from .sites import Site

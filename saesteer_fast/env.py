@@ -5,11 +5,10 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import platform
-from pathlib import Path
 
 import torch
 
-from . import __version__, _build, ops
+from . import __version__, choice, compiled
 
 
 def _version(package: str) -> str:
@@ -34,7 +33,7 @@ def _cuda_build(facts: dict) -> str:
     built = f"{facts['cuda_compiler']}, for {' '.join(facts['cuda_architectures'])}"
     if not torch.cuda.is_available():
         return built
-    library = ctypes.CDLL(str(Path(__file__).with_name("libsaesteer_cuda.so")))
+    library = ctypes.CDLL(str(compiled.CUDA_LIBRARY))
     library.saesteer_cuda_runs_here.restype = ctypes.c_bool
     covered = "has" if library.saesteer_cuda_runs_here() else "does NOT have"
     return f"{built}; {covered} code for this device"
@@ -42,8 +41,8 @@ def _cuda_build(facts: dict) -> str:
 
 def report() -> dict[str, dict[str, str]]:
     """Facts by section and name, all as text: versions, build, processor, implementations."""
-    facts = _build.facts()
-    isa, why = _build.instruction_set()
+    facts = compiled.facts()
+    isa, why = compiled.instruction_set()
     packages = ("transformers", "safetensors", "numpy", "triton")
     return {
         "versions": {
@@ -63,7 +62,7 @@ def report() -> dict[str, dict[str, str]]:
             "threads": str(torch.get_num_threads()),
             "CUDA devices": _devices(),
         },
-        "implementation": ops.implementations(),
+        "implementation": choice.implementations(),
     }
 
 

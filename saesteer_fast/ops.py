@@ -1,5 +1,5 @@
-"""The torch ops: loads the compiled library, gives the ops shapes for torch.compile and gradients,
-and chooses who computes them. The only file that names torch.ops.saesteer.
+"""The torch ops: the functions that call them, their shapes for torch.compile, their gradients, and
+their kernels where C++ registers none. The only file that names torch.ops.saesteer.
 
     torch.ops.saesteer.steer(x, W_enc, b_enc, directions, features, values, k, mask=None,
                              order=None) -> Tensor
@@ -11,38 +11,26 @@ and chooses who computes them. The only file that names torch.ops.saesteer.
     torch.ops.saesteer.decode(values, indices, W_dec, b_dec) -> Tensor
 
 The CPU has compiled kernels. torch.ops.saesteer_triton and torch.ops.saesteer_cuda hold the same
-ops, always by Triton and always by the CUDA library. On a GPU these run where they were found right
-(verdicts.py) or are asked for; elsewhere the reference does.
+ops, always by Triton and always by the CUDA library. On a GPU torch.ops.saesteer calls these, or
+the reference, as choice.py has it.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import warnings
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from . import checks, gradients, reference, transforms, verdicts
-
-_LIBRARY = Path(__file__).with_name("libsaesteer_ops.so")
-try:
-    torch.ops.load_library(_LIBRARY)
-except OSError as error:
-    _here = " (this is the source tree: leave it, or install with -e)"
-    _is_source = _LIBRARY.parents[1].joinpath("setup.py").exists()
-    raise ImportError(
-        f"saesteer_fast's compiled ops do not load from {_LIBRARY}; build them with "
-        f"`pip install --no-build-isolation .` under this PyTorch{_here * _is_source}"
-    ) from error
-
-from . import _build  # noqa: E402  (speaks of the library, so it comes after it)
+from . import (
+    checks,
+    compiled,  # noqa: F401  (the ops are in its library)
+    gradients,
+    reference,
+    transforms,
+)
+from .choice import chosen, on_gpu
 
 _OPS = torch.ops.saesteer
 _TRITON = torch.ops.saesteer_triton
@@ -53,22 +41,6 @@ for _name in _NAMES:
     _schema = str(getattr(_OPS, _name).default._schema).removeprefix(f"saesteer::{_name}")
     for _space in _SPACES[1:]:
         torch.library.define(f"{_space}::{_name}", _schema)
-
-
-def _load_cuda() -> str | None:
-    """Loads the CUDA library; why not, if it cannot be."""
-    if reason := _build.facts()["no_cuda_reason"]:
-        return f"the CUDA library is not built: {reason}"
-    if not torch.backends.cuda.is_built():
-        return "this PyTorch is built without CUDA"
-    try:
-        torch.ops.load_library(_LIBRARY.with_name("libsaesteer_cuda.so"))
-    except OSError as error:
-        return f"the CUDA library does not load: {error}"
-    return None
-
-
-_NO_CUDA = _load_cuda()
 
 
 _LATENTS = {
@@ -113,20 +85,7 @@ _BY = {
     "triton": _called(_TRITON),
     "reference": _REFERENCE,
 }
-_DEFAULT = os.environ.get("SAESTEER_IMPL", "auto")
-if _DEFAULT not in _BY:
-    raise ValueError(f"SAESTEER_IMPL: got {_DEFAULT!r}, accepted are {', '.join(_BY)}")
-
-_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-_CUDA = frozenset(name for name in _NAMES if _has_kernel(f"saesteer_cuda::{name}", "CUDA"))
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-KERNELS = ("cuda", "triton")
-"""The implementations that have kernels for GPUs."""
-_ON_GPU: verdicts.Rows = ((0, ("reference",)),)
-"""What impl="auto" runs on a GPU that `saesteer verify` has not tried: from so many tokens on, the
-first of these that is there. One row for all shapes, and no kernels in it until bench/results holds
-a run of `make gpu` that found them right; it proposes the rows."""
+"""The ops as each implementation computes them; on the CPU "auto" is "cpu"."""
 
 
 def steer(
@@ -154,7 +113,7 @@ def steer(
     comes out NaN. Differentiable in x and values. Raises RuntimeError naming the argument,
     ValueError for an unknown `impl`.
     """
-    return _chosen("steer", impl, x)(x, W_enc, b_enc, directions, features, values, k, mask, order)
+    return _BY[chosen(impl, x)].steer(x, W_enc, b_enc, directions, features, values, k, mask, order)
 
 
 def steer_(
@@ -177,7 +136,7 @@ def steer_(
     contiguous, and no other argument lie in its memory. Not differentiable: NotImplementedError
     where `steer` would give a gradient, and under the transforms of torch.func.
     """
-    _chosen("steer_", impl, x)(x, W_enc, b_enc, directions, features, values, k, mask, order)
+    _BY[chosen(impl, x)].steer_(x, W_enc, b_enc, directions, features, values, k, mask, order)
 
 
 def feature_acts(
@@ -202,7 +161,7 @@ def feature_acts(
     not checked, and decides ties alone. NaN where p_f is not finite. Other arguments as for
     `steer`; differentiable in x.
     """
-    return _chosen("feature_acts", impl, x)(x, W_enc, b_enc, features, k, order)
+    return _BY[chosen(impl, x)].feature_acts(x, W_enc, b_enc, features, k, order)
 
 
 def project(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, impl: str = "auto") -> Tensor:
@@ -211,7 +170,7 @@ def project(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, impl: str = "auto") -> T
     x [..., d], W_enc [F, d], both fp32, bf16 or fp16; b_enc [F] fp32. A row's p is bit for bit the
     one that `feature_acts` ranks. Differentiable in x.
     """
-    return _chosen("project", impl, x)(x, W_enc, b_enc)
+    return _BY[chosen(impl, x)].project(x, W_enc, b_enc)
 
 
 def add_directions(x: Tensor, directions: Tensor, coef: Tensor, *, impl: str = "auto") -> Tensor:
@@ -220,7 +179,7 @@ def add_directions(x: Tensor, directions: Tensor, coef: Tensor, *, impl: str = "
     x [..., d], directions [F, d], both fp32, bf16 or fp16; coef [F] or [..., F] fp32. Tokens whose
     coefficients are all zero come out bit-identical. Differentiable in x and coef.
     """
-    return _chosen("add_directions", impl, x)(x, directions, coef)
+    return _BY[chosen(impl, x)].add_directions(x, directions, coef)
 
 
 def encode(
@@ -231,7 +190,7 @@ def encode(
     Values [..., k] fp32 and indices [..., k] int64; NaN counts as the largest, as in torch.topk.
     Arguments as for `steer`; differentiable in x.
     """
-    return _chosen("encode", impl, x)(x, W_enc, b_enc, k)
+    return _BY[chosen(impl, x)].encode(x, W_enc, b_enc, k)
 
 
 def decode(
@@ -242,95 +201,7 @@ def decode(
     values [..., k] fp32, indices [..., k] int64; W_dec [N, d] and b_dec [d] fp32, bf16 or fp16.
     recon has their dtype, or fp32 where they differ. Differentiable in values.
     """
-    return _chosen("decode", impl, values)(values, indices, W_dec, b_dec)
-
-
-def implementations() -> dict[str, str]:
-    """What impl="auto" runs for a tensor on each kind of device, and why."""
-    isa, why = _build.instruction_set()
-    there = {impl: missing(impl) for impl in KERNELS}
-    said = [f"impl={impl!r}: {reason or 'is there'}" for impl, reason in there.items()]
-    found = {"cpu": f"cpu: {isa} kernels, {why}", "cuda": "; ".join([_rows_said(_ON_GPU), *said])}
-    for i in range(torch.cuda.device_count()):
-        rows = verdicts.read(torch.device("cuda", i))
-        tried = _rows_said(rows) if rows else "`saesteer verify` has not tried the kernels on it"
-        found[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)}: {tried}"
-    return found if _DEFAULT == "auto" else {**found, "SAESTEER_IMPL": f"{_DEFAULT}, everywhere"}
-
-
-def missing(impl: str) -> str | None:
-    """Why these kernels for GPUs cannot run, "cuda" or "triton"; None if they can."""
-    return {"cuda": _NO_CUDA, "triton": None if _HAS_TRITON else "Triton is not installed"}[impl]
-
-
-def _rows_said(rows: verdicts.Rows) -> str:
-    chosen = [(least, _first_there("steer", impls)) for least, impls in rows]
-    if len(chosen) == 1:
-        return f"{chosen[0][1]} for any number of tokens"
-    return ", ".join(f"{impl} from {least} tokens on" for least, impl in chosen)
-
-
-def _chosen(name: str, impl: str, x: Tensor) -> Callable:
-    """The op as `impl` computes it; ValueError if that cannot run where x is."""
-    if impl == "auto":
-        impl = _DEFAULT
-    if impl == "auto":
-        # torch.compile keeps the op, whose kernel chooses: a file may have to be read for that
-        if x.is_cuda and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
-            return _on_gpu(name, x)
-        return getattr(_AUTO, name)
-    if impl not in _BY:
-        raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(_BY)}")
-    if not _runs(name, impl, x):
-        here = ", ".join(i for i in _BY if _runs(name, i, x))
-        hint = " (and triton, under TRITON_INTERPRET=1)" if impl == "triton" and x.is_cpu else ""
-        raise ValueError(
-            f"impl: {impl!r} cannot run for a tensor on {x.device}; accepted: {here}{hint}"
-        )
-    return getattr(_BY[impl], name)
-
-
-def _runs(name: str, impl: str, x: Tensor) -> bool:
-    if impl == "cpu":
-        return x.is_cpu
-    if impl == "cuda":
-        return x.is_cuda and name in _CUDA
-    if impl == "triton" and _HAS_TRITON and x.is_cpu:
-        from .triton_kernels import configs
-
-        return configs.INTERPRETED
-    return impl != "triton" or (_HAS_TRITON and x.is_cuda)
-
-
-def _on_gpu(name: str, x: Tensor) -> Callable:
-    """The op as impl="auto" computes it for x, on a GPU."""
-    tokens = x.shape[:-1].numel()
-    impls = next(impls for least, impls in reversed(_table(x.device)) if tokens >= least)
-    return getattr(_BY[_first_there(name, impls)], name)
-
-
-def _table(device: torch.device) -> verdicts.Rows:
-    if rows := verdicts.read(device):
-        return rows
-    _tell_of_idle_kernels(device)
-    return _ON_GPU
-
-
-@cache
-def _tell_of_idle_kernels(device: torch.device) -> None:
-    idle = [impl for impl in KERNELS if missing(impl) is None]
-    if idle and device.type == "cuda" and all(impls == ("reference",) for _, impls in _ON_GPU):
-        warnings.warn(
-            f"plain PyTorch steers on {torch.cuda.get_device_name(device)}, although there are "
-            f"kernels ({', '.join(idle)}): `saesteer verify` finds out in minutes whether they are "
-            "right on it, and lets them run",
-            stacklevel=2,
-        )
-
-
-def _first_there(name: str, impls: tuple[str, ...]) -> str:
-    there = {"cuda": name in _CUDA, "triton": _HAS_TRITON, "reference": True}
-    return next(impl for impl in impls if there[impl])
+    return _BY[chosen(impl, values)].decode(values, indices, W_dec, b_dec)
 
 
 def _by_triton(name: str) -> Callable:
@@ -344,7 +215,7 @@ def _by_triton(name: str) -> Callable:
 
 def _best_on_gpu(name: str) -> Callable:
     def run(x, *args):
-        return _on_gpu(name, x)(x, *args)
+        return getattr(_BY[on_gpu(x)], name)(x, *args)
 
     return run
 

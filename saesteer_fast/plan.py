@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .choice import Impl
 from .conditions import Active, Condition, split
 from .dtypes import FLOATS
 from .edits import Edits, Table
@@ -23,9 +24,6 @@ ERRORS: tuple[ErrorTerm, ...] = get_args(ErrorTerm)
 
 Reading = Measure | Literal["projection"]
 """How activations are read: as the SAE does, or along the latent's direction."""
-
-Impl = Literal["auto", "cpu", "cuda", "triton", "reference"]
-"""Who computes the ops."""
 
 Rows = Sequence[str | int] | Tensor
 """Of a table of configurations one for each row, by names, or by numbers [B]."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench import report
 from bench.tables import gpu
-from saesteer_fast import ops
+from saesteer_fast import choice
 from tests.families import FAMILIES
 from tests.support import support_table
 
@@ -42,7 +42,7 @@ def devices_table() -> str:
     """README's table of what impl="auto" runs, by device."""
     shown = {"reference": "plain PyTorch, `saesteer_fast/reference.py`"}
     rows = []
-    for least, impls in ops._ON_GPU:
+    for least, impls in choice.ON_GPU:
         named = ", else ".join(shown.get(impl, f"`{impl}`") for impl in impls)
         rows.append(f"from {least} tokens on {named}" if least else named)
     return "\n".join(

@@ -194,7 +194,7 @@ def test_the_floor_is_the_larger_of_bytes_and_products():
     ],
 )
 def test_the_fastest_kernels_are_proposed(times, row):
-    assert gpu.propose(result(measured(**times))) == f"_ON_GPU = {row}"
+    assert gpu.propose(result(measured(**times))) == f"ON_GPU = {row}"
 
 
 def test_nothing_is_proposed_unless_all_was_right():
@@ -211,7 +211,7 @@ def test_nothing_is_proposed_unless_all_was_right():
         (good | {"checks broke": "RuntimeError"}, "checks broke"),
         (good | {"checks": {}}, "checks"),
     ):
-        assert gpu.propose(bad) == f"_ON_GPU stays as it is: not right: {why}"
+        assert gpu.propose(bad) == f"ON_GPU stays as it is: not right: {why}"
 
 
 def test_pytests_end_is_understood():
@@ -237,7 +237,7 @@ def test_what_breaks_is_recorded(tmp_path):
     (recorded,) = tmp_path.glob("gpu-*.json")
     assert "failed" in json.loads(recorded.read_text())["measure"][steps.BEFORE]
     assert "cuda" in recorded.with_suffix(".log").read_text().lower()
-    assert "_ON_GPU stays as it is: not right: checks, measure" in done.stdout
+    assert "ON_GPU stays as it is: not right: checks, measure" in done.stdout
 
 
 def test_nothing_is_imported_that_is_not_built_yet():

@@ -249,12 +249,12 @@ def test_what_failed_is_named(full_size):
 
 
 def test_the_faster_kernels_are_proposed_from_such_a_run(full_size):
-    assert gpu.propose(full_size) == "_ON_GPU = ((0, ('cuda', 'triton', 'reference')),)"
+    assert gpu.propose(full_size) == "ON_GPU = ((0, ('cuda', 'triton', 'reference')),)"
     full_size["missing"]["measure"] = []
     for name in [n for n in full_size["measure"] if n.startswith("worst T=8192 F=1")]:
         del full_size["measure"][name]
         full_size["missing"]["measure"].append(name)
-    assert gpu.propose(full_size) == "_ON_GPU = ((0, ('cuda', 'triton', 'reference')),)"
+    assert gpu.propose(full_size) == "ON_GPU = ((0, ('cuda', 'triton', 'reference')),)"
 
 
 @pytest.mark.parametrize("kept", [(), ("build", "smoke all"), ("measure",)])

@@ -235,8 +235,9 @@ import ctypes, sys
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 import torch
 from saesteer_fast import ops
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 torch.ops.load_library(sys.argv[2])
-print(all(ops._has_kernel(f"saesteer_cuda::{name}", "CUDA") for name in ops._NAMES))
+print(all(has_kernel(f"saesteer_cuda::{name}", "CUDA") for name in ops._NAMES))
 """
 
 

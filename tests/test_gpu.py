@@ -16,7 +16,7 @@ import torch
 from ops_cases import DTYPES, Case, assert_steered, integer_case, random_case, same_bits
 from torch import Tensor
 
-from saesteer_fast import ops, reference
+from saesteer_fast import choice, ops, reference
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -60,8 +60,10 @@ def compile_triton(case: Case, impl: str) -> None:
 
 
 def test_the_library_is_here():
-    assert ops._NO_CUDA is None and frozenset(ops._NAMES) == ops._CUDA
-    assert "impl='cuda'" in ops.implementations()["cuda"]
+    assert choice.MISSING["cuda"] is None
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert all(has_kernel(f"saesteer_cuda::{name}", "CUDA") for name in ops._NAMES)
+    assert "impl='cuda': is there" in choice.implementations()["cuda"]
 
 
 # ---- decisions ----

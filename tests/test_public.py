@@ -12,7 +12,7 @@ import torch
 
 import saesteer_fast as sf
 from saesteer_fast import ops
-from saesteer_fast.plan import Impl
+from saesteer_fast.choice import Impl
 from saesteer_fast.scopes import NAMED, Named
 
 

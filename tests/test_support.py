@@ -21,7 +21,7 @@ from support import (
 )
 
 import saesteer_fast as sf
-from saesteer_fast import ops
+from saesteer_fast import choice, ops
 from saesteer_fast.edits import KINDS
 from saesteer_fast.plan import ERRORS
 from saesteer_fast.sae import MEASURES as SAE_MEASURES
@@ -48,7 +48,7 @@ def impl(request, monkeypatch) -> str:
 
         by_machine = SimpleNamespace(**{name: run_by(name) for name in ops._NAMES})
         monkeypatch.setitem(ops._BY, "cuda", by_machine)
-        monkeypatch.setattr(ops, "_runs", lambda *_: True)
+        monkeypatch.setattr(choice, "_runs", lambda *_: True)
     return request.param
 
 
@@ -74,4 +74,4 @@ def test_cell(measure, kind, error, dtype, impl, poisoned_memory):
 
 def test_nothing_is_left_out():
     assert MEASURES == [*SAE_MEASURES, "projection"] and tuple(EDITED) == KINDS
-    assert set(IMPLEMENTATIONS) | {"auto"} == set(ops._BY)
+    assert set(IMPLEMENTATIONS) | {"auto"} == set(choice.IMPLS) == set(ops._BY)

@@ -6,14 +6,14 @@ import pytest
 
 from bench import ROOT, report
 from bench.tables import gpu
-from saesteer_fast import ops
+from saesteer_fast import choice, ops
 from tests import tables
 
 
 def test_a_gpu_runs_by_itself_only_what_was_right_on_one():
-    kernels = {impl for _, impls in ops._ON_GPU for impl in impls} - {"reference"}
+    kernels = {impl for _, impls in choice.ON_GPU for impl in impls} - {"reference"}
     recorded = report.latest(report.RESULTS, "gpu")
-    assert not kernels or recorded, f"no run of `make gpu` is recorded, but _ON_GPU names {kernels}"
+    assert not kernels or recorded, f"no run of `make gpu` is recorded, but ON_GPU names {kernels}"
     for impl in kernels:
         assert gpu.mistakes(recorded, impl) == []
 
@@ -31,7 +31,7 @@ def test_a_gpu_runs_by_itself_only_what_was_right_on_one():
     ],
 )
 def test_devices_are_what_the_op_chooses(monkeypatch, rows, text):
-    monkeypatch.setattr(ops, "_ON_GPU", rows)
+    monkeypatch.setattr(choice, "ON_GPU", rows)
     assert tables.devices_table().endswith(f"until then {text} |")
 
 

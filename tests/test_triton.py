@@ -11,19 +11,19 @@ import numpy
 import pytest
 import torch
 
-from saesteer_fast import ops
+from saesteer_fast import choice, ops
 
 KERNELS = [
     str(Path(__file__).with_name(f"test_{name}.py")) for name in ("triton_kernels", "support")
 ]
 ON_CPU = """
 import sys, torch, saesteer_fast as sf
-from saesteer_fast import ops
+from saesteer_fast import choice, ops
 print("triton" in sys.modules)
 x, W, b = torch.ones(3, 16), torch.ones(5, 16), torch.zeros(5)
 print(ops.feature_acts(x, W, b, torch.tensor([1]), 2)[0].item())
 print(any("triton_kernels.launch" in name for name in sys.modules))
-print(ops.implementations().get("SAESTEER_IMPL"))
+print(choice.implementations().get("SAESTEER_IMPL"))
 """
 
 
@@ -71,45 +71,42 @@ def test_the_environment_chooses():
     assert "SAESTEER_IMPL: got 'tritn', accepted are auto, cpu, cuda, triton" in unknown.stderr
 
 
-def on_gpu(tokens: int, name: str = "steer"):
-    """What impl="auto" runs there, found out from the shape alone."""
-    return ops._on_gpu(name, torch.empty(tokens, 4, device="meta"))
+def on_gpu(tokens: int) -> str:
+    """Who computes there with impl="auto", found out from the shape alone."""
+    return choice.on_gpu(torch.empty(tokens, 4, device="meta"))
 
 
 def test_the_table_is_followed_at_its_edges(monkeypatch):
-    monkeypatch.setattr(ops, "_HAS_TRITON", True)
+    monkeypatch.setitem(choice.MISSING, "triton", None)
     table = (0, ("reference",)), (17, ("cuda", "triton")), (64, ("triton",))
-    monkeypatch.setattr(ops, "_ON_GPU", table)
-    reference, cuda, triton = (ops._BY[impl].steer for impl in ("reference", "cuda", "triton"))
-    for has_cuda, middle in ((ops._NAMES, cuda), ((), triton)):
-        monkeypatch.setattr(ops, "_CUDA", frozenset(has_cuda))
+    monkeypatch.setattr(choice, "ON_GPU", table)
+    for missing, middle in ((None, "cuda"), ("not built", "triton")):
+        monkeypatch.setitem(choice.MISSING, "cuda", missing)
         for tokens, expected in (
-            (0, reference),
-            (16, reference),
+            (0, "reference"),
+            (16, "reference"),
             (17, middle),
             (63, middle),
-            (64, triton),
-            (1 << 20, triton),
+            (64, "triton"),
+            (1 << 20, "triton"),
         ):
-            assert on_gpu(tokens) is expected
-    assert ops.implementations()["cuda"].startswith(
+            assert on_gpu(tokens) == expected
+    assert choice.implementations()["cuda"].startswith(
         "reference from 0 tokens on, triton from 17 tokens on, triton from 64 tokens on; "
     )
 
 
-@pytest.mark.parametrize("name", ops._NAMES)
-def test_a_gpu_always_has_an_implementation(name, monkeypatch):
-    monkeypatch.setattr(ops, "_CUDA", frozenset())
-    for has_triton in (True, False):
-        monkeypatch.setattr(ops, "_HAS_TRITON", has_triton)
+def test_a_gpu_always_has_an_implementation(monkeypatch):
+    monkeypatch.setitem(choice.MISSING, "cuda", "not built")
+    for missing in (None, "not installed"):
+        monkeypatch.setitem(choice.MISSING, "triton", missing)
         for tokens in (0, 1, 8192):
-            assert on_gpu(tokens, name) is getattr(ops._REFERENCE, name)
+            assert on_gpu(tokens) == "reference"
 
 
 def test_without_triton_the_report_says_so(monkeypatch):
-    monkeypatch.setattr(ops, "_CUDA", frozenset())
-    monkeypatch.setattr(ops, "_HAS_TRITON", False)
-    report = ops.implementations()["cuda"]
+    monkeypatch.setitem(choice.MISSING, "triton", "Triton is not installed")
+    report = choice.implementations()["cuda"]
     assert (
         report.startswith("reference for any number of tokens; ")
         and "Triton is not installed" in report

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saesteer_fast import ops, verdicts, verify
+from saesteer_fast import choice, ops, verdicts, verify
 from saesteer_fast.verify import smoke, steps, times
 
 # ---- steps ----
@@ -183,28 +183,27 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(ops, "_CUDA", frozenset(ops._NAMES))
-    monkeypatch.setattr(ops, "_NO_CUDA", None)
-    monkeypatch.setattr(ops, "_HAS_TRITON", True)
+    for impl in choice.MISSING:
+        monkeypatch.setitem(choice.MISSING, impl, None)
     forget()
     yield
     forget()
 
 
 def forget() -> None:
-    for cached in (verdicts.read, verdicts.kernels, ops._tell_of_idle_kernels):
+    for cached in (verdicts.read, verdicts.kernels, choice._tell_of_idle_kernels):
         cached.cache_clear()
 
 
 class OnGpu:
-    """What `ops._on_gpu` asks of a tensor."""
+    """What `choice.on_gpu` asks of a tensor."""
 
     def __init__(self, tokens: int):
         self.shape, self.device = torch.Size((tokens, 4)), GPU
 
 
-def chosen(tokens: int):
-    return ops._on_gpu("steer", OnGpu(tokens))
+def chosen(tokens: int) -> str:
+    return choice.on_gpu(OnGpu(tokens))
 
 
 @pytest.mark.parametrize(
@@ -233,19 +232,19 @@ def test_auto_follows_the_verdict(gpu):
     verdicts.write(GPU, rows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert chosen(1) is chosen(511) is ops._BY["cuda"].steer
-        assert chosen(512) is ops._BY["triton"].steer
-    said = ops.implementations()["cuda:0"]
+        assert chosen(1) == chosen(511) == "cuda"
+        assert chosen(512) == "triton"
+    said = choice.implementations()["cuda:0"]
     assert said == "A GPU: cuda from 0 tokens on, triton from 512 tokens on"
 
 
 def test_without_a_verdict_the_reference_runs_and_says_so(gpu):
     with pytest.warns(UserWarning, match=r"on A GPU, .* \(cuda, triton\): `saesteer verify`"):
-        assert chosen(1) is ops._REFERENCE.steer
+        assert chosen(1) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert chosen(1) is ops._REFERENCE.steer
-    assert "has not tried" in ops.implementations()["cuda:0"]
+        assert chosen(1) == "reference"
+    assert "has not tried" in choice.implementations()["cuda:0"]
 
 
 def test_a_cache_that_cannot_be_read_holds_no_verdict(gpu, monkeypatch):
@@ -306,7 +305,7 @@ def test_only_what_is_right_enters_the_verdict(gpu, monkeypatch):
     results["triton"] = found("start")
     assert not verify.verify(GPU)[1]
     assert verdicts.read(GPU) == ((0, ("cuda", "reference")),)
-    monkeypatch.setattr(ops, "_NO_CUDA", "no compiler")
+    monkeypatch.setitem(choice.MISSING, "cuda", "no compiler")
     report, right = verify.verify(GPU)
     assert not right and "cuda: no compiler" in report
     assert verdicts.read(GPU) == ((0, ("reference",)),)

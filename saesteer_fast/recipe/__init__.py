@@ -12,10 +12,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..attach import Handle, steering
+from ..choice import Impl
 from ..conditions import Condition
 from ..edits import Edits
 from ..errors import named, nearest_file
-from ..plan import ErrorTerm, Impl, Reading, Rows
+from ..plan import ErrorTerm, Reading, Rows
 from ..sae import SAE
 from ..scopes import Scope, parts
 

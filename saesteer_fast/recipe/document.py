@@ -44,17 +44,17 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ..choice import IMPLS
 from ..conditions import POOLS, Condition, Gate, Logistic, active, gate, split
 from ..edits import KINDS, Edit
 from ..errors import named
 from ..formats import files, hub
 from ..node import Node
-from ..plan import ERRORS, Impl
+from ..plan import ERRORS
 from ..sae import MEASURES, SAE
 from ..scopes import NAMED, NotTokens, Positions, Scope, Scoped, not_tokens, positions
 from . import Recipe, Steering
@@ -99,7 +99,7 @@ def _steering(node: Node, folder: Path) -> Steering:
         "when": lambda node: _when(node, folder),
         "error": lambda node: node.one_of(ERRORS),
         "measure": lambda node: node.one_of((*MEASURES, "projection")),
-        "impl": lambda node: node.one_of(get_args(Impl)),
+        "impl": lambda node: node.one_of(IMPLS),
     }
     return Steering(**node.read("a steering", readers, ("sae", "edits")))
 

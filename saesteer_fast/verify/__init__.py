@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from .. import ops, verdicts
+from .. import verdicts
+from ..choice import MISSING
 from . import steps, times
 
 PATIENCE = 120
@@ -32,8 +33,8 @@ def verify(device: torch.device) -> tuple[str, bool]:
     Returns a report, and whether all kernels that are there were found right.
     """
     lines, measured, wrong = [torch.cuda.get_device_name(device)], {}, []
-    for impl in ops.KERNELS:
-        if reason := ops.missing(impl):
+    for impl, reason in MISSING.items():
+        if reason:
             lines.append(f"{impl}: {reason}")
             continue
         found = tried(impl, device)
