@@ -14,7 +14,7 @@ from torch import Tensor
 from . import ops
 from .dtypes import TINY
 from .errors import one_of
-from .sae import SAE, constants, row_norms
+from .weights import Weights, constants, row_norms
 
 TOKENS = 1024
 """Tokens encoded at once to count what is live."""
@@ -44,7 +44,7 @@ class Measured:
 
     def __init__(
         self,
-        sae: SAE,
+        sae: Weights,
         latents: Sequence[int],
         device: torch.device | str | None = None,
         measure: str | None = None,
@@ -135,7 +135,7 @@ class Measured:
 
 
 @torch.no_grad()
-def hot_first(sae: SAE, x: Tensor | Iterable[Tensor]) -> Tensor:
+def hot_first(sae: Weights, x: Tensor | Iterable[Tensor]) -> Tensor:
     """The latents of a topk SAE by how many tokens of x they are live in, most first: [N] int64.
 
     Latents alike keep their order. x and errors as for SAE.calibrate.
@@ -157,7 +157,7 @@ def hot_first(sae: SAE, x: Tensor | Iterable[Tensor]) -> Tensor:
         return live.argsort(descending=True, stable=True)
 
 
-def encode(sae: SAE, x: Tensor, impl: str = "auto") -> Tensor:
+def encode(sae: Weights, x: Tensor, impl: str = "auto") -> Tensor:
     """All activations of `sae`, dense: [..., N] fp32. Differentiable in x."""
     _check_stream(sae, x)
     z, _, _ = _normalised(x, sae.normalize)
@@ -167,7 +167,7 @@ def encode(sae: SAE, x: Tensor, impl: str = "auto") -> Tensor:
     return values.new_zeros((*x.shape[:-1], sae.num_latents)).scatter(-1, indices, values)
 
 
-def decode(sae: SAE, acts: Tensor, x: Tensor | None = None) -> Tensor:
+def decode(sae: Weights, acts: Tensor, x: Tensor | None = None) -> Tensor:
     """What dense activations [..., N] stand for: [..., d] fp32.
 
     x [..., d] is what they were encoded from; it is needed where `sae` normalises tokens.
@@ -189,7 +189,9 @@ def decode(sae: SAE, acts: Tensor, x: Tensor | None = None) -> Tensor:
     return _restored(sae, recon, x)
 
 
-def reconstruct(sae: SAE, x: Tensor, features: Tensor, coef: Tensor, impl: str = "auto") -> Tensor:
+def reconstruct(
+    sae: Weights, x: Tensor, features: Tensor, coef: Tensor, impl: str = "auto"
+) -> Tensor:
     """decode(a + coef on `features`): [..., d], rounded once, to x's dtype.
 
     features [F] int64; coef [F] or [..., F] fp32, in units of the activations. Differentiable in x
@@ -212,7 +214,7 @@ def reconstruct(sae: SAE, x: Tensor, features: Tensor, coef: Tensor, impl: str =
     return _restored(sae, recon, x).to(x.dtype)
 
 
-def _check_stream(sae: SAE, x: Tensor) -> None:
+def _check_stream(sae: Weights, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, a tensor is needed")
     if x.shape[-1:] != (sae.d,):
@@ -235,7 +237,7 @@ def _normalised(x: Tensor, normalize: str) -> tuple[Tensor, Tensor | None, Tenso
     return x / unit, None, unit
 
 
-def _restored(sae: SAE, recon: Tensor, x: Tensor | None) -> Tensor:
+def _restored(sae: Weights, recon: Tensor, x: Tensor | None) -> Tensor:
     if sae.scale != 1:
         recon = recon.float() / sae.scale
     if sae.normalize == "none":
@@ -260,7 +262,7 @@ def _activate(measure: str, p: Tensor, *parameters: Tensor) -> Tensor:
     return (gain * p + offset).relu() * (p > 0)
 
 
-def _parameters(sae: SAE) -> tuple[Tensor, ...]:
+def _parameters(sae: Weights) -> tuple[Tensor, ...]:
     """[N] fp32 each: what `_activate` takes."""
     if sae.measure == "threshold":
         return (sae.threshold.float().clamp_min(0),)
@@ -270,7 +272,7 @@ def _parameters(sae: SAE) -> tuple[Tensor, ...]:
     return ()
 
 
-def _largest(sae: SAE, z: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+def _largest(sae: Weights, z: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """Values fp32 and indices int64, [..., k], of the latents that topk and groupmax let live."""
     W_enc, b_enc = sae.encoder
     b_enc = _over(b_enc, sae.scale)
@@ -287,7 +289,7 @@ def _largest(sae: SAE, z: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     return values * sae.scale, indices
 
 
-def _blocks(sae: SAE, z: Tensor, impl: str) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(sae: Weights, z: Tensor, impl: str) -> Iterator[tuple[slice, Tensor]]:
     """Activations of an elementwise SAE, some latents at a time."""
     parameters = _parameters(sae)
     for rows in _slices(sae):
@@ -296,11 +298,13 @@ def _blocks(sae: SAE, z: Tensor, impl: str) -> Iterator[tuple[slice, Tensor]]:
         yield rows, _activate(sae.measure, p, *(parameter[rows] for parameter in parameters))
 
 
-def _slices(sae: SAE) -> list[slice]:
+def _slices(sae: Weights) -> list[slice]:
     return [slice(begin, begin + BLOCK) for begin in range(0, sae.num_latents, BLOCK)]
 
 
-def _add(sae: SAE, recon: Tensor, rows: slice | Tensor, acts: Tensor, impl: str = "auto") -> Tensor:
+def _add(
+    sae: Weights, recon: Tensor, rows: slice | Tensor, acts: Tensor, impl: str = "auto"
+) -> Tensor:
     """recon with what some latents stand for; silent ones cost nothing."""
     if sae.decoder_norm:
         acts = acts / sae.decoder_norms.clamp_min(TINY)[rows]

@@ -15,8 +15,9 @@ from .dtypes import FLOATS
 from .edits import Edits, Table
 from .errors import one_of
 from .measures import Measured, reconstruct
-from .sae import SAE, Measure
+from .sae import SAE
 from .scopes import both
+from .weights import Measure
 
 ErrorTerm = Literal["keep", "drop"]
 """What becomes of the part of x that the SAE cannot express."""

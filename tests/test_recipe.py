@@ -20,7 +20,7 @@ from saesteer_fast.eval import answers, is_refusal
 from saesteer_fast.mini import corpus
 from saesteer_fast.plan import ERRORS
 from saesteer_fast.recipe.document import __doc__ as DOCUMENTED
-from saesteer_fast.sae import MEASURES
+from saesteer_fast.weights import MEASURES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,7 +24,7 @@ import saesteer_fast as sf
 from saesteer_fast import choice, ops
 from saesteer_fast.edits import KINDS
 from saesteer_fast.plan import ERRORS
-from saesteer_fast.sae import MEASURES as SAE_MEASURES
+from saesteer_fast.weights import MEASURES as SAE_MEASURES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """test_triton.py runs this file too, in a process where Triton is interpreted."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from .. import hookpoints
 from ..errors import in_file, nearest, one_of
-from ..sae import SAE
+from ..weights import Made, Weights
 from . import (
     dictionary_learning,
     files,
@@ -42,12 +43,12 @@ _PARTS = {Path(file).name for file in _FILES} - {*openai.FILES}
 
 
 @torch.inference_mode(False)
-def load(path: str | os.PathLike[str]) -> SAE:
-    """The SAE at `path`; see SAE.load."""
+def load(path: str | os.PathLike[str], make: Callable[..., Made]) -> Made:
+    """What `make` makes of the fields of the SAE at `path`; see SAE.load."""
     place = _place(path)
     format = _format(place)
     with in_file(place), torch.device("cpu"):  # whatever the default is
-        return order.with_order(format.load(place), place)
+        return order.with_order(make(**format.load(place)), place)
 
 
 def name_of(path: str | os.PathLike[str]) -> str:
@@ -55,7 +56,7 @@ def name_of(path: str | os.PathLike[str]) -> str:
     return _name(_format(_place(path)))
 
 
-def save(sae: SAE, path: str | os.PathLike[str], format: str) -> None:
+def save(sae: Weights, path: str | os.PathLike[str], format: str) -> None:
     """Write folder `path`; see SAE.save."""
     one_of("format", format, WRITABLE)
     folder, writer = _absolute(path, "a path"), WRITABLE[format]

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from ..errors import among
-from ..sae import SAE, row_norms
+from ..weights import row_norms
 from .files import read_json, read_weights, require_files
+from .protocol import Fields
 from .zips import Torch
 
 FILES = ("config.json", "ae.pt")
@@ -61,7 +62,7 @@ def recognises(folder: Path) -> bool:
     return (folder / "ae.pt").is_file()
 
 
-def load(folder: Path) -> SAE:
+def load(folder: Path) -> Fields:
     require_files(folder, FILES)
     source = folder / "config.json"
     config = read_json(source)
@@ -77,7 +78,7 @@ def load(folder: Path) -> SAE:
     weights = read_weights(tensors, layout, _sizes(source, trainer))
     if "threshold" in own:
         own["threshold"] = torch.full_like(weights["b_enc"], own["threshold"], dtype=torch.float32)
-    return SAE(
+    return dict(
         **weights,
         **own,
         measure=measure,

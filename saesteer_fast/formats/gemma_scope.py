@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 from .. import hookpoints
-from ..sae import SAE
 from .files import Safetensors, Tensors, read_json, read_weights
+from .protocol import Fields
 from .zips import Numpy
 
 FILES = ("params.npz", "params.safetensors", "config.json")
@@ -34,13 +34,13 @@ def recognises(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FILES[:2])
 
 
-def load(folder: Path) -> SAE:
+def load(folder: Path) -> Fields:
     if (folder / "params.npz").is_file():
         return _load_1(folder)
     return _load_2(folder)
 
 
-def _load_1(folder: Path) -> SAE:
+def _load_1(folder: Path) -> Fields:
     weights = _weights(Numpy(folder / "params.npz"))
     if _site(folder) == "embedding":
         root = weights["W_enc"].shape[1] ** 0.5
@@ -48,7 +48,7 @@ def _load_1(folder: Path) -> SAE:
         weights["W_dec"] *= root
     repo = next((part for part in folder.parts if re.search(r"gemma-scope-\w+-\w+-\w+", part)), "")
     layer = hookpoints.of_path(folder, r"^layer_(\d+)")
-    return SAE(
+    return dict(
         **weights,
         measure="threshold",
         subtract_b_dec=False,
@@ -62,7 +62,7 @@ def _site(folder: Path) -> str:
     return next(sites, "")
 
 
-def _load_2(folder: Path) -> SAE:
+def _load_2(folder: Path) -> Fields:
     source = folder / "config.json"
     config = read_json(source) if source.is_file() else {}
     if config.get("architecture", "jump_relu") != "jump_relu":
@@ -76,7 +76,7 @@ def _load_2(folder: Path) -> SAE:
     if "affine_skip_connection" in tensors.shapes:
         raise ValueError(f"{tensors.path}: holds affine_skip_connection: it is a transcoder")
     site = re.search(r"(?:^|\.)layers\.(\d+)\.output$", str(into))
-    return SAE(
+    return dict(
         **_weights(tensors),
         measure="threshold",
         subtract_b_dec=False,

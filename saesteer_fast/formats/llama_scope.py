@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from .. import hookpoints
-from ..sae import SAE
 from .files import Safetensors, read_json, read_weights, require_files
+from .protocol import Fields
 
 FILES = ("hyperparams.json", "checkpoints/final.safetensors")
 NEEDED = " and ".join(FILES)
@@ -44,7 +44,7 @@ def recognises(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FILES)
 
 
-def load(folder: Path) -> SAE:
+def load(folder: Path) -> Fields:
     require_files(folder, FILES)
     source = folder / "hyperparams.json"
     config = read_json(source)
@@ -58,7 +58,7 @@ def load(folder: Path) -> SAE:
     if config["norm_activation"] == "dataset-wise":
         scale = config["dataset_average_activation_norm"]["in"] / d**0.5
     weights |= {name: weights[name].float() * scale for name in ("b_enc", "b_dec")}
-    return SAE(
+    return dict(
         **weights,
         measure="threshold",
         threshold=torch.full(

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..sae import SAE
 from .files import read_weights
+from .protocol import Fields
 from .zips import Torch
 
 FILES = ("autoencoder.pt",)  # as on the Hub; here it may have any name
@@ -30,7 +30,7 @@ def recognises(path: Path) -> bool:
     return _file(path) is not None
 
 
-def load(path: Path) -> SAE:
+def load(path: Path) -> Fields:
     tensors = Torch(_file(path))
     activation = tensors.settings.get("activation")
     if activation not in ("TopK", "ReLU"):
@@ -40,7 +40,7 @@ def load(path: Path) -> SAE:
     for name in _STATISTICS:
         tensors.shapes.pop(name, None)
     topk = _topk(tensors) if activation == "TopK" else {"measure": "relu"}
-    return SAE(**read_weights(tensors, _LAYOUT), **topk)
+    return dict(**read_weights(tensors, _LAYOUT), **topk)
 
 
 def _topk(tensors: Torch) -> dict[str, object]:

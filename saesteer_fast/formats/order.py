@@ -12,20 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import in_file
-from ..sae import SAE
+from ..weights import Made, Weights
 from .files import Safetensors, require_keys, write_tensors
 
 FILE = "saesteer_order.safetensors"
 
 
-def writers(sae: SAE) -> dict[str, Callable[[Path], None] | None]:
+def writers(sae: Weights) -> dict[str, Callable[[Path], None] | None]:
     """For files.write_folder: what writes the file, or that there is to be none."""
     if sae.order is None:
         return {FILE: None}
     return {FILE: lambda path: write_tensors(path, {"order": sae.order})}
 
 
-def with_order(sae: SAE, place: Path) -> SAE:
+def with_order(sae: Made, place: Path) -> Made:
     """`sae`, loaded from `place`, with the order that lies there, if one does."""
     path = place / FILE
     if not path.is_file():

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from ..sae import SAE
+from ..weights import Weights
+
+Fields = dict[str, object]
+"""The arguments of `SAE`, by name."""
 
 
 @runtime_checkable
@@ -27,8 +30,9 @@ class Format(Protocol):
         """Whether the folder or file at `path` is in this format, by the names of files alone; also
         where a file is missing, which `load` then names."""
 
-    def load(self, path: Path) -> SAE:
-        """The SAE at `path`, on the CPU, in the file's dtype, its `b_enc` with nothing subtracted.
+    def load(self, path: Path) -> Fields:
+        """Of the SAE at `path`; weights on the CPU, in the file's dtype, `b_enc` with nothing
+        subtracted.
 
         Raises FileNotFoundError for a file that is missing, and ValueError, which begins with the
         file's path, for one that is broken, and for an SAE that `SAE` cannot express exactly.
@@ -39,7 +43,7 @@ class Format(Protocol):
 class Writable(Format, Protocol):
     """A format in which SAEs are saved too."""
 
-    def save(self, sae: SAE, folder: Path) -> None:
+    def save(self, sae: Weights, folder: Path) -> None:
         """Write `folder` by files.write_folder, what order.writers gives among its files.
 
         Raises ValueError, before anything is written, for an SAE that the format cannot express.

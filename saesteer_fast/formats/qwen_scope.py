@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..sae import SAE
 from .files import read_weights
+from .protocol import Fields
 from .zips import Torch
 
 FILES = ()  # a folder holds every layer, and each file is an SAE
@@ -32,11 +32,11 @@ def recognises(path: Path) -> bool:
     return path.is_file() and _NAME.fullmatch(path.name) is not None
 
 
-def load(path: Path) -> SAE:
+def load(path: Path) -> Fields:
     told = next((match for part in reversed(path.parts) if (match := _K.search(part))), None)
     if told is None:
         raise ValueError(f"{path}: k is told by the folder's name, ...-L0_<k>, and it is not there")
-    return SAE(
+    return dict(
         **read_weights(Torch(path), _LAYOUT),
         k=int(told[1]),
         subtract_b_dec=False,

@@ -18,7 +18,7 @@ import torch
 
 from .. import hookpoints
 from ..errors import nearest
-from ..sae import SAE
+from ..weights import Weights
 from . import order
 from .files import (
     Safetensors,
@@ -29,6 +29,7 @@ from .files import (
     write_json,
     write_tensors,
 )
+from .protocol import Fields
 
 FILES = ("cfg.json", "sae_weights.safetensors", "activation_scaler.json")
 NEEDED = "cfg.json and sae_weights.safetensors"
@@ -75,7 +76,7 @@ def recognises(folder: Path) -> bool:
     return (folder / "sae_weights.safetensors").is_file()
 
 
-def load(folder: Path) -> SAE:
+def load(folder: Path) -> Fields:
     require_files(folder, FILES[:2])
     source = folder / "cfg.json"
     config = _modern(source, read_json(source))
@@ -85,7 +86,7 @@ def load(folder: Path) -> SAE:
     _drop_scaling(tensors)
     sizes = {"N": _size(source, config, "d_sae"), "d": _size(source, config, "d_in")}
     metadata = config.get("metadata") or {}
-    return SAE(
+    return dict(
         **read_weights(tensors, layout, sizes),
         k=_size(source, config, "k") if architecture == "topk" else None,
         measure=_MEASURES[architecture],
@@ -99,7 +100,7 @@ def load(folder: Path) -> SAE:
     )
 
 
-def save(sae: SAE, folder: Path) -> None:
+def save(sae: Weights, folder: Path) -> None:
     architectures = {measure: name for name, measure in _MEASURES.items()}
     _check_expressible(sae, architectures)
     architecture = architectures[sae.measure]
@@ -118,7 +119,7 @@ def save(sae: SAE, folder: Path) -> None:
     )
 
 
-def _config(sae: SAE, architecture: str) -> dict[str, object]:
+def _config(sae: Weights, architecture: str) -> dict[str, object]:
     names = {name: key for key, name in reversed(_NORMALIZE.items())}
     own = {"k": sae.k, "rescale_acts_by_decoder_norm": sae.decoder_norm}
     metadata = dict(sae.config.get("metadata") or {})
@@ -142,7 +143,7 @@ def _config(sae: SAE, architecture: str) -> dict[str, object]:
     }
 
 
-def _dtype(sae: SAE) -> str:
+def _dtype(sae: Weights) -> str:
     """Wide enough for every weight: SAELens keeps all in one."""
     dtype = sae.W_enc.dtype
     for tensor in (sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold, sae.r_mag, sae.b_mag):
@@ -150,7 +151,7 @@ def _dtype(sae: SAE) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_expressible(sae: SAE, architectures: dict[str, str]) -> None:
+def _check_expressible(sae: Weights, architectures: dict[str, str]) -> None:
     if sae.measure not in architectures:
         raise ValueError(f"SAELens has no measure {sae.measure!r}, only {', '.join(architectures)}")
     if sae.scale != 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import hookpoints
 from ..errors import among, nearest
-from ..sae import SAE
+from ..weights import Weights
 from . import order
 from .files import (
     Safetensors,
@@ -26,6 +26,7 @@ from .files import (
     write_json,
     write_tensors,
 )
+from .protocol import Fields
 
 FILES = ("cfg.json", "sae.safetensors")
 NEEDED = " and ".join(FILES)
@@ -61,12 +62,12 @@ def recognises(folder: Path) -> bool:
     )
 
 
-def load(folder: Path) -> SAE:
+def load(folder: Path) -> Fields:
     require_files(folder, FILES)
     source = folder / "cfg.json"
     config = read_json(source)
     sizes = _check_config(source, config)
-    return SAE(
+    return dict(
         **read_weights(Safetensors(folder / "sae.safetensors"), _LAYOUT, sizes),
         k=config["k"],
         measure=config.get("activation", "topk"),
@@ -75,7 +76,7 @@ def load(folder: Path) -> SAE:
     )
 
 
-def save(sae: SAE, folder: Path) -> None:
+def save(sae: Weights, folder: Path) -> None:
     _check_expressible(sae)
     config = {key: sae.config.get(key, value) for key, value in _DEFAULTS.items()}
     config |= {"activation": sae.measure, "k": int(sae.k), "d_in": sae.d}
@@ -92,7 +93,7 @@ def save(sae: SAE, folder: Path) -> None:
     )
 
 
-def _check_expressible(sae: SAE) -> None:
+def _check_expressible(sae: Weights) -> None:
     needed = {"subtract_b_dec": True, "normalize": "none", "decoder_norm": False, "scale": 1}
     if sae.measure not in _MEASURES:
         raise ValueError(f"sparsify has no measure {sae.measure!r}, only {', '.join(_MEASURES)}")

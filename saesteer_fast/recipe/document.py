@@ -55,8 +55,9 @@ from ..errors import named
 from ..formats import files, hub
 from ..node import Node
 from ..plan import ERRORS
-from ..sae import MEASURES, SAE
+from ..sae import SAE
 from ..scopes import NAMED, NotTokens, Positions, Scope, Scoped, not_tokens, positions
+from ..weights import MEASURES
 from . import Recipe, Steering
 
 FORMAT, VERSION = "saesteer-steering", 1
