@@ -54,7 +54,7 @@ class Measured:
         self.latents, self.d, self.k = list(latents), sae.d, sae.k
         self.normalize, self.scale = sae.normalize, sae.scale
         device = sae.device if device is None else torch.device(device)
-        with constants(sae.device):
+        with constants():
             features = torch.tensor(self.latents, dtype=torch.int64, device=sae.device)
             unit_rows = sae.decoder_norm or self.measure == "projection"
             # W_dec[features] would wake all threads.
@@ -153,7 +153,7 @@ def hot_first(sae: Weights, x: Tensor | Iterable[Tensor]) -> Tensor:
             tokens += len(rows)
     if tokens == 0:
         raise ValueError("x: holds no token")
-    with constants(sae.device):
+    with constants():
         return live.argsort(descending=True, stable=True)
 
 

@@ -131,13 +131,6 @@ class Plan:
     ) -> Tensor:
         """x [..., d]; mask bool [...]; chosen [x.shape[0]] int64, rows of the table."""
         self.check(x, mask)
-        if torch.is_autocast_enabled(x.device.type):
-            # Sums are fp32 wherever they are made.
-            with torch.autocast(x.device.type, enabled=False):
-                return self._steered(x, mask, chosen)
-        return self._steered(x, mask, chosen)
-
-    def _steered(self, x: Tensor, mask: Tensor | None, chosen: Tensor | None) -> Tensor:
         values, kinds = self.table.values, self.table.kinds
         if self.table.rowwise:
             self._check_rows(x, chosen)

@@ -84,7 +84,7 @@ class SAE(Weights):
 
         Activations keep their units. For formats that have no place for either.
         """
-        with constants(self.device):
+        with constants():
             inner = self.decoder_norms if self.decoder_norm else self.b_enc.new_ones(1).float()
             outer = (inner.clamp_min(TINY) * self.scale)[:, None]
             b_enc = self.b_enc * inner

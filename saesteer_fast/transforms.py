@@ -49,7 +49,7 @@ def register(op: torch._ops.OpOverload, setup_context: Callable, backward: Calla
             return found, (0,) * len(found) if isinstance(found, tuple) else 0
 
     def gradient(ctx, *grads):
-        with without_autocast(grads[0].device):
+        with _without_autocast(grads[0].device):
             return backward(ctx, *grads)
 
     Gradient.setup_context, Gradient.backward = staticmethod(setup_context), staticmethod(gradient)
@@ -71,8 +71,9 @@ def register(op: torch._ops.OpOverload, setup_context: Callable, backward: Calla
     library.impl(short, applied, "FuncTorchDynamicLayerFrontMode")
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Sums inside are fp32, whatever goes on outside."""
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """Products inside are not rounded, whatever goes on outside. Only gradients have any of
+    PyTorch's own in fp32: autocast knows none of the ops, and leaves the reference's fp64 alone."""
     known = torch.amp.is_autocast_available(device.type)
     on = known and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
@@ -198,7 +198,7 @@ class Weights:
         p_j = s_j (W_enc[j]·z + b_enc_folded_j), with the z that nothing is taken off.
         """
         self.require_unwritten()
-        with constants(self.device):
+        with constants():
             if not self.subtract_b_dec:
                 return self.b_enc.float()
             folded, b_dec = self.b_enc.double(), self.b_dec.double()
@@ -211,7 +211,7 @@ class Weights:
     def decoder_norms(self) -> Tensor:
         """[N] fp32: the norms of the rows of W_dec."""
         self.require_unwritten()
-        with constants(self.device):
+        with constants():
             return row_norms(self.W_dec)
 
     @cached_property
@@ -224,7 +224,7 @@ class Weights:
         W_enc, b_enc = self.W_enc[rows], self.b_enc_folded[rows]
         if not self.decoder_norm:
             return W_enc, b_enc
-        with constants(self.device):
+        with constants():
             norms = self.decoder_norms[rows]
             return W_enc * norms[:, None], b_enc * norms
 
@@ -233,13 +233,13 @@ class Weights:
         """`encoder` with its rows in `order`, and the order: what ops.steer counts latents in."""
         if self.order is None:
             return *self.encoder, None
-        with constants(self.device):
+        with constants():
             return *self.encoder_rows(self.order), self.order
 
     @cached_property
     def places(self) -> Tensor:
         """[N] int64: the row that each latent has in `ranking`, where there is an `order`."""
-        with constants(self.device):
+        with constants():
             return self.order.argsort()
 
 
@@ -247,17 +247,10 @@ Made = TypeVar("Made", bound=Weights)
 """What is made of an SAE's fields."""
 
 
-def constants(device: torch.device) -> AbstractContextManager:
-    """What is made of weights inside is fp32 and fit for autograd, whatever goes on outside."""
+def constants() -> AbstractContextManager:
+    """What is made of weights inside is fit for autograd, whatever goes on outside."""
     # To leave what is not on costs as much as an op.
-    on = torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.type)
-    return _outside(device) if on else nullcontext()
-
-
-@contextmanager
-def _outside(device: torch.device) -> Iterator[None]:
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        yield
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def row_norms(rows: Tensor) -> Tensor:
