@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import formats, measures
+from . import measures
 from .dtypes import TINY
 from .weights import Weights, constants
 
@@ -111,6 +111,8 @@ class SAE(Weights):
         executed. Raises FileNotFoundError for what is missing, and ValueError for a file that is
         broken, or that holds what cannot be measured exactly (transcoders, for one).
         """
+        from . import formats  # and safetensors, which steering does not need
+
         return formats.load(path, cls)
 
     def save(self, path: str | os.PathLike[str], format: str = "sparsify") -> None:
@@ -122,6 +124,8 @@ class SAE(Weights):
         ValueError, naming the argument, for an SAE that the format cannot express, and for a folder
         that holds an SAE of another format, or is named for another hookpoint.
         """
+        from . import formats
+
         formats.save(self, path, format)
 
     @property
