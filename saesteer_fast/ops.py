@@ -167,8 +167,8 @@ def feature_acts(
 def project(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, impl: str = "auto") -> Tensor:
     """p = W_enc x + b_enc for a few rows, summed in fp32: [..., F] fp32.
 
-    x [..., d], W_enc [F, d], both fp32, bf16 or fp16; b_enc [F] fp32. A row's p is bit for bit the
-    one that `feature_acts` ranks. Differentiable in x.
+    x [..., d], W_enc [F, d], both fp32, bf16 or fp16; b_enc [F] fp32. A row's p is bit for bit what
+    `feature_acts` gives of it where it is live. Differentiable in x.
     """
     return _BY[chosen(impl, x)].project(x, W_enc, b_enc)
 
