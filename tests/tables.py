@@ -49,8 +49,8 @@ def devices_table() -> str:
         [
             "| device | what runs |",
             "|---|---|",
-            "| CPU | compiled kernels: AMX, AVX-512 BF16, AVX-512, AVX2 or plain C++ (all there is on "
-            "Arm), chosen at run time; any mix of fp32, bf16, fp16 |",
+            "| CPU | compiled kernels: AMX, AVX-512 BF16, AVX-512, AVX2 or plain C++ (all there is "
+            "on Arm), chosen at run time; any mix of fp32, bf16, fp16 |",
             "| GPU | the CUDA or Triton kernels that `saesteer verify` has found right and fastest "
             f"on it; until then {'; '.join(rows)} |",
         ]
