@@ -420,6 +420,29 @@ def test_fences_order_blocks(run):
     assert run(released, torch.zeros(1), integers(4), **TWO).tolist() == [7, 7, 1, 0]
 
 
+def test_what_is_of_one_block_orders_no_other(run):
+    narrow = PUBLISHED.format(fence="fence.acq_rel.gpu;").replace("relaxed.gpu", "relaxed.cta")
+    with pytest.raises(RuntimeError, match="a race"):
+        run(narrow, torch.zeros(1), integers(4), **TWO)
+    for fence in ("fence.acq_rel.cta;", "membar.cta;"):
+        with pytest.raises(RuntimeError, match="not known here"):
+            run(PUBLISHED.format(fence=fence), torch.zeros(1), integers(4), **TWO)
+
+
+def test_what_is_read_past_coherence_is_not_written(run):
+    """By nobody while the kernel runs, though in order: a stale line may answer."""
+    read = "ld.global.nc.u32 %r1, [%in];"
+    store = "st.global.u32 [{at}], %r1;"
+    source = integers(1) + 5
+    assert run(read + store.format(at="%out"), source, integers(1), threads=1).tolist() == [5]
+    for body in (
+        read + "add.u32 %r1, %r1, 1;" + store.format(at="%in"),
+        "mov.u32 %r1, 7;" + store.format(at="%in") + read,
+    ):
+        with pytest.raises(RuntimeError, match="past coherence"):
+            run(body, source, integers(1), threads=1)
+
+
 def test_shared_memory_has_an_end(run):
     with pytest.raises(RuntimeError, match="more shared memory"):
         run("", torch.zeros(1), integers(1), shared=229 << 10)

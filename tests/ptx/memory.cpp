@@ -16,6 +16,7 @@ Space space_of(const Instruction& i) {
 }
 
 bool is_strong(const Instruction& i) {
+  if (i.has("cta") && i.space != Space::shared) return false;  // not to other blocks
   for (const char* word : {"relaxed", "acquire", "release", "acq_rel", "volatile", "atom", "red"})
     if (i.has(word)) return true;
   return false;
@@ -217,13 +218,14 @@ unsigned char* Warp::access(const Instruction& i, int operand, int lane, int byt
   Races& races = block.grid.races;
   if (!write && block.contains(at)) races.require_written(at, bytes);
   const bool changes = !written || memcmp(at, written, bytes);
-  races.touch(at, bytes, {agent, write, i.strong, false, lane, step, syncs, i.line, changes});
+  races.touch(at, bytes,
+              {agent, write, i.strong, false, lane, step, syncs, i.line, changes, i.constant});
   return at;
 }
 
 Handler memory(Instruction& i) {
   const std::string &op = i.words[0], &type = i.words.back();
-  i.space = space_of(i), i.strong = is_strong(i);
+  i.space = space_of(i), i.strong = is_strong(i), i.constant = i.has("nc");
   if (op == "cvta") return convert_address;
   if (op == "prefetch") return nothing;
   if (op == "cp") {

@@ -40,7 +40,8 @@ struct Instruction {
   int target = -1;       // of a branch
   int variant = 0;       // what decode has made of the words, for the handler
   Space space = Space::generic;
-  bool strong = false;  // relaxed, volatile and stronger
+  bool strong = false;    // relaxed, volatile and stronger
+  bool constant = false;  // a read past coherence
   int line = 0;
   std::string text;
 

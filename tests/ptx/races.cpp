@@ -87,6 +87,9 @@ void Races::touch(const void* at, int bytes, const Access& now) {
                    now.async};
   for (int i = 0; i < bytes; ++i) {
     Shadow& s = shadow(from + i);
+    s.constant |= now.constant;
+    if (s.constant && (now.write ? now.changes : s.write.agent >= 0))
+      throw std::runtime_error("written, and read past coherence, in one kernel");
     if (!before(s.write, now)) {
       if (!now.changes || (copies_differ && now.write && s.write.line == now.line)) continue;
       fail(s.write, true, now, "at the same time");

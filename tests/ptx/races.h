@@ -44,6 +44,8 @@ struct Access {
   int line;        // of the PTX
   // Of a write, other bytes than are there: who writes the same as another does no harm
   bool changes = true;
+  // Of a read, past coherence: then nobody writes there as long as the kernel runs
+  bool constant = false;
 };
 
 class Races {
@@ -76,6 +78,7 @@ class Races {
   struct Shadow {
     Touch write;
     std::array<Touch, 3> reads;
+    bool constant = false;  // it has been read past coherence
   };
   using Page = std::array<Shadow, 1024>;
 
