@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from itertools import pairwise, product
 
 import pytest
@@ -372,6 +373,63 @@ def test_a_context_that_has_a_part_of_the_device(cuda_machine):
         before = cuda_machine.settle(multiprocessors=5, usable=0).launches()
         assert same_bits(cuda_machine.steer(*case.edit), y)
         assert cuda_machine.launches() == before + 3
+
+
+def test_a_context_that_nothing_was_asked_of(cuda_machine):
+    """What a kernel may have of shared memory, it may have in the context where that was asked.
+    Nor is another context made the current one."""
+    for T, hopper, kernels in ((5, False, 1), (300, True, 4)):
+        case = random_case(T, 64, 300, 8, 2, BF16, BF16)
+        y = cuda_machine.settle(multiprocessors=7, hopper=hopper).steer(*case.edit)
+        for usable in (5, 6):
+            before = cuda_machine.settle(7, usable, hopper).launches()
+            for _ in range(2):
+                assert same_bits(cuda_machine.steer(*case.edit), y)
+            assert cuda_machine.launches() == before + 2 * kernels
+            assert cuda_machine.usable() == usable
+
+
+def test_a_thread_without_a_context_gets_one(cuda_machine):
+    case = integer_case(70, 64, 300, 8, 2, BF16, BF16)
+    cuda_machine.settle(hopper=True)
+    found, calls = [], []
+
+    def encode():
+        calls.append(
+            cuda_machine.calls(lambda: found.append(cuda_machine.encode(*case.encoder, 8)[1]))
+        )
+
+    for _ in range(2):
+        encode()
+    thread = threading.Thread(target=encode)
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert [c.get("cudaSetDevice", 0) for c in calls[1:]] == [0, 1]
+
+
+# By the tokens, of a call on Hopper: the kernels, and what else is said to the runtime
+CALLS = {
+    1: (1, {"cudaGetDevice": 2}),
+    100: (4, {"cudaGetDevice": 6, "cudaMemsetAsync": 1, "cuTensorMapEncodeTiled": 2}),
+    600: (3, {"cudaGetDevice": 4, "cudaMemsetAsync": 1, "cuTensorMapEncodeTiled": 2}),
+}
+
+
+@pytest.mark.parametrize("T", CALLS)
+def test_what_is_known_of_a_device_is_asked_once(cuda_machine, T):
+    """On the host a call of one token takes as long as on the device."""
+    case = random_case(T, 64, 300, 8, 1, BF16, BF16)
+    kernels, others = CALLS[T]
+
+    def steer():
+        cuda_machine.steer(*case.edit)
+
+    for multiprocessors in (20 + T, 21 + T):  # which no other test has
+        cuda_machine.settle(multiprocessors, hopper=True)
+        first, *later = (cuda_machine.calls(steer) for _ in range(3))
+        assert later == [{"cudaLaunchKernelExC": kernels, **others}] * 2
+        assert first["cudaDeviceGetAttribute"] == 5 and first["cudaFuncSetAttribute"] > 0
 
 
 @pytest.mark.parametrize(("T", "every"), [(300, 40), (600, 40), (600, 2)])

@@ -101,7 +101,8 @@ void climb(const Ladder& c, Dtype directions, Stream stream) {
     if (!scans) return;
     scan(scan_of(c), stream);
     // How many tokens are open, only the device knows. A multiprocessor runs 2,048 threads at most.
-    const int64_t blocks = std::min<int64_t>(c.tokens, 2048 / kTokenThreads * multiprocessors());
+    const int64_t blocks =
+        std::min<int64_t>(c.tokens, 2048 / kTokenThreads * device().multiprocessors);
     launch(settle<dtype()>, {blocks, kTokenThreads, shared}, stream, c);
   });
 }
@@ -124,7 +125,7 @@ void climb_all(Ladder c, Dtype directions, void* workspace, Stream stream) {
 
 }  // namespace
 
-int64_t most_features() { return (shared_limit() - level0_bytes(0)) / 4; }
+int64_t most_features() { return (device().shared_limit - level0_bytes(0)) / 4; }
 
 int64_t ladder_workspace(int64_t tokens, int64_t features) {
   return kCountBytes + std::min(tokens, tokens_at_once(features)) * bytes_a_token(features);

@@ -108,10 +108,11 @@ bool run(const Ladder& c, Scan s, Stream stream) {
                   reinterpret_cast<uintptr_t>(c.directions.data) % 16 == 0;
   const int64_t shared =
       std::max<int64_t>(S::kShared, fetched_from(F) + (sharing.fetch ? rows : 0));
-  if (shared > shared_limit()) return false;
+  const Device& here = device();
+  if (shared > here.shared_limit) return false;
   // No more blocks than the scan alone would have.
-  const int64_t most = std::min(most_together(ladder_once<S>, S::kThreads, shared),
-                                S::kBlocks * int64_t{multiprocessors()});
+  const int64_t most = std::min(most_together(here, ladder_once<S>, S::kThreads, shared),
+                                S::kBlocks * int64_t{here.multiprocessors});
   if (most == 0) return false;
   s.least = 1, s.most = s.slots;
   const int64_t tiles = Tiles<S::kTokens, S::kLatents>(s.slots, s.encoder.count).count();
@@ -138,7 +139,8 @@ bool by_simt(const Ladder& c, const Scan& s, Stream stream) {
 
 // SAESTEER_LADDER=steps leaves this kernel out.
 bool climb_once(const Ladder& c, const Scan& s, Dtype directions, Stream stream) {
-  if (c.open.count || setting("SAESTEER_LADDER", {"steps"}) == "steps") return false;
+  thread_local Setting ladder("SAESTEER_LADDER", {"steps"});
+  if (c.open.count || ladder.value() == "steps") return false;
   static_assert(mma::Few::kTokens == kFewTokens && simt::Few::kTokens == kFewTokens);
   const bool alike = s.x.dtype == s.encoder.W.dtype && s.x.dtype == directions;
   if (uses_mma(s)) {

@@ -285,7 +285,7 @@ void run(const Scan& s, Stream stream) {
   // A multiprocessor has room for one block. Narrow tiles are more; only the device knows whether
   // it will be these.
   const int64_t tiles = Tiles<kTokens, kNarrow>(s.slots, e.count).count();
-  const int64_t blocks = std::min<int64_t>(tiles, multiprocessors());
+  const int64_t blocks = std::min<int64_t>(tiles, device().multiprocessors);
   launch(scan_groups<kBf16>, {blocks, kThreads, kShared}, stream, s, map(kNarrow), map(kWide));
 }
 
@@ -293,7 +293,7 @@ void run(const Scan& s, Stream stream) {
 
 bool takes_wgmma(const Scan& s) {
 #ifdef SAESTEER_SM90A
-  return takes_mma(s) && is_hopper();
+  return takes_mma(s) && device().is_hopper;
 #else
   (void)s;
   return false;

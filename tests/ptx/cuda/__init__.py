@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import runpy
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -79,14 +79,14 @@ class Machine:
 
     def settle(
         self,
-        *,
         multiprocessors: int = 3,
         usable: int | None = None,
         hopper: bool = False,
         seed: int = 0,
     ) -> Machine:
-        """`usable`: multiprocessors that the context has, all unless set; `hopper`: of compute
-        capability 9.0, not 8.0; `seed`: the order in which warps run."""
+        """`multiprocessors` and `hopper`, of compute capability 9.0, not 8.0, say which device it
+        is, `usable`, multiprocessors that the context has, all unless set, which context of it;
+        `seed`: the order in which warps run."""
         usable = multiprocessors if usable is None else usable
         self._library.settle_machine(multiprocessors, usable, ctypes.c_bool(hopper), seed)
         return self
@@ -94,6 +94,17 @@ class Machine:
     def launches(self) -> int:
         """How many kernels have been started so far."""
         return self.pure("launches", ctypes.c_int)
+
+    def usable(self) -> int:
+        """How many multiprocessors the current context has."""
+        return self.pure("usable", ctypes.c_int)
+
+    def calls(self, work: Callable[[], object]) -> dict[str, int]:
+        """How often `work` calls which functions of the runtime and the driver."""
+        self.pure("calls", ctypes.c_char_p)
+        work()
+        told = self.pure("calls", ctypes.c_char_p).decode()
+        return {name: int(count) for name, count in map(str.split, told.splitlines())}
 
     def _run(self, name: str, *arguments) -> None:
         function = getattr(self._library, name)

@@ -17,14 +17,22 @@ namespace {
 // ---- the device ----
 
 struct Device {
+  int number = 0;
   int multiprocessors = 3, usable = 3;  // of the context
   int major = 8;                        // of compute capability 8.0 or 9.0
   int launches = 0;
+  std::map<std::string, int> calls;  // of the runtime's functions and the driver's
 
   int most_shared() const { return (major == 9 ? 227 : 163) << 10; }  // of a block
   int shared() const { return (major == 9 ? 228 : 164) << 10; }       // of a multiprocessor
 };
 Device device;
+
+// The devices that there have been so far.
+int number_of(int multiprocessors, int major) {
+  static std::map<std::pair<int, int>, int> numbers;
+  return numbers.try_emplace({multiprocessors, major}, numbers.size()).first->second;
+}
 
 constexpr int kMostThreads = 1024, kPlainShared = 48 << 10;
 
@@ -33,7 +41,7 @@ struct Refusal {
   std::string text;
 };
 Refusal last;
-// The driver's functions need a context, which cudaSetDevice gives a thread.
+// The driver's functions need a context, which a thread has from the runtime's that use the device.
 thread_local bool has_context = false;
 
 void require(bool holds, cudaError_t error, const std::string& text) {
@@ -41,7 +49,8 @@ void require(bool holds, cudaError_t error, const std::string& text) {
 }
 
 template <class F>
-cudaError_t answer(const F& work) {
+cudaError_t answer(const char* call, const F& work) {
+  ++device.calls[call];
   try {
     work();
     return cudaSuccess;
@@ -101,10 +110,12 @@ class Module {
 struct Kernel {
   Module* module;
   std::string name;
-  int allowed = 0;  // bytes of dynamic shared memory, by cudaFuncSetAttribute
+  // Bytes of dynamic shared memory, by cudaFuncSetAttribute, in each context
+  std::map<std::pair<int, int>, int> allowed_in = {};
 
+  int& allowed() { return allowed_in[{device.number, device.usable}]; }
   int fixed_shared() const { return ptx_static_shared(module->loaded(), name.c_str()); }
-  int most_shared() const { return std::max(allowed, kPlainShared - fixed_shared()); }
+  int most_shared() { return std::max(allowed(), kPlainShared - fixed_shared()); }
   int most_threads() const {
     const int threads = ptx_most_threads(module->loaded(), name.c_str());
     return threads > 0 ? threads : kMostThreads;
@@ -112,7 +123,7 @@ struct Kernel {
 
   // Blocks that a multiprocessor holds at once, as far as one knows without ptxas: registers are
   // left out, and a launch that counts on them has to bound itself.
-  int resident(int64_t threads, int64_t dynamic_shared) const {
+  int resident(int64_t threads, int64_t dynamic_shared) {
     if (dynamic_shared > most_shared()) return 0;
     const int64_t shared = (fixed_shared() + dynamic_shared + 127) / 128 * 128 + (1 << 10);
     const int64_t warps = (threads + 31) / 32;
@@ -157,20 +168,20 @@ void check_shape(const dim3& grid, const dim3& block, const Kernel& kernel) {
               std::to_string(kernel.most_threads()));
 }
 
-void check_shared(uint64_t bytes, const Kernel& kernel) {
+void check_shared(uint64_t bytes, Kernel& kernel) {
   require(bytes <= uint64_t(kernel.most_shared()), cudaErrorInvalidValue,
           std::to_string(bytes) + " bytes of shared memory; the kernel may have " +
               std::to_string(kernel.most_shared()));
 }
 
-void check_together(const cudaLaunchConfig_t& config, const Kernel& kernel) {
+void check_together(const cudaLaunchConfig_t& config, Kernel& kernel) {
   const int resident = kernel.resident(count(config.blockDim), config.dynamicSmemBytes);
   const uint64_t held = uint64_t(resident) * device.usable;
   require(count(config.gridDim) <= held, cudaErrorCooperativeLaunchTooLarge,
           "more blocks together than the device holds: " + std::to_string(held));
 }
 
-void launch(const cudaLaunchConfig_t& config, const Kernel& kernel, void** arguments) {
+void launch(const cudaLaunchConfig_t& config, Kernel& kernel, void** arguments) {
   const dim3 &grid = config.gridDim, &block = config.blockDim;
   const bool together = is_together(config);
   check_shape(grid, block, kernel);
@@ -214,6 +225,7 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                       const cuuint32_t* steps, CUtensorMapInterleave interleave,
                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
                       CUtensorMapFloatOOBfill fill) {
+  ++device.calls["cuTensorMapEncodeTiled"];
   if (!has_context) return CUDA_ERROR_INVALID_CONTEXT;
   if (device.major < 9) return CUDA_ERROR_NOT_SUPPORTED;
   const int swizzled[] = {0, 32, 64, 128};
@@ -245,7 +257,7 @@ void __cudaRegisterFunction(void** module, const char* function, char*, const ch
 
 // The halves of kernel<<<...>>>(...), which launch.h never uses.
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) {
-  return answer([] { throw Refusal{cudaErrorNotSupported, "a launch by <<<>>>"}; });
+  return answer(__func__, [] { throw Refusal{cudaErrorNotSupported, "a launch by <<<>>>"}; });
 }
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
@@ -258,21 +270,25 @@ cudaError_t cudaGetLastError() { return std::exchange(last.error, cudaSuccess); 
 const char* cudaGetErrorString(cudaError_t) { return last.text.c_str(); }
 
 cudaError_t cudaGetDevice(int* which) {
-  *which = 0;
-  return cudaSuccess;
+  return answer(__func__, [&] { *which = device.number; });
 }
 cudaError_t cudaSetDevice(int which) {
-  return answer([&] {
-    require(which == 0, cudaErrorInvalidDevice, "there is one device");
+  return answer(__func__, [&] {
+    require(which == device.number, cudaErrorInvalidDevice, "another device than the current one");
     has_context = true;
+    device.usable = device.multiprocessors;  // the primary one
   });
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  return answer([&] { *value = attribute(which); });
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int of) {
+  return answer(__func__, [&] {
+    require(of == device.number, cudaErrorInvalidDevice, "another device than the current one");
+    *value = attribute(which);
+  });
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, int value) {
-  return answer([&] {
+  return answer(__func__, [&] {
+    has_context = true;
     Kernel& kernel = kernel_of(function);
     require(which == cudaFuncAttributeMaxDynamicSharedMemorySize, cudaErrorNotSupported,
             "function attribute " + std::to_string(which));
@@ -280,7 +296,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, 
             cudaErrorInvalidValue,
             std::to_string(value) + " bytes of shared memory beside the kernel's own " +
                 std::to_string(kernel.fixed_shared()));
-    kernel.allowed = value;
+    kernel.allowed() = value;
   });
 }
 
@@ -288,8 +304,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks,
                                                                    const void* function,
                                                                    int threads, size_t shared,
                                                                    unsigned) {
-  return answer([&] {
-    const Kernel& kernel = kernel_of(function);
+  return answer(__func__, [&] {
+    has_context = true;
+    Kernel& kernel = kernel_of(function);
     require(threads > 0 && threads <= kernel.most_threads(), cudaErrorInvalidValue,
             std::to_string(threads) + " threads a block");
     *blocks = kernel.resident(threads, shared);
@@ -298,17 +315,23 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks,
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** arguments) {
-  return answer([&] { launch(*config, kernel_of(function), arguments); });
+  return answer(__func__, [&] {
+    has_context = true;
+    launch(*config, kernel_of(function), arguments);
+  });
 }
 
 cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
-  memset(at, value, bytes);
-  return cudaSuccess;
+  return answer(__func__, [&] {
+    has_context = true;
+    memset(at, value, bytes);
+  });
 }
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned version,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
+  ++device.calls[__func__];
   const bool known = strcmp(name, "cuTensorMapEncodeTiled") == 0 && version >= 12000;
   const decltype(&cuTensorMapEncodeTiled) function = encode_tiled;
   *found = known ? reinterpret_cast<void*>(function) : nullptr;
@@ -321,8 +344,20 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, uns
 void settle_machine(int multiprocessors, int usable, bool hopper, uint32_t seed) {
   device.multiprocessors = multiprocessors, device.usable = usable;
   device.major = hopper ? 9 : 8;
+  device.number = number_of(multiprocessors, device.major);
   ptx_settle(seed);
 }
 
 int launches() { return device.launches; }
+
+int usable() { return device.usable; }
+
+// How often each function was called since this was last asked: a name and a number a line.
+const char* calls() {
+  static std::string told;
+  told.clear();
+  for (const auto& [name, count] : device.calls) told += name + ' ' + std::to_string(count) + '\n';
+  device.calls.clear();
+  return told.c_str();
+}
 }
