@@ -195,6 +195,16 @@ def test_hopper_multiplies_by_warpgroups_and_copies_boxes(bf16, latents):
     assert count(code, r"USETMAXREG\.TRY_ALLOC") and count(code, r"USETMAXREG\.DEALLOC")
 
 
+def test_a_warpgroup_has_the_registers_that_it_uses():
+    """Those that the producer gives back, and the consumers take."""
+    _, *parts = re.split(r"USETMAXREG\.\S+ (?:UP\d, )?0x(\w+)", scan_groups("Lb1E"))
+    shares = {
+        int(parts[i], 16): max(map(int, re.findall(r"\bR(\d+)\b", parts[i + 1]))) for i in (0, 2)
+    }
+    assert len(parts) == 4 and min(shares) < 168 < max(shares)
+    assert all(used < share for share, used in shares.items()), shares
+
+
 def test_products_of_a_stage_are_issued_together():
     """Between them no wait: a compiler that cannot prove them independent would put one there."""
     order = re.findall(r"(HGMMA|WARPGROUP\.DEPBAR)", scan_groups("Lb1E"))
