@@ -16,7 +16,15 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") if platform.machine() == "x86_64" else None
-EXACT = "-ffp-contract=off", "-mfma", "-Wall", "-Wextra", "-Werror"
+EXACT = "-ffp-contract=off", "-mfma", "-mf16c", "-Wall", "-Wextra", "-Werror"
+
+
+def made_of(*folders: Path, compilers: Sequence[str | None] = (COMPILER,)) -> bytes:
+    """What a library depends on: all files of these folders, and the compilers' versions."""
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    parts = [(str(path).encode(), path.read_bytes()) for path in files if path.suffix != ".pyc"]
+    versions = [subprocess.run([c, "--version"], capture_output=True).stdout for c in compilers]
+    return repr((parts, versions)).encode()
 
 
 def compile_all(command: Sequence[str], sources: Sequence[Path], folder: Path) -> list[Path]:

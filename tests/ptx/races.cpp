@@ -8,7 +8,8 @@ namespace ptx {
 
 namespace {
 constexpr int kInFlight = 512;
-}
+constexpr int kPage = 1024, kMostGrain = 16;
+}  // namespace
 
 void join(Clock& into, const Clock& other) {
   if (into.size() < other.size()) into.resize(other.size());
@@ -39,32 +40,48 @@ Agent Races::fork(const Agent& from) {
   return agent;
 }
 
-Races::Shadow& Races::shadow(uintptr_t at) {
-  const uintptr_t key = at >> 10;
-  if (!last_ || key != last_key_) {
-    auto& page = pages_[key];
-    if (!page) page = std::make_unique<Page>();
-    last_ = page.get(), last_key_ = key;
+// Its shadows, of no more bytes each than `grain`.
+Races::Page& Races::page(uintptr_t key, int grain) {
+  if (!last_ || key != last_key_) last_ = &pages_[key], last_key_ = key;
+  auto& [of, shadows] = *last_;
+  if (shadows.empty()) {
+    of = grain;
+    shadows.resize(kPage / grain);
+  } else if (of > grain) {
+    std::vector<Shadow> finer;
+    finer.reserve(kPage / grain);
+    for (const Shadow& s : shadows) finer.insert(finer.end(), of / grain, s);
+    shadows = std::move(finer);
+    of = grain;
   }
-  return (*last_)[at & 1023];
+  return *last_;
+}
+
+// f for every shadow of these bytes.
+template <class F>
+void Races::each_shadow(uintptr_t at, int bytes, const F& f) {
+  // The largest power of two that divides the address, the size and kMostGrain
+  const uintptr_t bits = at | bytes | kMostGrain;
+  const int grain = static_cast<int>(bits & -bits);
+  for (const uintptr_t end = at + bytes; at < end;) {
+    Page& p = page(at / kPage, grain);
+    const uintptr_t stop = std::min(end, (at / kPage + 1) * kPage);
+    for (; at < stop; at += p.grain) f(p.shadows[at % kPage / p.grain]);
+  }
 }
 
 void Races::forget(const void* at, int64_t bytes) {
   const auto from = reinterpret_cast<uintptr_t>(at);
-  for (uintptr_t a = from; a < from + bytes;) {
-    const uintptr_t end = std::min(((a >> 10) + 1) << 10, from + bytes);
-    const auto page = pages_.find(a >> 10);
-    if (page != pages_.end())
-      std::fill(page->second->begin() + (a & 1023), page->second->begin() + (a & 1023) + (end - a),
-                Shadow{});
-    a = end;
+  for (uintptr_t key = from / kPage; key * kPage < from + bytes; ++key) {
+    const auto known = pages_.find(key);
+    if (known != pages_.end()) known->second.shadows.clear();
   }
 }
 
 void Races::require_written(const void* at, int bytes) {
-  for (int i = 0; i < bytes; ++i)
-    if (shadow(reinterpret_cast<uintptr_t>(at) + i).write.agent < 0)
-      throw std::runtime_error("shared memory that nobody has written");
+  each_shadow(reinterpret_cast<uintptr_t>(at), bytes, [](const Shadow& s) {
+    if (s.write.agent < 0) throw std::runtime_error("shared memory that nobody has written");
+  });
 }
 
 // Lanes of a warp are ordered by its barriers alone, and by being one access.
@@ -85,13 +102,12 @@ void Races::touch(const void* at, int bytes, const Access& now) {
                    static_cast<int8_t>(now.lane),
                    now.strong,
                    now.async};
-  for (int i = 0; i < bytes; ++i) {
-    Shadow& s = shadow(from + i);
+  each_shadow(from, bytes, [&](Shadow& s) {
     s.constant |= now.constant;
     if (s.constant && (now.write ? now.changes : s.write.agent >= 0))
       throw std::runtime_error("written, and read past coherence, in one kernel");
     if (!before(s.write, now)) {
-      if (!now.changes || (copies_differ && now.write && s.write.line == now.line)) continue;
+      if (!now.changes || (copies_differ && now.write && s.write.line == now.line)) return;
       fail(s.write, true, now, "at the same time");
     }
     if (now.async && s.write.agent >= 0 && !s.write.async &&
@@ -103,14 +119,14 @@ void Races::touch(const void* at, int bytes, const Access& now) {
         read.agent = -1;
       }
       s.write = mine;
-      continue;
+      return;
     }
     // In place of a read that this one comes after, or of any
     Touch* place = &s.reads[turn_++ % s.reads.size()];
     for (Touch& read : s.reads)
       if (read.agent < 0 || (read.agent == now.agent.id && read.lane == now.lane)) place = &read;
     *place = mine;
-  }
+  });
 }
 
 void Races::fail(const Touch& earlier, bool wrote, const Access& now, const char* how) {

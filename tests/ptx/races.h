@@ -62,7 +62,7 @@ class Races {
 
   // Throws std::runtime_error if the access races with an earlier one.
   void touch(const void* at, int bytes, const Access& access);
-  // Nobody has touched these bytes yet.
+  // Nobody has touched these bytes yet, nor the rest of their pages of 1024.
   void forget(const void* at, int64_t bytes);
   void require_written(const void* at, int bytes);
 
@@ -80,14 +80,20 @@ class Races {
     std::array<Touch, 3> reads;
     bool constant = false;  // it has been read past coherence
   };
-  using Page = std::array<Shadow, 1024>;
+  // Of 1024 bytes: a shadow for every `grain` of them, as few as the accesses to them allow.
+  struct Page {
+    int grain;
+    std::vector<Shadow> shadows;
+  };
 
-  Shadow& shadow(uintptr_t at);
+  template <class F>
+  void each_shadow(uintptr_t at, int bytes, const F& f);
+  Page& page(uintptr_t key, int grain);
   static bool before(const Touch& earlier, const Access& now);
   [[noreturn]] static void fail(const Touch& earlier, bool wrote, const Access& now,
                                 const char* how);
 
-  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
+  std::unordered_map<uintptr_t, Page> pages_;
   uintptr_t last_key_ = 0;
   Page* last_ = nullptr;
   int warps_ = 0;

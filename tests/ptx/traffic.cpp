@@ -30,7 +30,7 @@ int64_t passes(const Request* lanes, size_t count) {
 
 }  // namespace
 
-void Traffic::end(const std::string& kernel, int line) {
+void Traffic::count(const std::string& kernel, int line) {
   for (int kind = 0; kind < 4; ++kind) {
     std::vector<Request>& lanes = lanes_[kind];
     if (lanes.empty()) continue;

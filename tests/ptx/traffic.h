@@ -26,7 +26,9 @@ class Traffic {
     if (on) lanes_[kind].push_back({reinterpret_cast<uint64_t>(address), bytes});
   }
   // The instruction has run.
-  void end(const std::string& kernel, int line);
+  void end(const std::string& kernel, int line) {
+    if (on) count(kernel, line);
+  }
   // A line each: kernel, line of the PTX, kind, runs, bytes, parts, the fewest parts for those
   // bytes.
   std::string told() const;
@@ -44,6 +46,8 @@ class Traffic {
       return std::tie(kernel, line, kind) < std::tie(other.kernel, other.line, other.kind);
     }
   };
+
+  void count(const std::string& kernel, int line);
 
   std::vector<Request> lanes_[4];
   std::map<Key, Count> counts_;
