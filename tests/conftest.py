@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import os
 import sys
@@ -20,7 +22,10 @@ from torch import Tensor
 
 import saesteer_fast as sf
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # bench is not installed
+# Inductor would start processes that import PyTorch, to compile a graph or two.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 LONGEST = "test_cuda_host", "test_triton", "test_build", "test_demo", "test_triton_ptx"
@@ -29,6 +34,11 @@ LONGEST = "test_cuda_host", "test_triton", "test_build", "test_demo", "test_trit
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that no process is left with it at the end."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: the garbage collector need not look through it again."""
+    gc.freeze()
 
 
 @pytest.fixture
@@ -129,29 +139,22 @@ def model(make_phi3) -> torch.nn.Module:
     return make_phi3()
 
 
-@pytest.fixture(scope="session")
-def built_once(tmp_path_factory) -> Callable[[str, Callable[[Path], Path]], Path]:
-    """Builds in a folder of this name what all processes of a test run share."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-
-    def once(name: str, build: Callable[[Path], Path]) -> Path:
-        folder, told = base / name, base / f"{name}.built"
-        with FileLock(base / f"{name}.lock"):
-            if not told.exists():
-                folder.mkdir(exist_ok=True)
-                told.write_text(str(build(folder)))
-        return Path(told.read_text())
-
-    return once
+def built_once(name: str, build: Callable[[Path], Path], made_of: bytes) -> Path:
+    """What `build` makes in a folder of its own, shared by all processes and by later runs."""
+    base = ROOT / "build" / "tests" / f"{name}-{hashlib.sha256(made_of).hexdigest()[:16]}"
+    base.mkdir(parents=True, exist_ok=True)
+    told = base / "built"
+    with FileLock(base / "lock"):
+        if not told.exists():
+            told.write_text(build(base).name)
+    return base / told.read_text()
 
 
 @pytest.fixture(scope="session")
-def executor_library(built_once) -> Path:
+def executor_library() -> Path:
     if ptx.COMPILER is None:
         pytest.skip("running PTX needs g++ and an x86-64 processor")
-    return built_once("ptx", ptx.compile_executor)
+    return built_once("ptx", ptx.compile_executor, ptx.made_of(ptx.HERE))
 
 
 @pytest.fixture(scope="session")
@@ -170,9 +173,10 @@ def compile_cuda(executor_library) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def cuda_machine(compile_cuda, built_once) -> cuda.Machine:
+def cuda_machine(compile_cuda) -> cuda.Machine:
     """csrc/cuda's ops, on the CPU."""
-    return cuda.Machine(built_once("cuda", compile_cuda))
+    made_of = ptx.made_of(ptx.HERE, cuda.CSRC, compilers=(ptx.COMPILER, cuda.find_nvcc()))
+    return cuda.Machine(built_once("cuda", compile_cuda, made_of))
 
 
 @pytest.fixture(scope="module")
