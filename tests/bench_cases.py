@@ -35,7 +35,8 @@ def run_small(tmp_path, *arguments, plugin="", suites=("op",)):
     (tmp_path / "small.py").write_text(
         "import os\nfrom pathlib import Path\n"
         "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
-        "from bench import report, workloads\nfrom saesteer_fast import ops\n"
+        "from bench import report, timing, workloads\nfrom saesteer_fast import ops\n"
+        "timing.ROUND_SECONDS = 1e-4\n"
         f"workloads.FULL = workloads.{SMALL}\nreport.RESULTS = Path(__file__).parent\n{plugin}"
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])

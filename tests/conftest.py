@@ -28,7 +28,13 @@ sys.path.append(str(ROOT))  # bench is not installed
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
-LONGEST = "test_cuda_host", "test_triton", "test_build", "test_demo", "test_triton_ptx"
+LONGEST = {"test_build", "test_compile", "test_cuda_build", "test_cuda_host", "test_cuda_races"}
+LONGEST |= {"test_demo", "test_ops", "test_triton", "test_triton_ptx"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files in the order of this process's items, not by how many tests they have."""
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
