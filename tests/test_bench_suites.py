@@ -31,7 +31,7 @@ def test_all_run_and_record_what_they_print(tmp_path):
         result = report.newest(tmp_path, suite)
         assert report.render(result, everything=True) in done.stdout
     by_T = {case["T"]: case["bytes"] for case in report.newest(tmp_path, "memory")["cases"]}
-    assert by_T[512]["naive"] > 512 * SMALL.N * 2 > 50 * by_T[512]["ours"]
+    assert by_T[512]["naive"] > 512 * SMALL.N * 2 > 10 * by_T[512]["ours"]
     decode = report.newest(tmp_path, "model")["cases"][1]
     assert 0 < decode["undecided"] < 0.5
 

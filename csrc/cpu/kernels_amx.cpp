@@ -186,7 +186,6 @@ int64_t tiles_of(int64_t columns) { return (columns + kDepth - 1) / kDepth; }
 class Product {
  public:
   Product(const Group* groups, int count, int64_t d) : groups_(groups), count_(count), d_(d) {}
-  ~Product() { _tile_release(); }
 
   // n <= kLatents rows, and as many that come next.
   void take(const void* const* w, int n) {
@@ -275,6 +274,7 @@ void dots(const Group* groups, int count, const void* const* w, int n, int64_t d
     product.take(w + j, rows);
     product.emit(rows, bias, j);
   }
+  _tile_release();
 }
 
 }  // namespace
