@@ -54,16 +54,31 @@ def save(result: dict, folder: Path) -> Path:
     return path
 
 
+def stored(folder: Path, suite: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in folder.glob(f"{suite}-*.json")]
+
+
 def newest(folder: Path, suite: str, full: bool = False) -> dict | None:
     """The suite's result with the latest date; FileNotFoundError if there is none. With `full` the
     latest of the whole grid, or None."""
-    results = [json.loads(path.read_text()) for path in folder.glob(f"{suite}-*.json")]
+    results = stored(folder, suite)
     if not results:
         raise FileNotFoundError(
             f"bench/results holds no result of the suite {suite}: `{recorder(suite)}` stores one"
         )
     chosen = [result for result in results if result.get("full") or not full]
     return max(chosen, key=lambda result: result["machine"]["date"], default=None)
+
+
+def elsewhere(folder: Path, suite: str) -> list[dict]:
+    """The newest results of processors and instruction sets other than the newest result's."""
+
+    def where(result: dict) -> tuple[str, str]:
+        return result["machine"]["device"], result["machine"]["instructions"]
+
+    by_date = sorted(stored(folder, suite), key=lambda result: result["machine"]["date"])
+    last = {where(result): result for result in by_date}
+    return [last[each] for each in last if each != where(by_date[-1])] if last else []
 
 
 def latest(folder: Path, suite: str) -> dict | None:

@@ -38,6 +38,7 @@ def blocks(results: Path) -> dict[str, dict[str, str]]:
         "docs/benchmarks.md": {
             "bench:workloads": workloads.render(op),
             "bench:op": report.render(op),
+            "bench:elsewhere": summary.elsewhere(report.elsewhere(results, "op")),
             "bench:growth": report.grown(report.newest(results, "op", full=True)),
             "bench:model": report.recorded(results, "model"),
             "bench:memory": report.recorded(results, "memory"),

@@ -360,6 +360,20 @@ def test_stored_result_renders_the_same(tmp_path, result):
     assert "| planted | bf16 | 512 | 1 | 1.00 ms | 100× (100) |" in text
 
 
+def test_other_processors_are_shown_by_their_newest_run(tmp_path, result):
+    assert report.elsewhere(tmp_path, "op") == []
+    runs = [("Zen", "avx512bf16", 1), ("Zen", "avx512bf16", 2), ("Xeon", "amx", 3)]
+    runs += [("Xeon", "avx512bf16", 4), ("Xeon", "amx", 5)]
+    for device, instructions, day in runs:
+        on = dict(device=device, instructions=instructions, date=f"2026-01-0{day}T00:00:00+00:00")
+        report.save(result | {"machine": result["machine"] | on}, tmp_path)
+    found = report.elsewhere(tmp_path, "op")
+    days = {(run["machine"]["device"], run["machine"]["date"][9]) for run in found}
+    assert days == {("Zen", "2"), ("Xeon", "4")}
+    text = summary.elsewhere(found)
+    assert text.count("Met: all") == 2 and "Zen" in text and "2026-01-02" in text
+
+
 def test_demo_table(tmp_path):
     record_demo(tmp_path)
     text = miniature.demo(tmp_path)

@@ -16,17 +16,30 @@ OTHERS = (*BASELINES, *LIBRARIES[:2], "linear")
 
 def render(op: dict, model: dict | None, memory: dict | None) -> str:
     """Markdown of the suites' recorded results."""
-    cases = [c for c in op["cases"] if c.get("short", True) and SHOWN.items() <= c.items()]
+    lines = [_targets(op), model and _model(model), memory and _memory(memory)]
+    return f"{_op(op)}\n\n{_listed(lines)}"
+
+
+def elsewhere(results: list[dict]) -> str:
+    """The same of the op's results alone, of other processors."""
+    said = [f"{_op(result)}\n\n{_listed([_targets(result)])}" for result in results]
+    return "\n\n".join(said) or "No other run of the op is recorded."
+
+
+def _listed(lines: list[str | None]) -> str:
+    return "\n".join(f"- {line}" for line in lines if line)
+
+
+def _op(result: dict) -> str:
+    cases = [c for c in result["cases"] if c.get("short", True) and SHOWN.items() <= c.items()]
     legend = (
         f"{shapes(cases)} bf16, one edited latent; tokens of one call; medians. undecided: the "
-        f"share of tokens that the first rung leaves open. {circumstances(op['machine'])}"
+        f"share of tokens that the first rung leaves open. {circumstances(result['machine'])}"
     )
-    lines = [_targets(op), model and _model(model), memory and _memory(memory)]
-    listed = "\n".join(f"- {line}" for line in lines if line)
-    return "\n\n".join([_op(cases), legend, listed])
+    return f"{_times_of(cases)}\n\n{legend}"
 
 
-def _op(cases: list[Case]) -> str:
+def _times_of(cases: list[Case]) -> str:
     headings = [f"{HEADINGS.get(name, name)} / ours" for name in OTHERS]
     rows = [
         [case["workload"], str(case["T"]), duration(median(case["seconds"]["ours"]))]
