@@ -69,10 +69,10 @@ def _model(result: dict) -> str:
         f"more {added(case, 'again')}, which is the noise"
         for case in result["cases"]
     ]
-    layers = result["cases"][0]["layers"]
+    layers, machine = result["cases"][0]["layers"], result["machine"]
     return (
-        f"Time added to Phi-3 Mini ({layers} of 32 layers, random weights; in parentheses the "
-        f"least and the most): {'; '.join(said)}."
+        f"Time added to Phi-3 Mini ({layers} of 32 layers, random weights, {machine['device']}, "
+        f"{machine['cores']} cores; in parentheses the least and the most): {'; '.join(said)}."
     )
 
 
