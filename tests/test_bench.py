@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_cases import SMALL, op_case, op_result, record_demo, run_small
+from bench_cases import MACHINE, SMALL, op_case, op_result, record_demo, run_small
 
 from bench import baselines, exactness, peers, report, workloads
 from bench.suites import op as suite
@@ -396,11 +396,12 @@ def test_summary_says_what_was_missed_and_measured(result):
     assert "T=512 planted: naive" not in short and "commit 0123456789ab" in short
     met = [op_case("planted", 512), op_case("worst", 1, naive=3.5, sparsify=1.2, read=0.9)]
     seconds = {"unsteered": [1.0] * 3, "again": [1.01] * 3, "ours": [1.02] * 3, "naive": [1.5] * 3}
-    model = {"cases": [{"run": "decode", "layers": 2, "seconds": seconds}]}
+    model = {"cases": [{"run": "decode", "layers": 2, "seconds": seconds}], "machine": MACHINE}
     memory = {"cases": [{"bytes": {"ours": n * 2**10, "naive": n * 2**20}} for n in (5, 7)]}
     text = summary.render(result | {"cases": met}, model, memory)
     assert "- Met: all 8 targets" in text and "| worst | 1 | 1.00 ms | 3.50× |" in text
-    assert "2 of 32 layers" in text and "decode 2.00 % (2.00 to 2.00), naive 50.0 %" in text
+    assert "2 of 32 layers, random weights, a processor, 4 cores" in text
+    assert "decode 2.00 % (2.00 to 2.00), naive 50.0 %" in text
     assert "at most 7.00 KiB; naive up to 7.00 MiB" in text
 
 
