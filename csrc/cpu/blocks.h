@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace saesteer::cpu {
 
@@ -29,5 +30,17 @@ struct Block {
 };
 
 inline int64_t blocks(const Encoder& encoder) { return (encoder.count + kBlock - 1) / kBlock; }
+
+// Calls work(block) for the blocks that a worker takes, until it gives false.
+template <class F>
+void each_block(const Encoder& encoder, Pieces& pieces, const F& work) {
+  Block block;
+  int64_t b, next;
+  for (bool more = pieces.take(b); more; b = next) {
+    more = pieces.take(next);
+    block.select(encoder, b, next);
+    if (!work(block)) return;
+  }
+}
 
 }  // namespace saesteer::cpu

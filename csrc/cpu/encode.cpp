@@ -65,33 +65,25 @@ class Selection {
   void scan(int64_t begin, int64_t end, Pieces& pieces, Best* best) {
     if (panel_) return scan_panel(end - begin, pieces, best);
     Tokens tile(x_, encoder_.W);
-    Block block;
     float p[Tokens::kCapacity * kBlock];
-    int64_t b, next;
-    for (bool more = pieces.take(b); more; b = next) {
-      more = pieces.take(next);
-      block.select(encoder_, b, next);
+    each_block(encoder_, pieces, [&](const Block& block) {
       for (int64_t t = begin; t < end; t += tile.count()) {
         tile.load_from(t, end);
         tile.dots(block.rows, encoder_.W.dtype, block.count, encoder_.bias + block.first, p,
                   t == begin);
         for (int i = 0; i < tile.count(); ++i) offer(block, p + i * kBlock, best[t + i - begin]);
       }
-    }
+      return true;
+    });
   }
 
-  void scan_panel(size_t count, Pieces& pieces, Best* best) {
-    std::vector<size_t> all(count);
-    std::iota(all.begin(), all.end(), 0);
-    Block block;
+  void scan_panel(int64_t count, Pieces& pieces, Best* best) {
     float p[Panel::kMost * kBlock];
-    int64_t b, next;
-    for (bool more = pieces.take(b); more; b = next) {
-      more = pieces.take(next);
-      block.select(encoder_, b, next);
-      panel_->dots(block.rows, block.count, encoder_.bias + block.first, all, p);
-      for (size_t t = 0; t < count; ++t) offer(block, p + t * kBlock, best[t]);
-    }
+    each_block(encoder_, pieces, [&](const Block& block) {
+      panel_->dots(block.rows, block.count, encoder_.bias + block.first, p);
+      for (int64_t t = 0; t < count; ++t) offer(block, p + t * kBlock, best[t]);
+      return true;
+    });
   }
 
   void offer(const Block& block, const float* p, Best& best) {

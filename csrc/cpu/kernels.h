@@ -13,6 +13,7 @@ constexpr int kBlock = 64;
 constexpr int kRowsAhead = 32;
 // Tokens that `dots_and_add` takes, and the most rows of w.
 constexpr int kFusedTokens = 6, kFusedRows = 4;
+
 struct Kernels {
   // Most tokens that `dots` takes at once.
   int tokens;
@@ -46,7 +47,6 @@ struct Kernels {
   void (*copy)(const void* src, int64_t bytes, void* dst);
 };
 
-extern const Kernels plain_kernels;
 // The most tokens of a group, and the most groups, that `Tiles::dots` takes.
 constexpr int kGroupTokens = 32, kMostGroups = 5;
 
@@ -71,6 +71,7 @@ struct Tiles {
                const float* bias);
 };
 
+extern const Kernels plain_kernels;
 #ifdef SAESTEER_X86
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;

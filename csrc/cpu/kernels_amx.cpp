@@ -214,19 +214,17 @@ class Product {
   }
 
   void take_stored(const void* const* w) {
-    const auto *const here = static_cast<const char*>(w[0]), *const next = static_cast<const char*>(
-                                                                 w[kLatents]);
+    const auto* const here = static_cast<const char*>(w[0]);
+    const auto* const next = static_cast<const char*>(w[kLatents]);
     const int64_t columns = count_ == 1 ? d_ : kColumns;
     for (int64_t c = 0; c < d_; c += columns) {
       const Tiling stored{here + 2 * c, 2 * d_, kRowBytes, kSide * 2 * d_};
-      const int64_t tiles = tiles_of(least(columns, d_ - c));
-      if (count_ == 1) {
-        multiply<Reading::once>(stored, group(0), c / kDepth, tiles, next, copied_, sums_[0]);
-      } else {
-        multiply<Reading::first>(stored, group(0), c / kDepth, tiles, next + 2 * c, copied_,
-                                 sums_[0]);
-        take_copy(1, c);
-      }
+      const int64_t from = c / kDepth, tiles = tiles_of(least(columns, d_ - c));
+      if (count_ == 1)
+        multiply<Reading::once>(stored, group(0), from, tiles, next, nullptr, sums_[0]);
+      else
+        multiply<Reading::first>(stored, group(0), from, tiles, next + 2 * c, copied_, sums_[0]);
+      take_copy(1, c);
     }
   }
 

@@ -83,12 +83,6 @@ class Ranks {
     return true;
   }
 
-  std::vector<size_t> every_token() const {
-    std::vector<size_t> all(count_);
-    std::iota(all.begin(), all.end(), 0);
-    return all;
-  }
-
   // Latents are to be compared with a p_f that was summed as theirs is, not as L0 does.
   void pack(const FeatureRows& rows) {
     panel_.emplace(x_, tokens_, count_);
@@ -96,7 +90,7 @@ class Ranks {
     float p[Panel::kMost * kBlock];
     for (int64_t f0 = 0; f0 < features_.count; f0 += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, features_.count - f0));
-      panel_->dots(&rows.rows[f0], n, &rows.bias[f0], every_token(), p);
+      panel_->dots(&rows.rows[f0], n, &rows.bias[f0], p);
       for (size_t t = 0; t < count_; ++t)
         std::copy_n(p + t * kBlock, n, &thresholds_[t * features_.count + f0]);
     }
@@ -107,28 +101,26 @@ class Ranks {
   }
 
   void scan(Pieces& pieces) {
-    std::vector<size_t> open = every_token();
+    std::vector<size_t> open(count_);
+    std::iota(open.begin(), open.end(), 0);
     Tokens tile(x_, encoder_.W);
-    Block block;
-    int64_t b, next;
-    for (bool more = pieces.take(b); more; b = next) {
-      more = pieces.take(next);
+    each_block(encoder_, pieces, [&](const Block& block) {
       open.erase(std::remove_if(open.begin(), open.end(), [this](size_t t) { return decided(t); }),
                  open.end());
-      if (open.empty()) return;
-      block.select(encoder_, b, next);
-      if (panel_) {
-        count(block, open);
-        continue;
-      }
-      for (size_t first = 0; first < open.size(); first += kernels().tokens)
-        count(block, open.data() + first,
-              static_cast<int>(std::min<size_t>(kernels().tokens, open.size() - first)), tile,
-              first == 0);
-    }
+      panel_ ? count(block, open) : count(block, open, tile);
+      return !open.empty();
+    });
+  }
+
+  void count(const Block& block, const std::vector<size_t>& open, Tokens& tile) {
+    for (size_t first = 0; first < open.size(); first += kernels().tokens)
+      count(block, open.data() + first,
+            static_cast<int>(std::min<size_t>(kernels().tokens, open.size() - first)), tile,
+            first == 0);
   }
 
   void count(const Block& block, const std::vector<size_t>& open) {
+    if (open.empty()) return;
     float p[Panel::kMost * kBlock];
     panel_->dots(block.rows, block.count, encoder_.bias + block.first, open, p);
     for (const size_t t : open) count(block, t, p + t * kBlock);

@@ -35,8 +35,14 @@ class Panel {
     });
   }
 
-  // p[i * kBlock + j] of n rows, for the tokens i of `open`, in ascending order, and for those in a
-  // group with one of them. w as Tiles::dots has it.
+  // p[i * kBlock + j] of n rows, for every token i. w as Tiles::dots has it.
+  void dots(const void* const* w, int n, const float* bias, float* p) const {
+    Group all[kMostGroups];
+    for (int64_t g = 0; g < groups(); ++g) all[g] = group(g, p);
+    tiles()->dots(all, static_cast<int>(groups()), w, n, width_, bias);
+  }
+
+  // For the tokens of `open`, in ascending order, and those in a group with one of them.
   void dots(const void* const* w, int n, const float* bias, const std::vector<size_t>& open,
             float* p) const {
     Group chosen[kMostGroups];
@@ -44,9 +50,7 @@ class Panel {
     int64_t last = -1;
     for (const size_t i : open) {
       const int64_t g = i / kGroupTokens;
-      if (g == last) continue;
-      chosen[count++] = {packed(g), size(g), p + g * kGroupTokens * kBlock};
-      last = g;
+      if (g != last) chosen[count++] = group(last = g, p);
     }
     tiles()->dots(chosen, count, w, n, width_, bias);
   }
@@ -60,6 +64,9 @@ class Panel {
   int64_t groups() const { return (count_ + kGroupTokens - 1) / kGroupTokens; }
   int size(int64_t g) const {
     return static_cast<int>(std::min<int64_t>(kGroupTokens, count_ - g * kGroupTokens));
+  }
+  Group group(int64_t g, float* p) const {
+    return {packed(g), size(g), p + g * kGroupTokens * kBlock};
   }
   Line* packed(int64_t g) const {
     return lines_.get() + g * kGroupTokens * packed_bytes(width_) / kLine;
