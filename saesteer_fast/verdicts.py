@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from .compiled import CUDA_LIBRARY
+
 Rows = tuple[tuple[int, tuple[str, ...]], ...]
 """From so many tokens on, the implementations in the order in which they are wanted."""
 HERE = Path(__file__).parent
@@ -75,7 +77,7 @@ def rows(times: Mapping[int, Mapping[str, Iterable[float]]]) -> Rows:
 def kernels() -> str:
     """A digest of all that decides which instructions a GPU is given."""
     digest = hashlib.sha256()
-    files = [HERE / "libsaesteer_cuda.so", *sorted((HERE / "triton_kernels").glob("*.py"))]
+    files = [CUDA_LIBRARY, *sorted((HERE / "triton_kernels").glob("*.py"))]
     for file in (*files, tiles()):
         if file.is_file():
             digest.update(file.read_bytes())
