@@ -125,12 +125,13 @@ void encode(const Rows& x, int64_t tokens, const Encoder& encoder, float* values
   // Kept at once, keys and packed tokens: a megabyte, or a tile's.
   const int64_t workers = workers_for(blocks(encoder)), keys = 8 * encoder.k * workers;
   constexpr int64_t kBytes = int64_t{1} << 20;
-  const int64_t most = std::min<int64_t>(
-      tokens, Panel::serves(x, encoder.W) ? Panel::most(packed_bytes(x.width) + keys, kBytes)
-                                          : std::max<int64_t>(kBytes / keys, kernels().tokens));
-  Selection selection(x, encoder, workers, most);
-  for (int64_t begin = 0; begin < tokens; begin += most)
-    selection.select(begin, std::min(tokens, begin + most), values, indices);
+  const int64_t most = Panel::serves(x, encoder.W)
+                           ? Panel::most(packed_bytes(x.width) + keys, kBytes)
+                           : std::max<int64_t>(kBytes / keys, kernels().tokens);
+  const int64_t step = std::min(tokens, at_once(tokens, most));
+  Selection selection(x, encoder, workers, step);
+  for (int64_t begin = 0; begin < tokens; begin += step)
+    selection.select(begin, std::min(tokens, begin + step), values, indices);
 }
 
 void decode(const float* values, const int64_t* indices, int64_t tokens, int64_t k,

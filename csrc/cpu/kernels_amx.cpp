@@ -16,7 +16,8 @@ constexpr int kSide = 16;      // rows of a tile, and its words a row
 constexpr int kRowBytes = 64;  // of a tile
 constexpr int kDepth = 32;     // columns of W_enc in a tile
 constexpr int kLatents = 32;   // rows of W_enc at once
-constexpr int kColumns = 512;  // of them, so that they stay in the first-level cache
+constexpr int kColumns =
+    1024;  // of them, whose copy stays in the second-level cache with the tokens
 constexpr int kSums = kSide * kSide;
 static_assert(kGroupTokens == 2 * kSide && kBlock % kLatents == 0);
 
@@ -121,13 +122,26 @@ struct Packed {
   int count[2];
 };
 
-// How W_enc is read: as it is stored, while what comes next is fetched; so, and copied for the
-// groups that follow; or from that copy.
-enum class Reading { once, first, again };
+// Of the rows of W_enc that come next, those that are fetched meanwhile.
+struct Ahead {
+  const char* rows;
+  int64_t row_bytes;
+  int begin, end;
 
-// Adds the products of `count` tiles of W_enc with a group's, from tile `from` on, to its sums.
-template <Reading kReading, bool kTwo>
-void multiply(const Tiling& w, const Packed& x, int64_t from, int64_t count, const char* next,
+  void fetch(int64_t column) const {
+    for (int j = begin; j < end; ++j)
+      _mm_prefetch(rows + j * row_bytes + column * kRowBytes, _MM_HINT_T1);
+  }
+};
+
+void fetch(const char* tile) {
+  for (int i = 0; i < kSide; ++i) _mm_prefetch(tile + i * kRowBytes, _MM_HINT_T0);
+}
+
+// Adds the products of `count` tiles of W_enc with a group's, from tile `from` on, to its sums; and
+// copies those tiles.
+template <bool kTwo, bool kCopying>
+void multiply(const Tiling& w, const Packed& x, int64_t from, int64_t count, const Ahead& next,
               char* copy, float* sums) {
   store_now();
   _tile_loadd(0, sums, kRowBytes);
@@ -141,27 +155,18 @@ void multiply(const Tiling& w, const Packed& x, int64_t from, int64_t count, con
     if (kTwo) _tile_loadd(7, x.at(from + i, 1), 4 * x.count[1]);
     if (kTwo) _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, w.at(i, 1), w.row_bytes);
-    if (kReading != Reading::again)
-      for (int j = 0; j < kLatents; ++j)
-        _mm_prefetch(next + j * w.row_bytes + i * kRowBytes, _MM_HINT_T1);
+    fetch(x.at(from + i + 1, 0));
+    if (kTwo) fetch(x.at(from + i + 1, 1));
+    next.fetch(from + i);
     _tile_dpbf16ps(2, 5, 6);
     if (kTwo) _tile_dpbf16ps(3, 5, 7);
-    if (kReading == Reading::first) {
-      _tile_stored(4, copy + i * kLatents * kRowBytes, kRowBytes);
-      _tile_stored(5, copy + (i * kLatents + kSide) * kRowBytes, kRowBytes);
-    }
+    if (kCopying) _tile_stored(4, copy + i * kLatents * kRowBytes, kRowBytes);
+    if (kCopying) _tile_stored(5, copy + (i * kLatents + kSide) * kRowBytes, kRowBytes);
   }
   _tile_stored(0, sums, kRowBytes);
   _tile_stored(2, sums + 2 * kSums, kRowBytes);
   if (kTwo) _tile_stored(1, sums + kSums, kRowBytes);
   if (kTwo) _tile_stored(3, sums + 3 * kSums, kRowBytes);
-}
-
-template <Reading kReading>
-void multiply(const Tiling& w, const Packed& x, int64_t from, int64_t count, const char* next,
-              char* copy, float* sums) {
-  x.count[1] ? multiply<kReading, true>(w, x, from, count, next, copy, sums)
-             : multiply<kReading, false>(w, x, from, count, next, copy, sums);
 }
 
 // out[i * kBlock + j] = sum of token i and latent j, with its bias; n <= kLatents.
@@ -195,7 +200,7 @@ class Product {
     else
       for (int64_t c = 0; c < d_; c += kColumns) {
         copy(w, n, c);
-        take_copy(0, c);
+        take_copy(0, c, nullptr);
       }
   }
 
@@ -217,23 +222,28 @@ class Product {
     const auto* const here = static_cast<const char*>(w[0]);
     const auto* const next = static_cast<const char*>(w[kLatents]);
     const int64_t columns = count_ == 1 ? d_ : kColumns;
+    char* const copied = count_ == 1 ? nullptr : copied_;
     for (int64_t c = 0; c < d_; c += columns) {
-      const Tiling stored{here + 2 * c, 2 * d_, kRowBytes, kSide * 2 * d_};
-      const int64_t from = c / kDepth, tiles = tiles_of(least(columns, d_ - c));
-      if (count_ == 1)
-        multiply<Reading::once>(stored, group(0), from, tiles, next, nullptr, sums_[0]);
-      else
-        multiply<Reading::first>(stored, group(0), from, tiles, next + 2 * c, copied_, sums_[0]);
-      take_copy(1, c);
+      take(0, {here + 2 * c, 2 * d_, kRowBytes, kSide * 2 * d_}, c, columns, next, copied);
+      take_copy(1, c, next);
     }
   }
 
   // The groups from `first` on, with columns c on of the copy.
-  void take_copy(int first, int64_t c) {
-    const Tiling copy{copied_, kRowBytes, kLatents * kRowBytes, kSide * kRowBytes};
-    for (int g = first; g < count_; ++g)
-      multiply<Reading::again>(copy, group(g), c / kDepth, tiles_of(least(kColumns, d_ - c)),
-                               nullptr, nullptr, sums_[g]);
+  void take_copy(int first, int64_t c, const char* next) {
+    const Tiling copied{copied_, kRowBytes, kLatents * kRowBytes, kSide * kRowBytes};
+    for (int g = first; g < count_; ++g) take(g, copied, c, kColumns, next, nullptr);
+  }
+
+  // Group g, with so many columns of W_enc from c on. Every group fetches its share of what comes
+  // next, so that memory is read while the others multiply.
+  void take(int g, const Tiling& w, int64_t c, int64_t columns, const char* next, char* copy) {
+    const Packed x = group(g);
+    const int share = next == nullptr ? 0 : kLatents;
+    const Ahead ahead{next, 2 * d_, g * share / count_, (g + 1) * share / count_};
+    const auto kind = x.count[1] ? (copy ? multiply<true, true> : multiply<true, false>)
+                                 : (copy ? multiply<false, true> : multiply<false, false>);
+    kind(w, x, c / kDepth, tiles_of(least(columns, d_ - c)), ahead, copy, sums_[g]);
   }
 
   // Columns c on of n rows. Rows that miss are zeros: from c = 0 on they stay.

@@ -27,7 +27,7 @@ int64_t chunk_tokens(const Encoder& encoder, int64_t features) {
 
 // Tokens that pass over W together, so that theirs stay in the second- and third-level caches: each
 // block of W meets all of them before the next one comes. `spare` bytes are left for copies.
-int64_t scanned_at_once(const Rows& x, const Rows& W, int64_t spare) {
+int64_t most_at_once(const Rows& x, const Rows& W, int64_t spare) {
   if (Panel::serves(x, W)) return Panel::most(packed_bytes(x.width), spare);
   const int64_t a_token = std::max<int64_t>(1, x.width * bytes(x.dtype));
   return std::max<int64_t>(64, (int64_t{4} << 20) / a_token);
@@ -218,9 +218,9 @@ class Ladder {
 
  private:
   void rank(const std::vector<int64_t>& tokens, const std::vector<float*>& acts) {
-    const size_t most = scanned_at_once(x_, encoder_.W, spare_);
-    for (size_t t = 0; t < tokens.size(); t += most)
-      Ranks(x_, encoder_, features_, rows_, &tokens[t], &acts[t], std::min(most, tokens.size() - t))
+    const size_t step = at_once(tokens.size(), most_at_once(x_, encoder_.W, spare_));
+    for (size_t t = 0; t < tokens.size(); t += step)
+      Ranks(x_, encoder_, features_, rows_, &tokens[t], &acts[t], std::min(step, tokens.size() - t))
           .settle();
   }
 
