@@ -139,8 +139,7 @@ bool by_simt(const Ladder& c, const Scan& s, Stream stream) {
 
 // SAESTEER_LADDER=steps leaves this kernel out.
 bool climb_once(const Ladder& c, const Scan& s, Dtype directions, Stream stream) {
-  thread_local Setting ladder("SAESTEER_LADDER", {"steps"});
-  if (c.open.count || ladder.value() == "steps") return false;
+  if (c.open.count || setting("SAESTEER_LADDER", {"steps"}) == "steps") return false;
   static_assert(mma::Few::kTokens == kFewTokens && simt::Few::kTokens == kFewTokens);
   const bool alike = s.x.dtype == s.encoder.W.dtype && s.x.dtype == directions;
   if (uses_mma(s)) {

@@ -9,8 +9,8 @@ namespace {
 // SAESTEER_SCAN=mma leaves out scan_wgmma, =simt both that use tensor cores: for finding out which
 // kernel is wrong, and for going on without it.
 bool allowed(const char* kernel) {
-  thread_local Setting only("SAESTEER_SCAN", {"mma", "simt"});
-  return only.value() == "" || only.value() == kernel;
+  const auto only = setting("SAESTEER_SCAN", {"mma", "simt"});
+  return only.empty() || only == kernel;
 }
 
 }  // namespace
