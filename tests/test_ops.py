@@ -789,6 +789,39 @@ def test_encode_takes_tokens_in_groups(k):
     assert same_bits(values, alone[0]) and torch.equal(indices, alone[1])
 
 
+def stretches(N: int) -> dict[str, torch.Tensor]:
+    """Preactivations in orders that are hard on whoever keeps the largest of those seen."""
+    up = torch.arange(1.0, N + 1)
+    unlike = torch.randn(N, generator=torch.Generator().manual_seed(3))
+    bad = unlike.clone()
+    bad[100:200], bad[N - 90 :], bad[N // 2] = torch.inf, -torch.inf, torch.nan
+    return {
+        "up": up,
+        "down": up.flip(0),
+        "equal": torch.ones(N),
+        "negative": -up,
+        "few values": up % 3,
+        "all in one stretch": torch.where(abs(up - 0.6 * N) < 0.1 * N, up, unlike),
+        "any": unlike,
+        "not finite": bad,
+    }
+
+
+@pytest.mark.parametrize("k", [1, 63, 192, 2000, 4999, 5000])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["f32", "bf16"])
+def test_core_encode_selects_from_any_order(dtype, k):
+    """One column and powers of two: every p is exact, so the choice is too."""
+    x = 2.0 ** (torch.arange(40)[:, None] % 5 - 2)
+    for name, p in stretches(5000).items():
+        given = x.to(dtype), p[:, None].to(dtype), torch.zeros(len(p))
+        values, indices = reference.encode(*given, k)
+        for count in (1, 3, 4):
+            with threads(count):
+                ours = ops.encode(*given, k)
+            assert torch.equal(ours[1], indices), (name, count)
+            assert torch.equal(ours[0].nan_to_num(-1), values.nan_to_num(-1)), (name, count)
+
+
 @EVERY_DTYPE
 @pytest.mark.parametrize(
     "shape", [(5, 3, 1), (63, 130, 32), (2, 4133, 45), (7, 33, 0), (0, 33, 4)], ids=str

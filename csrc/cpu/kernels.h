@@ -35,6 +35,9 @@ struct Kernels {
   // Bit j: p[j] beats `threshold`; NaN does, and an equal p[j] does if `ties`. n <= kBlock.
   uint64_t (*beats)(const float* p, int n, float threshold, bool ties);
 
+  // A number that k of n different keys reach, and no more; 0 < k <= n.
+  uint64_t (*bound)(const uint64_t* keys, int64_t n, int64_t k);
+
   // y = round(base + sum_i coef[i] rows[i]), summed in fp32 in the order of i; base in y's dtype,
   // or fp32. Unless `sum` is null it is the sum, and count is 0.
   void (*add)(const void* base, Dtype base_dtype, const float* sum, const void* const* rows,

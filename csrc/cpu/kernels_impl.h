@@ -220,6 +220,22 @@ uint64_t beats(const float* p, int n, float threshold, bool ties) {
   return bits;
 }
 
+// Found bit by bit, from the first in which the keys differ.
+inline uint64_t bound(const uint64_t* keys, int64_t n, int64_t k) {
+  uint64_t all = ~uint64_t{0}, any = 0;
+  for (int64_t i = 0; i < n; ++i) all &= keys[i], any |= keys[i];
+  if (all == any) return all;
+  uint64_t bit = uint64_t{1} << (63 - __builtin_clzll(all ^ any));
+  uint64_t found = all & ~(2 * bit - 1);
+  for (int64_t reach = n; reach != k; bit >>= 1) {
+    const uint64_t higher = found | bit;
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += keys[i] >= higher;
+    if (count >= k) found = higher, reach = count;
+  }
+  return found;
+}
+
 template <class V, class Y>
 void store_two(Y* y, typename V::reg low, typename V::reg high) {
   if constexpr (std::is_same_v<Y, bf16> && V::Bf16Product::native) {
@@ -344,7 +360,8 @@ inline void copy(const void* src, int64_t bytes, void* dst) {
 
 template <class V>
 constexpr Kernels table{
-    V::tokens, V::Bf16Product::native, dots<V>, dots_and_add<V>, beats<V>, add<V>, to_f32<V>, copy};
+    V::tokens, V::Bf16Product::native, dots<V>, dots_and_add<V>, beats<V>, bound, add<V>, to_f32<V>,
+    copy};
 
 }  // namespace
 }  // namespace saesteer::cpu
