@@ -1,7 +1,7 @@
 """vLLM in a process of its own, which answers batches of requests with what they took.
 
 Its Python may be another one than ours, since vLLM for CPUs wants an environment for itself. It
-finds this checkout by links in a folder of its own: beside `triton_kernels` vLLM does not start.
+finds this checkout by links in a folder of its own: beside ours vLLM's `triton_kernels` is hidden.
 """
 
 from __future__ import annotations
