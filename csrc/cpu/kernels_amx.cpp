@@ -187,10 +187,17 @@ void store_p(const float* sums, int tokens, int n, const float* bias, float* out
 
 int64_t tiles_of(int64_t columns) { return (columns + kDepth - 1) / kDepth; }
 
+// kColumns at most, in as few steps as with kColumns each, but all alike.
+int64_t alike(int64_t d) {
+  const int64_t steps = (d + kColumns - 1) / kColumns;
+  return tiles_of((d + steps - 1) / steps) * kDepth;
+}
+
 // kLatents rows of W_enc at a time, taken past all groups.
 class Product {
  public:
-  Product(const Group* groups, int count, int64_t d) : groups_(groups), count_(count), d_(d) {}
+  Product(const Group* groups, int count, int64_t d)
+      : groups_(groups), count_(count), d_(d), columns_(alike(d)) {}
 
   // n <= kLatents rows, and as many that come next.
   void take(const void* const* w, int n) {
@@ -198,7 +205,7 @@ class Product {
     if (d_ % kDepth == 0 && adjoin(w))
       take_stored(w);
     else
-      for (int64_t c = 0; c < d_; c += kColumns) {
+      for (int64_t c = 0; c < d_; c += columns_) {
         copy(w, n, c);
         take_copy(0, c, nullptr);
       }
@@ -221,18 +228,20 @@ class Product {
   void take_stored(const void* const* w) {
     const auto* const here = static_cast<const char*>(w[0]);
     const auto* const next = static_cast<const char*>(w[kLatents]);
-    const int64_t columns = count_ == 1 ? d_ : kColumns;
+    const int64_t columns = count_ == 1 ? d_ : columns_;
     char* const copied = count_ == 1 ? nullptr : copied_;
     for (int64_t c = 0; c < d_; c += columns) {
-      take(0, {here + 2 * c, 2 * d_, kRowBytes, kSide * 2 * d_}, c, columns, next, copied);
-      take_copy(1, c, next);
+      // So that column c of it is what comes next.
+      const char* const ahead = c + columns < d_ ? here + 2 * columns : next - 2 * c;
+      take(0, {here + 2 * c, 2 * d_, kRowBytes, kSide * 2 * d_}, c, columns, ahead, copied);
+      take_copy(1, c, ahead);
     }
   }
 
   // The groups from `first` on, with columns c on of the copy.
   void take_copy(int first, int64_t c, const char* next) {
     const Tiling copied{copied_, kRowBytes, kLatents * kRowBytes, kSide * kRowBytes};
-    for (int g = first; g < count_; ++g) take(g, copied, c, kColumns, next, nullptr);
+    for (int g = first; g < count_; ++g) take(g, copied, c, columns_, next, nullptr);
   }
 
   // Group g, with so many columns of W_enc from c on. Every group fetches its share of what comes
@@ -248,7 +257,7 @@ class Product {
 
   // Columns c on of n rows. Rows that miss are zeros: from c = 0 on they stay.
   void copy(const void* const* w, int n, int64_t c) {
-    const int64_t tiles = tiles_of(least(kColumns, d_ - c));
+    const int64_t tiles = tiles_of(least(columns_, d_ - c));
     for (int j = 0; j < kLatents; ++j)
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t at = c + i * kDepth;
@@ -267,7 +276,7 @@ class Product {
 
   const Group* const groups_;
   const int count_;
-  const int64_t d_;
+  const int64_t d_, columns_;
   int shaped_ = 0;
   alignas(64) char copied_[kLatents * kColumns * 2];
   alignas(64) float sums_[kMostGroups][4 * kSums];
