@@ -127,7 +127,7 @@ def padding(
     leave real ones unsteered.
     """
     if isinstance(mask, dict):  # one a kind of attention
-        mask = mask.get("full_attention")
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not isinstance(mask, Tensor):
         return None, None
     if mask.ndim == 2 and isinstance(start, int) and mask.shape[1] == start + count:

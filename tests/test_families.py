@@ -148,6 +148,19 @@ IMAGES = {
 }
 
 
+def test_sliding_attention_alone_tells_padding(sae):
+    """Of the masks that generate makes for a static cache there is none of full attention."""
+    kinds = ["sliding_attention"] * 3
+    model = tiny("Qwen2ForCausalLM", layer_types=kinds, use_sliding_window=True, sliding_window=4)
+    ids = torch.cat([torch.zeros(1, 2, dtype=torch.int64), PROMPT[:, :5]], 1)
+    mask, every = (ids != 0).long(), dict.fromkeys(range(128), 1.0)
+    with sf.steering(model, sae, EDITS, layer=1, when=sf.gate(every, pool="mean")) as handle:
+        generate(model, ids, attention_mask=mask)
+        expected = handle.decisions
+        generate(model, ids, attention_mask=mask, cache_implementation="static")
+        assert handle.decisions == expected
+
+
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("scope", ["all", "generated"])
 def test_images_in_the_prompt(sae, textbook, name, scope):
