@@ -725,6 +725,8 @@ def test_qwen_scope_needs_k_in_a_name(tmp_path):
 
 def test_a_folder_of_layers_names_them(tmp_path):
     path = qwen(tmp_path, random())
+    with pytest.raises(FileNotFoundError, match=r"SAEs are inside: layer6\.sae\.pt$"):
+        sf.SAE.load(path.parent)
     path.with_name("layer7.sae.pt").write_bytes(path.read_bytes())
     with pytest.raises(FileNotFoundError, match=r"SAEs are inside: layer6\.sae\.pt, layer7"):
         sf.SAE.load(path.parent)

@@ -54,8 +54,8 @@ def _topk(tensors: Torch) -> dict[str, object]:
 
 
 def _file(path: Path) -> Path | None:
-    """`path`, or the one .pt file in it."""
+    """`path`, or the one .pt file in it; Qwen Scope's are named otherwise."""
     if path.is_file():
         return path if path.suffix == ".pt" else None
-    inside = sorted(path.glob("*.pt"))
+    inside = sorted(file for file in path.glob("*.pt") if not file.name.endswith(".sae.pt"))
     return inside[0] if len(inside) == 1 else None
