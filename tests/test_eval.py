@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -151,6 +152,19 @@ def test_answers_do_not_depend_on_batching(shipped):
     alone = [answers(model, tokenizer, [prompt])[0] for prompt in prompts]
     assert together == alone
     assert len(set(together)) > len(prompts) // 2
+
+
+def test_answers_with_a_tokenizer_that_has_no_padding(shipped):
+    model, tokenizer, *_ = shipped
+    prompts = corpus.prompts("test")[::300]
+    expected = answers(model, tokenizer, prompts)
+    bare = deepcopy(tokenizer)
+    bare.pad_token = None
+    assert answers(model, bare, prompts) == expected
+    assert bare.pad_token is None
+    bare.eos_token = None
+    with pytest.raises(ValueError, match="tokenizer: has neither pad_token nor eos_token"):
+        answers(model, bare, prompts)
 
 
 def test_answers_are_the_models_greedy_choice(shipped):

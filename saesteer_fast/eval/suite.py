@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..attach import steering
 from ..sae import SAE
@@ -42,28 +44,48 @@ def answers(
 ) -> list[str]:
     """The model's greedy answers, in the prompts' order.
 
-    Batches are padded on the left and hold prompts of like length.
+    Batches are padded on the left and hold prompts of like length. A tokenizer without a pad_token
+    pads with its eos_token; ValueError if it has neither.
     """
-    texts = [chat_text(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    found = [""] * len(texts)
+    ids = [_ids(tokenizer, prompt) for prompt in prompts]
+    pad = _padding(tokenizer)
+    found = [""] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        inputs = tokenizer(
-            [texts[i] for i in rows],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            return_token_type_ids=False,
-        ).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **_GREEDY)
-        said = tokenizer.batch_decode(
-            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        asked, mask = (part.to(model.device) for part in _padded([ids[i] for i in rows], pad))
+        out = model.generate(
+            asked,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            **_GREEDY,
         )
+        said = tokenizer.batch_decode(out[:, asked.shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, said, strict=True):
             found[i] = text
     return found
+
+
+def _ids(tokenizer, prompt: Prompt) -> list[int]:
+    return tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+
+
+def _padding(tokenizer) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ValueError("tokenizer: has neither pad_token nor eos_token, and batches need padding")
+
+
+def _padded(ids: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask [len(ids), T]."""
+    rows = [torch.tensor(one) for one in ids]
+    masks = [torch.ones_like(row) for row in rows]
+    return tuple(
+        pad_sequence(parts, batch_first=True, padding_value=value, padding_side="left")
+        for parts, value in ((rows, pad), (masks, 0))
+    )
 
 
 def tally(prompts: Iterable[Prompt], said: Iterable[str]) -> dict[str, Share]:
