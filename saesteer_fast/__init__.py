@@ -10,7 +10,8 @@ with sf.steering(model, sae, {22373: 12.0}):
 from .attach import Handle, steering, steerings
 from .conditions import Active, Cause, Condition, Decision, Gate, GateInput, active, gate
 from .edits import Edit, Edits, add, at_least, at_most, scale, set_if_active
-from .plan import Rows, steer
+from .functional import Prepared, prepare, steer
+from .plan import Rows
 from .recipe import Handles, Recipe, Steering, load_steering
 from .sae import SAE
 from .scopes import NotTokens, Positions, Scope, not_tokens, positions
@@ -30,6 +31,7 @@ __all__ = [
     "Handles",
     "NotTokens",
     "Positions",
+    "Prepared",
     "Recipe",
     "Rows",
     "Scope",
@@ -42,6 +44,7 @@ __all__ = [
     "load_steering",
     "not_tokens",
     "positions",
+    "prepare",
     "scale",
     "set_if_active",
     "steer",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import sites
 from .choice import Impl
 from .conditions import Condition, Decision
-from .edits import Edits, require_finite
+from .edits import Edits
 from .errors import is_integer
 from .generation import Told, listen
 from .hooks import Hooks
@@ -80,10 +80,7 @@ def steering(
     device = sites.device(site)
     plan = Plan(sae, edits, device, when=when, error=error, measure=measure, impl=impl)
     plan.choose(rows)
-    if plan.table.values.requires_grad:
-        raise ValueError("edits: a strength requires a gradient; learn handle.strengths instead")
-    require_finite(plan.table.values)
-    plan.require_effect()
+    plan.require_ready()
     # Steering no tokens finds now what the model's first call would find.
     plan(sae.W_enc.new_empty(0, 0, sae.d, device=device), chosen=plan.nobody)
     return Handle(site, Hooks(site, plan, Scoped(scope, device)))

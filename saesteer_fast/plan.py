@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import ops
 from .choice import Impl
-from .conditions import Active, Condition, split
+from .conditions import Condition, split
 from .dtypes import FLOATS
-from .edits import Edits, Table
+from .edits import Edits, Table, require_finite
 from .errors import one_of
 from .measures import Measured, reconstruct
 from .sae import SAE
@@ -28,60 +28,6 @@ Reading = Measure | Literal["projection"]
 
 Rows = Sequence[str | int] | Tensor
 """Of a table of configurations one for each row, by names, or by numbers [B]."""
-
-
-def steer(
-    x: Tensor,
-    sae: SAE,
-    edits: Edits | Sequence[Edits] | Mapping[str, Edits],
-    *,
-    mask: Tensor | None = None,
-    rows: Rows | None = None,
-    when: Active | None = None,
-    error: ErrorTerm = "keep",
-    measure: Reading | None = None,
-    impl: Impl = "auto",
-) -> Tensor:
-    """Edit latents of `sae` in x, keeping what the SAE cannot express.
-
-        x' = x + sum over f in edits of (edit_f(a_f(x)) - a_f(x)) W_dec[f]
-
-    x [..., d] fp32, bf16 or fp16, on the SAE's device. `edits` is {latent: constant}, or with
-    sf.add, sf.scale, sf.set_if_active, sf.at_least, sf.at_most in place of a constant; constants
-    are in units of the activation, 0 ablates, negative ones are allowed. A list of such mappings
-    edits x[0], x[1], ... each in its own way; a mapping {name: mapping} is a table, out of which
-    `rows` names or counts one for each. {} leaves alone.
-
-    mask, bool [...] = x.shape[:-1], and `when`, sf.active of other latents, say which tokens.
-    Tokens outside come out bit-identical, and so do those that no edit changes, unless the error is
-    dropped. Sums are fp32, and x' is rounded once to x's dtype. Differentiable in x, and in
-    strengths that are tensors of one number. Raises TypeError or ValueError, naming the argument.
-
-    measure "projection" reads a = (x - b_dec)·W_dec[f] / |W_dec[f]| in place of the SAE's own
-    activation, and writes along the same unit vector. error "drop" gives decode(a') for every token
-    whose mapping is not {}, changed or not.
-
-    Equivalent to `decode(a') + (x - decode(a))` (O'Brien et al. 2024, arXiv 2411.11296). Clamps
-    in use elsewhere are points of these axes:
-
-        set, the error kept            SAELens hooks with the error term, AxBench: {f: c}
-        set where it fires             Farrell et al. 2024: {f: sf.set_if_active(c)}
-        at least c                     AxBench's minimum clamp: {f: sf.at_least(c)}
-        clamp of the projection        lm-eval's `steered`: {f: c}, measure="projection"
-        set, the error dropped         {f: c}, error="drop"
-
-    Overwriting the weakest of the k live latents (MisterXY89/sae-refusal-eval) is none, and is
-    not offered: it changes a latent that nobody named.
-    """
-    require_sae(sae)
-    plan = Plan(sae, edits, sae.device, when=when, error=error, measure=measure, impl=impl)
-    if plan.gate is not None:
-        raise ValueError("when: sf.gate is decided by a prompt, which only sf.steering sees")
-    plan.choose(rows)
-    if plan.active is not None:
-        plan.check(x, mask)
-        mask = both(mask, plan.holds(x)[1])
-    return plan(x, mask, plan.chosen)
 
 
 class Plan:
@@ -159,8 +105,12 @@ class Plan:
         else:
             self.chosen = chosen
 
-    def require_effect(self) -> None:
-        """ValueError for an edited latent whose direction is 0; waits for the device."""
+    def require_ready(self) -> None:
+        """ValueError for a strength that is learned elsewhere or not finite, and for an edited
+        latent whose direction is 0; waits for the device."""
+        if self.table.values.requires_grad:
+            raise ValueError("edits: a strength requires a gradient; learn `strengths` instead")
+        require_finite(self.table.values)
         still = ~self.measured.directions.any(-1)
         if still.any():
             latent = self.table.latents[int(still.int().argmax())]

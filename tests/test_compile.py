@@ -8,7 +8,6 @@ from support import EDITED, MEASURES, build, stream
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import saesteer_fast as sf
-from saesteer_fast.plan import Plan
 
 EDITS = {3: 6.0, 77: -2.0}
 TABLE = {"off": {}, "strong": EDITS, "weak": {3: 1.0, 5: sf.scale(0.5)}}
@@ -155,12 +154,12 @@ def test_every_measure_and_edit(measure):
     sae, x = build(measure), stream(5)
     named = "projection" if measure == "projection" else None
     edits = {3 + place: make(0.5) for place, (make, _) in enumerate(EDITED.values())}
-    plan = Plan(sae, edits, torch.device("cpu"), measure=named)
-    run = torch.compile(plan, backend="eager", fullgraph=True)
-    torch.testing.assert_close(run(x), plan(x))
+    edit = sf.prepare(sae, edits, measure=named)
+    run = torch.compile(edit, backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(x), edit(x))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        plan.table.values.mul_(3.0)
-        torch.testing.assert_close(run(x), plan(x))
+        edit.strengths.mul_(3.0)
+        torch.testing.assert_close(run(x), edit(x))
 
 
 def test_the_functional_form(sae):
@@ -173,10 +172,9 @@ def test_the_functional_form(sae):
 
 def test_inductor(sae):
     """The default backend, once."""
-    plan = Plan(sae, TABLE, torch.device("cpu"))
-    plan.choose(["off", "strong", "weak"])
+    edit = sf.prepare(sae, TABLE, rows=["off", "strong", "weak"])
     x = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(1))
-    run = torch.compile(plan, fullgraph=True)
+    run = torch.compile(edit, fullgraph=True)
     for rows in (["off", "strong", "weak"], ["weak", "off", "off"]):
-        plan.choose(rows)
-        torch.testing.assert_close(run(x, None, plan.chosen), plan(x, None, plan.chosen))
+        edit.choose(rows)
+        torch.testing.assert_close(run(x), sf.steer(x, sae, TABLE, rows=rows))

@@ -224,7 +224,7 @@ def test_what_is_computed_again_has_no_scope(make_phi3, make_sae):
 def test_strengths_that_are_not_leaves_of_the_steering(make_phi3, make_sae):
     strength = torch.tensor(2.0, requires_grad=True)
     with pytest.raises(
-        ValueError, match=r"edits: a strength requires a gradient; learn handle\.st"
+        ValueError, match="edits: a strength requires a gradient; learn `strengths` instead"
     ):
         sf.steering(make_phi3(), make_sae(), {3: strength})
     with sf.steering(make_phi3(), make_sae(), {3: strength.detach()}) as handle:

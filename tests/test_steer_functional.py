@@ -1,4 +1,4 @@
-"""sf.steer: the right answer for good input, a clear error for bad."""
+"""sf.steer and sf.prepare: the right answer for good input, a clear error for bad."""
 
 from __future__ import annotations
 
@@ -201,3 +201,88 @@ def test_bad_mask_is_named(sae, x, mask, message):
 def test_bad_sae_is_named(x):
     with pytest.raises(TypeError, match=r"sae: got str, an SAE is needed; SAE\.load reads one"):
         sf.steer(x, "layers.6", EDITS)
+
+
+TABLE = {"off": {}, "up": {3: sf.add(2.0)}, "down": {77: sf.scale(0.5), 3: -1.0}}
+PREPARED = [
+    (EDITS, {}),
+    ({3: sf.at_least(2.0)}, {"when": sf.active({77: 0.1})}),
+    ({3: 4.0}, {"measure": "projection"}),
+    ({3: 4.0}, {"error": "drop"}),
+    ([EDITS, {}, {5: 1.0}, {}, {3: 2.0}], {}),
+    (TABLE, {"rows": ["up", "off", "down", "up", "off"]}),
+]
+
+
+@pytest.mark.parametrize(("edits", "options"), PREPARED)
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_prepared_does_the_same(sae, x, edits, options, masked):
+    x = x.view(5, 10, D)
+    mask = torch.arange(50).view(5, 10) % 7 > 0 if masked else None
+    edit = sf.prepare(sae, edits, **options)
+    expected = sf.steer(x, sae, edits, mask=mask, **options)
+    assert not torch.equal(expected, x)
+    for _ in range(2):
+        assert torch.equal(edit(x, mask), expected)
+
+
+def test_what_is_prepared_changes_in_place(sae, x):
+    edit = sf.prepare(sae, EDITS)
+    assert edit.latents == [*EDITS] and edit.strengths.tolist() == [*EDITS.values()]
+    edit.set({3: 9.0})
+    assert torch.equal(edit(x), sf.steer(x, sae, EDITS | {3: 9.0}))
+    with pytest.raises(ValueError, match="edits: latent 5 is not edited"):
+        edit.set({5: 1.0})
+    x = x.view(5, 10, D)
+    edit = sf.prepare(sae, TABLE, rows=["up", "off", "down", "up", "off"])
+    edit.choose(["off", "off", "down", "down", "up"])
+    assert torch.equal(edit(x), sf.steer(x, sae, TABLE, rows=["off", "off", "down", "down", "up"]))
+    assert "up" in repr(edit) and repr(edit).startswith("Prepared(")
+
+
+def test_strengths_of_what_is_prepared_are_learned(sae, x):
+    edit = sf.prepare(sae, EDITS)
+    edit.strengths.requires_grad_()
+    given = {latent: torch.tensor(value, requires_grad=True) for latent, value in EDITS.items()}
+    for _ in range(2):
+        edit.strengths.grad = None
+        edit(x).square().sum().backward()
+    sf.steer(x, sae, given).square().sum().backward()
+    assert torch.equal(edit.strengths.grad, torch.stack([one.grad for one in given.values()]))
+
+
+def test_what_cannot_be_prepared(sae, x):
+    with pytest.raises(TypeError, match=r"sae: got str, an SAE is needed; SAE\.load reads one"):
+        sf.prepare("layers.6", EDITS)
+    with pytest.raises(ValueError, match=r"when: sf\.gate is decided by a prompt"):
+        sf.prepare(sae, EDITS, when=sf.gate({5: 1.0}))
+    with pytest.raises(ValueError, match="learn `strengths` instead"):
+        sf.prepare(sae, {3: torch.tensor(1.0, requires_grad=True)})
+    with pytest.raises(ValueError, match="rows: needed to choose among"):
+        sf.prepare(sae, TABLE)
+    W_dec = sae.W_dec.clone()
+    W_dec[3] = 0
+    still = sf.SAE(sae.W_enc, sae.b_enc, W_dec, sae.b_dec, K)
+    with pytest.raises(ValueError, match="latent 3 has the direction 0, nothing would be steered"):
+        sf.prepare(still, EDITS)
+    edit = sf.prepare(sae, EDITS)
+    with pytest.raises(ValueError, match=r"x: got shape \(3, 41\)"):
+        edit(torch.ones(3, D + 1))
+    with pytest.raises(ValueError, match=r"mask: got torch\.bool \(49,\)"):
+        edit(x, torch.ones(49, dtype=torch.bool))
+
+
+def test_a_hook_of_transformer_lens(make_sae, textbook):
+    lens = pytest.importorskip("transformer_lens", reason="TransformerLens is not installed")
+    sizes = dict(n_layers=3, d_model=D, d_head=20, n_ctx=16, d_vocab=64, act_fn="gelu")
+    model = lens.HookedTransformer(lens.HookedTransformerConfig(**sizes, seed=0))
+    sae, ids = make_sae(D, N, K), torch.tensor([[5, 17, 60, 2], [7, 8, 9, 5]])
+    edit = sf.prepare(sae, EDITS)
+
+    def run(steered) -> torch.Tensor:
+        hook = "blocks.1.hook_resid_post", lambda x, hook: steered(x).to(x.dtype)
+        return model.run_with_hooks(ids, fwd_hooks=[hook])
+
+    with torch.inference_mode():
+        torch.testing.assert_close(run(edit), run(lambda x: textbook(x, sae, EDITS)))
+        assert not torch.allclose(run(edit), model(ids))

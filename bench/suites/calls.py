@@ -6,8 +6,8 @@ nothing     a compiled op of steer's signature that computes nothing
 dispatched  torch.ops.saesteer.steer
 op          saesteer_fast.ops.steer, which chooses the implementation; op_no_grad, op_grad: under
             torch.no_grad, and with a gradient for x; all else under torch.inference_mode
-plan        a steering.Plan that is there already
-steer       sf.steer, which makes its plan
+prepared    what sf.prepare gave
+steer       sf.steer, which prepares too
 bare        a module that calls its one layer, which does nothing
 hook        and a forward hook that does nothing
 hooks       three of them, where sf.steering has its own
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 import saesteer_fast as sf
 from saesteer_fast import ops
-from saesteer_fast.plan import Plan
 
 from .. import exactness, native, workloads
 from ..timing import Contestant, interleaved
@@ -37,11 +36,13 @@ ROUNDS = 11
 TOKENS = 64
 CASE = "T1"
 NAMES = (
-    *("add", "nothing", "dispatched", "op", "op_no_grad", "op_grad", "plan", "steer"),
+    *("add", "nothing", "dispatched", "op", "op_no_grad", "op_grad", "prepared", "steer"),
     *("bare", "hook", "hooks", "steering", "steering_mask", "steering_no_grad"),
     "steering_generated",
 )
-STEERED = tuple(name for name in NAMES if name.startswith(("op", "plan", "steer", "dispatched")))
+STEERED = tuple(
+    name for name in NAMES if name.startswith(("op", "prepared", "steer", "dispatched"))
+)
 
 
 def cases(full: bool) -> list[str]:
@@ -91,7 +92,7 @@ def contestants(w: Workload, calls: list[Tensor]) -> dict[str, Contestant]:
     fixed = w.W_enc, w.b_enc, w.directions, w.features, w.values, w.k
     sae = sf.SAE(w.W_enc, w.b_enc, w.W_dec, w.b_dec, w.k, subtract_b_dec=False)
     edits = {int(w.features[0]): workloads.VALUE}
-    plan, machine, decoder = Plan(sae, edits, sae.device), native.load(), Decoder()
+    prepared, machine, decoder = sf.prepare(sae, edits), native.load(), Decoder()
     mask = torch.ones(1, 1, dtype=torch.int64)
     learned = [x.clone().requires_grad_() for x in calls]
     attached = partial(sf.steering, decoder, sae, edits, layer=0)
@@ -113,7 +114,7 @@ def contestants(w: Workload, calls: list[Tensor]) -> dict[str, Contestant]:
         "op": of(op, inference),
         "op_no_grad": of(op, no_grad),
         "op_grad": of(op, inputs=learned),
-        "plan": of(plan, inference),
+        "prepared": of(prepared, inference),
         "steer": of(lambda x: sf.steer(x, sae, edits), inference),
         "bare": of(decoder, inference),
         "hook": of(decoder, inference, partial(idle, decoder, False)),

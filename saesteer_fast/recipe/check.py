@@ -53,7 +53,7 @@ def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[s
     keywords = {name: getattr(step, name) for name in ("when", "error", "measure")}
     plan = Plan(sae, step.edits, torch.device("cpu"), **keywords)
     plan.choose(step.rows)
-    plan.require_effect()
+    plan.require_ready()
     if site is not None:
         Hooks(site, plan, Scoped(step.scope, plan.device))
     yield "measure", _measured(plan.measured.measure)

@@ -95,7 +95,7 @@ class _Layer:
         device = sites.device(site)
         choices = dict(when=step.when, error=step.error, measure=step.measure, impl=step.impl)
         self.plan = Plan(sae, step.edits, device, **choices)
-        self.plan.require_effect()
+        self.plan.require_ready()
         self.scope = Scoped(step.scope, device)
         table = self.plan.table
         numbers = [table.index(name) for name in names] if table.rowwise else []
