@@ -16,8 +16,8 @@ constexpr int kSide = 16;      // rows of a tile, and its words a row
 constexpr int kRowBytes = 64;  // of a tile
 constexpr int kDepth = 32;     // columns of W_enc in a tile
 constexpr int kLatents = 32;   // rows of W_enc at once
-constexpr int kColumns =
-    1024;  // of them, whose copy stays in the second-level cache with the tokens
+// Columns of them, whose copy stays in the second-level cache with the tokens.
+constexpr int kColumns = 1024;
 constexpr int kSums = kSide * kSide;
 static_assert(kGroupTokens == 2 * kSide && kBlock % kLatents == 0);
 

@@ -35,8 +35,7 @@ class Largest {
     for (auto& share : shares_) share.store(0, std::memory_order_relaxed);
   }
 
-  // Takes the preactivations of token t and count <= kBlock latents from `first` on, in which
-  // `worker` sees them.
+  // Takes what `worker` sees of token t: p of count <= kBlock latents, from `first` on.
   void offer(int64_t t, int64_t worker, const float* p, int count, int64_t first) {
     Seen& seen = seen_[at(t, worker)];
     uint64_t* const keys = keys_of(t, worker);
