@@ -823,6 +823,17 @@ def test_core_encode_selects_from_any_order(dtype, k):
 
 
 @EVERY_DTYPE
+def test_core_no_columns_leave_the_bias(dtype):
+    x, W_enc = torch.zeros(64, 0, dtype=dtype), torch.zeros(130, 0, dtype=dtype)
+    b_enc = torch.arange(130.0) - 2
+    values, indices = ops.encode(x, W_enc, b_enc, 3)
+    assert (values == torch.tensor([127.0, 126.0, 125.0])).all()
+    assert (indices == torch.tensor([129, 128, 127])).all()
+    acts = ops.feature_acts(x, W_enc, b_enc, torch.tensor([129, 5]), 3)
+    assert (acts == torch.tensor([127.0, 0.0])).all()
+
+
+@EVERY_DTYPE
 @pytest.mark.parametrize(
     "shape", [(5, 3, 1), (63, 130, 32), (2, 4133, 45), (7, 33, 0), (0, 33, 4)], ids=str
 )

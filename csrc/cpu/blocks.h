@@ -29,15 +29,10 @@ struct Block {
   }
 };
 
-inline int64_t blocks(const Encoder& encoder) { return (encoder.count + kBlock - 1) / kBlock; }
+inline int64_t blocks(const Encoder& encoder) { return parts(encoder.count, kBlock); }
 
-// Of `tokens`, how many pass over W_enc at once: in as few passes as with `most` at once, but all
-// alike, because a pass for a few reads as much as one for many.
-inline int64_t at_once(int64_t tokens, int64_t most) {
-  const auto shares = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t each = shares(tokens, shares(tokens, most));
-  return std::min(most, shares(each, kGroupTokens) * kGroupTokens);
-}
+// Of `tokens`, how many pass over W_enc at once: a pass for a few reads as much as one for many.
+inline int64_t at_once(int64_t tokens, int64_t most) { return alike(tokens, most, kGroupTokens); }
 
 // Calls work(block) for the blocks that a worker takes, until it gives false.
 template <class F>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "isa.h"
+#include "parts.h"
 #include "types.h"
 
 namespace saesteer::cpu {
@@ -61,7 +62,7 @@ struct Group {
 };
 
 // What a packed token of d columns takes: whole tiles.
-constexpr int64_t packed_bytes(int64_t d) { return (d + 31) / 32 * 64; }
+constexpr int64_t packed_bytes(int64_t d) { return parts(d, 32) * 64; }
 
 // Products of many tokens at once, x and W both bf16.
 struct Tiles {

@@ -185,19 +185,11 @@ void store_p(const float* sums, int tokens, int n, const float* bias, float* out
     }
 }
 
-int64_t tiles_of(int64_t columns) { return (columns + kDepth - 1) / kDepth; }
-
-// kColumns at most, in as few steps as with kColumns each, but all alike.
-int64_t alike(int64_t d) {
-  const int64_t steps = (d + kColumns - 1) / kColumns;
-  return tiles_of((d + steps - 1) / steps) * kDepth;
-}
-
 // kLatents rows of W_enc at a time, taken past all groups.
 class Product {
  public:
   Product(const Group* groups, int count, int64_t d)
-      : groups_(groups), count_(count), d_(d), columns_(alike(d)) {}
+      : groups_(groups), count_(count), d_(d), columns_(alike(d, kColumns, kDepth)) {}
 
   // n <= kLatents rows, and as many that come next.
   void take(const void* const* w, int n) {
@@ -252,12 +244,12 @@ class Product {
     const Ahead ahead{next, 2 * d_, g * share / count_, (g + 1) * share / count_};
     const auto kind = x.count[1] ? (copy ? multiply<true, true> : multiply<true, false>)
                                  : (copy ? multiply<false, true> : multiply<false, false>);
-    kind(w, x, c / kDepth, tiles_of(least(columns, d_ - c)), ahead, copy, sums_[g]);
+    kind(w, x, c / kDepth, parts(least(columns, d_ - c), kDepth), ahead, copy, sums_[g]);
   }
 
   // Columns c on of n rows. Rows that miss are zeros: from c = 0 on they stay.
   void copy(const void* const* w, int n, int64_t c) {
-    const int64_t tiles = tiles_of(least(columns_, d_ - c));
+    const int64_t tiles = parts(least(columns_, d_ - c), kDepth);
     for (int j = 0; j < kLatents; ++j)
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t at = c + i * kDepth;

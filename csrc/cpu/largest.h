@@ -21,11 +21,12 @@ class Largest {
       : k_(k),
         workers_(workers),
         tokens_(tokens),
-        share_((k + workers - 1) / workers),
+        share_(parts(k, workers)),
         slack_(slack(k, workers)),
+        most_(most(k, workers)),
         seen_(workers * tokens),
         shares_(workers * tokens),
-        keys_(new uint64_t[workers * tokens * most(k, workers)]) {}
+        keys_(new uint64_t[workers * tokens * most_]) {}
 
   // Of what a thread keeps of a token.
   static int64_t bytes(int64_t k, int64_t workers) { return 8 * most(k, workers); }
@@ -66,14 +67,12 @@ class Largest {
   };
 
   static int64_t slack(int64_t k, int64_t workers) {
-    return std::max<int64_t>((k + workers - 1) / workers, kBlock);
+    return std::max<int64_t>(parts(k, workers), kBlock);
   }
   static int64_t most(int64_t k, int64_t workers) { return k + slack(k, workers) + kBlock; }
 
   int64_t at(int64_t t, int64_t worker) const { return worker * tokens_ + t; }
-  uint64_t* keys_of(int64_t t, int64_t worker) const {
-    return keys_.get() + at(t, worker) * most(k_, workers_);
-  }
+  uint64_t* keys_of(int64_t t, int64_t worker) const { return keys_.get() + at(t, worker) * most_; }
 
   void narrow(int64_t t, int64_t worker, Seen& seen, uint64_t* keys) {
     const auto bound = kernels().bound;
@@ -105,7 +104,7 @@ class Largest {
     return kept;
   }
 
-  const int64_t k_, workers_, tokens_, share_, slack_;
+  const int64_t k_, workers_, tokens_, share_, slack_, most_;
   std::vector<Seen> seen_;
   std::vector<std::atomic<uint64_t>> shares_;  // what a thread's share of k reaches; 0: nothing yet
   const std::unique_ptr<uint64_t[]> keys_;

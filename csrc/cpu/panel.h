@@ -61,7 +61,7 @@ class Panel {
     char bytes[kLine];
   };
 
-  int64_t groups() const { return (count_ + kGroupTokens - 1) / kGroupTokens; }
+  int64_t groups() const { return parts(count_, kGroupTokens); }
   int size(int64_t g) const {
     return static_cast<int>(std::min<int64_t>(kGroupTokens, count_ - g * kGroupTokens));
   }

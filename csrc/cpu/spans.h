@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "parts.h"
 
 namespace saesteer::cpu {
 
@@ -40,7 +41,7 @@ class Spans {
 template <class F>
 void over_tokens(int64_t count, const F& work) {
   constexpr int64_t kWorthWaking = 48;  // tokens
-  const int64_t workers = workers_for((count + kWorthWaking - 1) / kWorthWaking);
+  const int64_t workers = workers_for(parts(count, kWorthWaking));
   std::vector<Share> shares(workers);
   for (int64_t w = 0; w < workers; ++w) {
     shares[w].next = w * count / workers;
