@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from . import qwen_scope
 from .files import read_weights
 from .protocol import Fields
 from .zips import Torch
@@ -54,8 +55,8 @@ def _topk(tensors: Torch) -> dict[str, object]:
 
 
 def _file(path: Path) -> Path | None:
-    """`path`, or the one .pt file in it; Qwen Scope's are named otherwise."""
+    """`path`, or the one .pt file in it that is not Qwen Scope's."""
     if path.is_file():
         return path if path.suffix == ".pt" else None
-    inside = sorted(file for file in path.glob("*.pt") if not file.name.endswith(".sae.pt"))
+    inside = sorted(file for file in path.glob("*.pt") if not qwen_scope.recognises(file))
     return inside[0] if len(inside) == 1 else None
