@@ -127,7 +127,12 @@ def padding(
     leave real ones unsteered.
     """
     if isinstance(mask, dict):  # one a kind of attention
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
+        kinds = (mask["full_attention"],) if "full_attention" in mask else mask.values()
+        for kind in kinds:
+            told = padding(kind, start, count, cache)
+            if told[1] is not None:
+                return told
+        return None, None
     if not isinstance(mask, Tensor):
         return None, None
     if mask.ndim == 2 and isinstance(start, int) and mask.shape[1] == start + count:
