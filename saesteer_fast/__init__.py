@@ -8,8 +8,8 @@ with sf.steering(model, sae, {22373: 12.0}):
 """
 
 from .attach import Handle, steering, steerings
-from .conditions import Active, Cause, Condition, Decision, Gate, GateInput, active, gate
-from .edits import Edit, Edits, add, at_least, at_most, scale, set_if_active
+from .conditions import Active, Cause, Condition, Decision, Gate, GateInput, When, active, gate
+from .edits import Configurations, Edit, Edits, add, at_least, at_most, scale, set_if_active
 from .functional import Prepared, prepare, steer
 from .plan import Rows
 from .recipe import Handles, Recipe, Steering, load_steering
@@ -22,6 +22,7 @@ __all__ = [
     "Active",
     "Cause",
     "Condition",
+    "Configurations",
     "Decision",
     "Edit",
     "Edits",
@@ -36,6 +37,7 @@ __all__ = [
     "Rows",
     "Scope",
     "Steering",
+    "When",
     "active",
     "add",
     "at_least",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from . import sites
 from .choice import Impl
-from .conditions import Condition, Decision
-from .edits import Edits
+from .conditions import Decision, When
+from .edits import Configurations
 from .errors import is_integer
 from .generation import Told, listen
 from .hooks import Hooks
@@ -25,12 +25,12 @@ from .sites import Site
 def steering(
     model: nn.Module,
     sae: SAE,
-    edits: Edits | Sequence[Edits] | Mapping[str, Edits],
+    edits: Configurations,
     *,
     layer: int | str | None = None,
     scope: Scope = "all",
     rows: Rows | None = None,
-    when: Condition | Sequence[Condition] | None = None,
+    when: When | None = None,
     error: ErrorTerm = "keep",
     measure: Reading | None = None,
     impl: Impl = "auto",
@@ -81,8 +81,6 @@ def steering(
     plan = Plan(sae, edits, device, when=when, error=error, measure=measure, impl=impl)
     plan.choose(rows)
     plan.require_ready()
-    # Steering no tokens finds now what the model's first call would find.
-    plan(sae.W_enc.new_empty(0, 0, sae.d, device=device), chosen=plan.nobody)
     return Handle(site, Hooks(site, plan, Scoped(scope, device)))
 
 
@@ -135,7 +133,7 @@ class Handle:
         and the sf.gate of its latest prompt. Reading waits for the device."""
         return self._hooks.decisions()
 
-    def set(self, edits: Edits | Sequence[Edits] | Mapping[str, Edits]) -> None:
+    def set(self, edits: Configurations) -> None:
         """Change strengths of edits that are there already, from the model's next call on.
 
         Given as `edits` was, less what stays as it is. Raises ValueError for a latent that is not

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -148,10 +148,12 @@ def gate(
     by a path: the same from a JSON file {"weights": {latent: weight}, "bias", "threshold", "pool"},
     or from a safetensors file with `latents` [G], `weights` [G], and the rest as its metadata.
     by a callable: it is given a `GateInput` with the activations of `latents` and returns bool [B].
-    Raises ValueError for an argument that the form does not use, and, naming the file, for a bad
-    one.
+    Raises TypeError or ValueError, naming the argument or the file, also for an argument that the
+    form does not use.
     A gate on the prompt needs no host synchronisation unless its callable makes one.
     """
+    if not isinstance(latents, Iterable):
+        raise TypeError(f"latents: got {latents!r}, a list is needed: latents=[511]")
     given = dict(bias=bias, threshold=threshold, pool=pool, latents=tuple(latents))
     if callable(by):
         _require_unused(gate, "a callable decides by itself", given, "bias", "threshold", "pool")
@@ -174,8 +176,11 @@ def gate(
 
 Condition = Active | Gate
 
+When = Condition | Sequence[Condition]
+"""Of one kind or of both; all must hold."""
 
-def split(when: Condition | Sequence[Condition] | None) -> tuple[Active | None, Gate | None]:
+
+def split(when: When | None) -> tuple[Active | None, Gate | None]:
     """Conditions, all of which must hold, as at most one of each kind."""
     if when is None:
         return None, None

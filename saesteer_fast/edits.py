@@ -45,7 +45,7 @@ class Edit:
         object.__setattr__(self, "value", _number(f"{self.kind}: got", self.value))
 
     def __repr__(self) -> str:
-        return f"{self.kind}({float(self.value):g})"
+        return f"{self.kind}({_plain(self.value):g})"
 
 
 def add(value: float | Tensor) -> Edit:
@@ -73,8 +73,11 @@ def at_most(value: float | Tensor) -> Edit:
     return Edit("at_most", value)
 
 
-Edits = Mapping[int, float | Edit]
+Edits = Mapping[int, float | Tensor | Edit]
 """{latent: number} sets a latent to a constant, {latent: sf.add(3.0)} and the like do the rest."""
+
+Configurations = Edits | Sequence[Edits] | Mapping[str, Edits]
+"""One for all rows, one a row, or a table by name out of which rows choose."""
 
 
 class Table:
@@ -86,7 +89,7 @@ class Table:
 
     def __init__(
         self,
-        edits: Edits | Sequence[Edits] | Mapping[str, Edits],
+        edits: Configurations,
         num_latents: int,
         device: torch.device,
     ):
@@ -96,12 +99,11 @@ class Table:
         # In order of latent: sums, and so results, do not depend on the order of a mapping.
         self.latents = sorted(set().union(*checked))
         self.columns = {latent: column for column, latent in enumerate(self.latents)}
-        kinds = [[_kind(edits.get(f)) for f in self.latents] for edits in checked]
+        self._kinds = [[_kind(edits.get(f)) for f in self.latents] for edits in checked]
         values = [edits[f].value if f in edits else 0.0 for edits in checked for f in self.latents]
-        self._by_row = [set(row) for row in kinds]
-        self.present = tuple(sorted(set().union(*self._by_row)))
-        rows = kinds if self.rowwise else kinds[0]
-        self.kinds = torch.tensor(rows, dtype=torch.int8, device=device)
+        self.present = tuple(sorted(set().union(*self._kinds)))
+        kinds = self._kinds if self.rowwise else self._kinds[0]
+        self.kinds = torch.tensor(kinds, dtype=torch.int8, device=device)
         self.values = _stacked(values, device)
         if self.rowwise:
             self.values = self.values.view(self.kinds.shape)
@@ -114,7 +116,7 @@ class Table:
     @property
     def sets_whole_rows(self) -> bool:
         """Whether every configuration sets all of the latents, or edits none."""
-        return all(kinds in ({_SET}, {_NONE}, set()) for kinds in self._by_row)
+        return all(set(kinds) in ({_SET}, {_NONE}, set()) for kinds in self._kinds)
 
     def rows(self, chosen: Tensor, dims: int) -> tuple[Tensor, Tensor]:
         """Strengths and kinds [B, 1, ..., F] of the configurations chosen [B] int64, for x of
@@ -137,13 +139,13 @@ class Table:
                 amounts = torch.where(kinds == kind, amount, amounts)
         return amounts
 
-    def set(self, edits: Edits | Sequence[Edits] | Mapping[str, Edits]) -> None:
+    def set(self, edits: Configurations) -> None:
         """Change strengths of edits that are there already; nothing changes if any is refused."""
         places, values = [], []
         for row, changed in self._changed(edits):
             for latent, edit in _checked(changed).items():
                 places.append(self._place(row, latent, edit))
-                values.append(float(edit.value))
+                values.append(_plain(edit.value))
         device = self.values.device
         with torch.no_grad():
             index = torch.tensor(places, dtype=torch.int64, device=device)
@@ -153,33 +155,31 @@ class Table:
 
     def described(self) -> object:
         """The configurations as they are now, in the form in which they were given."""
+        strengths = self.values.tolist() if self.rowwise else [self.values.tolist()]
         rows = [
             {
                 latent: value if KINDS[kind] == "set" else Edit(KINDS[kind], value)
                 for latent, kind, value in zip(self.latents, kinds, values, strict=True)
                 if kind != _NONE
             }
-            for kinds, values in zip(*map(self._listed, (self.kinds, self.values)), strict=True)
+            for kinds, values in zip(self._kinds, strengths, strict=True)
         ]
         if not self.rowwise:
             return rows[0]
         return dict(zip(self.names, rows, strict=True)) if self.names else rows
 
-    def index(self, name: str | int) -> int:
-        """The row of a configuration."""
-        if is_integer(name):
-            if 0 <= name < len(self.values):
-                return int(name)
-            raise ValueError(f"rows: got {name}, accepted are 0 to {len(self.values) - 1}")
-        if name in (self.names or ()):
+    def index(self, name: str | int, argument: str = "rows") -> int:
+        """The row of a configuration that an argument names or counts."""
+        if is_integer(name) and 0 <= name < len(self.values):
+            return int(name)
+        if is_integer(name) or not self.names:
+            raise ValueError(f"{argument}: got {name!r}, accepted are 0 to {len(self.values) - 1}")
+        if name in self.names:
             return self.names.index(name)
         raise ValueError(
-            f"rows: no configuration {name!r}, there are {list(self.names or [])}"
-            f"{nearest(str(name), self.names or [])}"
+            f"{argument}: no configuration {name!r}, there are {list(self.names)}"
+            f"{nearest(str(name), self.names)}"
         )
-
-    def _listed(self, tensor: Tensor) -> list[list]:
-        return tensor.tolist() if self.rowwise else [tensor.tolist()]
 
     def _changed(self, edits) -> list[tuple[int, Edits]]:
         names, changed = _configurations(edits)
@@ -189,24 +189,31 @@ class Table:
                 f"were given, {self.described()}"
             )
         if names:
-            return [(self.index(name), row) for name, row in zip(names, changed, strict=True)]
+            rows = [self.index(name, "edits") for name in names]
+            return list(zip(rows, changed, strict=True))
         if self.rowwise and len(changed) != len(self.values):
             raise ValueError(f"edits: got {len(changed)} rows, there are {len(self.values)}")
         return list(enumerate(changed))
 
     def _place(self, row: int, latent: int, edit: Edit) -> int:
-        column = self.columns.get(latent)
-        kinds = self._listed(self.kinds)[row]
+        column, kinds = self.columns.get(latent), self._kinds[row]
         kind = _NONE if column is None else kinds[column]
         if kind == _NONE:
             edited = [f for f, kind in zip(self.latents, kinds, strict=True) if kind != _NONE]
-            raise ValueError(f"edits: latent {latent} is not edited; edited are {edited}")
+            raise ValueError(
+                f"{self._called(row)}: latent {latent} is not edited; edited are {edited}"
+            )
         if KINDS[kind] != edit.kind:
             raise ValueError(
-                f"edits: latent {latent} is edited by {KINDS[kind]}, and set() cannot change that "
-                f"to {edit.kind}; remove the steering and attach another"
+                f"{self._called(row)}: latent {latent} is edited by {KINDS[kind]}, which set() "
+                f"cannot change to {edit.kind}; make another steering"
             )
         return row * len(self.latents) + column
+
+    def _called(self, row: int) -> str:
+        if not self.rowwise:
+            return "edits"
+        return f"edits[{(self.names[row] if self.names else row)!r}]"
 
 
 def require_finite(strengths: Tensor) -> None:
@@ -268,6 +275,10 @@ def _number(what: str, value: float | Tensor) -> float | Tensor:
     if not abs(value) <= LARGEST:
         raise ValueError(f"{what} {value}, which is not finite in fp32")
     return float(value)
+
+
+def _plain(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def _stacked(values: list[float | Tensor], device: torch.device) -> Tensor:

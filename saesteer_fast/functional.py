@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from torch import Tensor
 
 from .choice import Impl
 from .conditions import Active
-from .edits import Edits
+from .edits import Configurations
 from .plan import ErrorTerm, Plan, Reading, Rows, require_sae
 from .sae import SAE
 from .scopes import both
@@ -17,7 +15,7 @@ from .scopes import both
 def steer(
     x: Tensor,
     sae: SAE,
-    edits: Edits | Sequence[Edits] | Mapping[str, Edits],
+    edits: Configurations,
     *,
     mask: Tensor | None = None,
     rows: Rows | None = None,
@@ -63,7 +61,7 @@ def steer(
 
 def prepare(
     sae: SAE,
-    edits: Edits | Sequence[Edits] | Mapping[str, Edits],
+    edits: Configurations,
     *,
     rows: Rows | None = None,
     when: Active | None = None,
@@ -108,7 +106,7 @@ class Prepared:
         """[F] fp32, or [C, F], a row a configuration; as Handle.strengths."""
         return self._plan.table.values
 
-    def set(self, edits: Edits | Sequence[Edits] | Mapping[str, Edits]) -> None:
+    def set(self, edits: Configurations) -> None:
         """Change strengths of edits that are there already; as Handle.set."""
         self._plan.table.set(edits)
 
@@ -126,6 +124,7 @@ def _plan(sae: SAE, edits, rows: Rows | None, **options) -> Plan:
     if plan.gate is not None:
         raise ValueError("when: sf.gate is decided by a prompt, which only sf.steering sees")
     plan.choose(rows)
+    plan.require_effect()
     return plan
 
 

@@ -56,9 +56,7 @@ class Generate:
         asked = partial(self._asked, args, kwargs)
         _require_shown_padding(kwargs.get("attention_mask"), asked("prefill_chunk_size"))
         _require_one_prompt(asked("guidance_scale"))
-        told = _told(*args, **kwargs)._replace(
-            drafts=bool(asked("is_assistant")), new=asked("max_new_tokens")
-        )
+        told = _told(asked, *args, **kwargs)
         with ExitStack() as until:
             for listener in self.listeners:
                 until.enter_context(listener.told(told))
@@ -113,11 +111,14 @@ def _require_one_prompt(guidance: float | None) -> None:
         )
 
 
-def _told(inputs: Tensor | None = None, *args, **kwargs) -> Told:
+def _told(asked: Callable, inputs: Tensor | None = None, *args, **kwargs) -> Told:
     """From the arguments of generate."""
     given = (kwargs.get("inputs_embeds"), inputs, kwargs.get("inputs"), kwargs.get("input_ids"))
     prompt = next((tensor for tensor in given if tensor is not None), None)
     batch, columns = (1, 1) if prompt is None else prompt.shape[:2]
+    new, most = asked("max_new_tokens"), asked("max_length")
+    if new is None and most is not None:
+        new = most - columns
     mask = kwargs.get("attention_mask")
     start = int(past_length(kwargs.get("past_key_values")))
     if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -125,4 +126,5 @@ def _told(inputs: Tensor | None = None, *args, **kwargs) -> Told:
     elif columns <= start:
         # Of a sequence that goes on from a cache, the new tokens alone may be given.
         columns += start
-    return Told(columns, columns, batch, start, once=True)
+    drafts = bool(asked("is_assistant"))
+    return Told(columns, columns, batch, start, once=True, drafts=drafts, new=new)

@@ -89,8 +89,8 @@ class Hooks:
             )
         if told.new == 1 and self.scope.begins_late and not told.drafts:
             raise ValueError(
-                "max_new_tokens: got 1, and scope 'generated' would steer nothing, since the first "
-                "token is not read again; accepted are 2 and more"
+                "scope: 'generated' would steer nothing, since generate is asked for one new "
+                "token, which is not read again; accepted are 2 and more (max_new_tokens)"
             )
         before, found = dict(vars(call)), (self.active, self.gated)
         call.told = told

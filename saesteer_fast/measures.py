@@ -172,6 +172,8 @@ def decode(sae: Weights, acts: Tensor, x: Tensor | None = None) -> Tensor:
 
     x [..., d] is what they were encoded from; it is needed where `sae` normalises tokens.
     """
+    if not isinstance(acts, Tensor):
+        raise TypeError(f"acts: got {type(acts).__name__}, a tensor is needed")
     if acts.shape[-1:] != (sae.num_latents,):
         raise ValueError(f"acts: got shape {tuple(acts.shape)}, [..., {sae.num_latents}] is needed")
     if sae.normalize != "none":

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .choice import Impl
-from .conditions import Condition, split
+from .choice import IMPLS, Impl
+from .conditions import Condition, When, split
 from .dtypes import FLOATS
-from .edits import Edits, Table, require_finite
+from .edits import Configurations, Table, require_finite
 from .errors import one_of
 from .measures import Measured, reconstruct
+from .reference import may_read
 from .sae import SAE
 from .scopes import both
 from .weights import Measure
@@ -40,16 +41,16 @@ class Plan:
     def __init__(
         self,
         sae: SAE,
-        edits: Edits | Sequence[Edits] | Mapping[str, Edits],
+        edits: Configurations,
         device: torch.device,
         *,
-        when: Condition | Sequence[Condition] | None = None,
+        when: When | None = None,
         error: ErrorTerm = "keep",
         measure: Reading | None = None,
         impl: Impl = "auto",
     ):
         sae.require_unwritten()
-        _check_choices(sae, error, measure)
+        _check_choices(sae, error, measure, impl)
         self.d, self.impl, self.device = sae.d, impl, device
         # What inference mode makes, nobody could use outside of it.
         with torch.inference_mode(False):
@@ -61,6 +62,8 @@ class Plan:
     def _build(self, sae: SAE, error: ErrorTerm, measure: Reading | None) -> None:
         if not self.table.latents or (not self.table.measures and measure != "projection"):
             measure = "none"
+        if error == "drop":
+            sae = sae.to(self.device)
         self.measured = Measured(sae, self.table.latents, self.device, measure)
         self.on_active = self._conditional(sae, self.active)
         if self.active is not None:
@@ -69,7 +72,7 @@ class Plan:
         self.on_gate = self._conditional(sae, self.gate)
         if self.on_active is not None or self.on_gate is not None:
             self._share_encoder()
-        self.dropping = sae.to(self.device) if error == "drop" else None
+        self.dropping = sae if error == "drop" else None
         self.fused = self.measured.fused and error == "keep" and self.table.sets_whole_rows
 
     def __call__(
@@ -105,18 +108,26 @@ class Plan:
         else:
             self.chosen = chosen
 
-    def require_ready(self) -> None:
-        """ValueError for a strength that is learned elsewhere or not finite, and for an edited
-        latent whose direction is 0; waits for the device."""
-        if self.table.values.requires_grad:
-            raise ValueError("edits: a strength requires a gradient; learn `strengths` instead")
-        require_finite(self.table.values)
+    def require_effect(self) -> None:
+        """ValueError for a strength that is not finite, and for an edited latent whose direction is
+        0; waits for the device."""
+        if may_read(self.table.values):
+            require_finite(self.table.values)
         still = ~self.measured.directions.any(-1)
         if still.any():
             latent = self.table.latents[int(still.int().argmax())]
             raise ValueError(
                 f"edits: latent {latent} has the direction 0, nothing would be steered"
             )
+
+    def require_ready(self) -> None:
+        """Raises what the first call would, and ValueError for a strength that is learned
+        elsewhere. What a first call makes is there then, so that all can be traced."""
+        if self.table.values.requires_grad:
+            raise ValueError("edits: a strength requires a gradient; learn `strengths` instead")
+        self.require_effect()
+        nothing = self.measured.directions.new_empty(0, 0, self.d)
+        self(nothing, chosen=self.measured.features.new_empty(0) if self.table.rowwise else None)
 
     @property
     def chosen_by(self) -> str:
@@ -125,21 +136,13 @@ class Plan:
         return "rows" if table.names or len(self.chosen) != len(table.values) else "edits"
 
     @property
-    def nobody(self) -> Tensor | None:
-        """`chosen` for a batch of no rows."""
-        return None if self.chosen is None else self.chosen[:0]
-
-    @property
     def nbytes(self) -> int:
         """Of all that is kept on the device."""
-        readers = [one for one in (self.measured, self.on_active, self.on_gate) if one]
-        kept = [self.table.values, self.table.kinds]
-        for one in readers:
-            kept += [one.W_enc, one.b_enc, one.directions, one.features, *one.parameters]
-        if self.dropping is not None:
-            kept += [held for held in vars(self.dropping).values() if isinstance(held, Tensor)]
-        # Readers share an encoder.
-        return sum(held.nbytes for held in {id(held): held for held in kept}.values())
+        holders = [self.table, self.measured, self.on_active, self.on_gate, self.dropping]
+        sizes: dict[int, int] = {}  # they share an encoder
+        for held in (t for one in holders if one is not None for t in _tensors(one)):
+            sizes[held.data_ptr()] = max(held.nbytes, sizes.get(held.data_ptr(), 0))
+        return sum(sizes.values())
 
     def _set(self, x: Tensor, mask: Tensor | None, values: Tensor, kinds: Tensor) -> Tensor:
         if self.table.rowwise:
@@ -231,8 +234,15 @@ def require_sae(sae: SAE) -> None:
         raise TypeError(f"sae: got {type(sae).__name__}, an SAE is needed; SAE.load reads one")
 
 
-def _check_choices(sae: SAE, error: ErrorTerm, measure: Reading | None) -> None:
+def _tensors(holder: object) -> Iterator[Tensor]:
+    for held in vars(holder).values():
+        several = held if isinstance(held, tuple) else (held,)
+        yield from (one for one in several if isinstance(one, Tensor))
+
+
+def _check_choices(sae: SAE, error: ErrorTerm, measure: Reading | None, impl: Impl) -> None:
     one_of("error", error, ERRORS)
+    one_of("impl", impl, IMPLS)
     if measure is not None:
         one_of("measure", measure, (sae.measure, "projection"))
     if error == "drop" and measure == "projection":

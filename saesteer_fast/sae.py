@@ -72,10 +72,13 @@ class SAE(Weights):
         return measures.decode(self, acts, x)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
-        """This SAE on another device, or rounded to another dtype (which is another SAE)."""
+        """This SAE on another device, or rounded to another dtype (which is another SAE); where
+        both are what they were, itself."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device: got {device}, a device is needed; dtype={device} rounds")
         moved = {name: getattr(self, name).to(device, dtype) for name in self._shapes()}
+        if all(tensor is getattr(self, name) for name, tensor in moved.items()):
+            return self
         order = None if self.order is None else self.order.to(device)
         return replace(self, **moved, order=order)
 

@@ -150,11 +150,12 @@ def test_traced_with_its_gradients(model, sae, name):
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_every_measure_and_edit(measure):
+@pytest.mark.parametrize("error", ["keep", "drop"])
+def test_every_measure_and_edit(measure, error):
     sae, x = build(measure), stream(5)
-    named = "projection" if measure == "projection" else None
+    options = {"measure": "projection"} if measure == "projection" else {"error": error}
     edits = {3 + place: make(0.5) for place, (make, _) in enumerate(EDITED.values())}
-    edit = sf.prepare(sae, edits, measure=named)
+    edit = sf.prepare(sae, edits, **options)
     run = torch.compile(edit, backend="eager", fullgraph=True)
     torch.testing.assert_close(run(x), edit(x))
     with torch._dynamo.config.patch(error_on_recompile=True):

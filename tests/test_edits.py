@@ -126,6 +126,7 @@ def test_the_functional_form_may_be_compiled_around(edits):
 def test_edits_are_values():
     assert sf.add(2) == sf.add(2.0) != sf.scale(2.0)
     assert repr(sf.set_if_active(-4)) == "set_if_active(-4)"
+    assert repr(sf.add(torch.tensor(0.5, requires_grad=True))) == "add(0.5)"
     assert pickle.loads(pickle.dumps(sf.at_most(1.0))) == copy.deepcopy(sf.at_most(1.0))
 
 

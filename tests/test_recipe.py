@@ -431,7 +431,6 @@ def test_files_that_are_none(folder):
         ({"sae": "../nowhere/layers.1"}, r"^steerings\[0\]\.sae: path: no folder"),
         ({"edits": {"128": 1}}, r"^steerings\[0\]\.edits: latent 128 is not among 0 to 127"),
         ({"rows": ["a"]}, r"^steerings\[0\]\.rows: edits is one configuration"),
-        ({"edits": {"a": {}}}, r"^steerings\[0\]\.rows: needed"),
         ({"edits": {"no": {}}, "rows": ["n"]}, r"^steerings\[0\]\.rows: no configuration 'n'"),
         ({"measure": "relu"}, r"^steerings\[0\]\.measure: got 'relu', accepted are topk, proj"),
         ({"when": {"active": {"200": 1}}}, r"^steerings\[0\]\.when: latent 200"),
@@ -599,12 +598,31 @@ def test_check_names_the_clamp(folder, members, told, capsys):
         ({"edits": {"3": {"kind": "add", "value": 1}}}, 4 * 32 + 8 + 4 + 1),
         # A condition's directions, indices; the encoder is shared.
         ({"when": {"active": {"5": 1}}}, 4 * 128 * 33 + 2 * (4 * 32 + 8) + 4 + 1),
-        ({"error": "drop"}, 4 * 128 * 33 + 4 * 32 + 8 + 4 + 1 + 4 * (128 * 65 + 32)),
+        # The whole SAE, and b_enc folded.
+        ({"error": "drop"}, 4 * (128 * 65 + 32) + 4 * 128 + 4 * 32 + 8 + 4 + 1),
     ],
 )
 def test_check_counts_memory(folder, members, kept, capsys):
     main(["check", str(written(folder, one(**members)))])
     assert f"memory   {kept / 1e3:.3g} kB on the module's device" in capsys.readouterr().out
+
+
+def test_check_of_a_table_out_of_which_requests_choose(folder, model, capsys):
+    path = written(folder, one(edits={"default": {}, "strong": {"3": 6}}))
+    main(["check", str(path)])
+    assert "rows     each request names a configuration" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"^steerings\[0\]\.rows: needed to choose among"):
+        sf.load_steering(path).attach(model)
+
+
+def test_a_recipe_is_of_steerings(sae):
+    with pytest.raises(ValueError, match="steerings: there are none, so nothing would be steered"):
+        sf.Recipe([])
+    step = sf.Steering(sae, {3: 1.0})
+    with pytest.raises(TypeError, match=r"steerings: got Steering, a list of sf\.Steering is"):
+        sf.Recipe(step)
+    with pytest.raises(TypeError, match=r"steerings\[1\]: got dict, an sf.Steering is needed"):
+        sf.Recipe([step, {}])
 
 
 def test_check_sees_that_nothing_would_be_steered(folder, make_sae, capsys):

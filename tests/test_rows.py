@@ -130,15 +130,17 @@ def test_rows_are_set_in_the_form_they_were_given(model, sae):
         for edits, error, message in [
             ({3: 1.0}, TypeError, "changed in the form in which they were given"),
             ([{3: 1.0}], ValueError, "edits: got 1 rows, there are 3"),
-            ([{3: 9.0}, {3: 1.0}, {}], ValueError, r"latent 3 is not edited; edited are \[\]"),
-            ([{3: sf.add(9.0)}, {}, {}], ValueError, "edited by set, and set"),
+            ([{3: 9.0}, {3: 1.0}, {}], ValueError, r"edits\[1\]: latent 3 is not edited; .* \[\]"),
+            ([{3: sf.add(9.0)}, {}, {}], ValueError, r"edits\[0\]: .*edited by set, which set\(\)"),
         ]:
             with pytest.raises(error, match=message):
                 handle.set(edits)
             assert repr(handle) == before
     with sf.steering(model, sae, TABLE, rows=["off"] * 3) as handle:
-        with pytest.raises(ValueError, match=r"no configuration 'weka', .*did you mean 'weak'"):
+        with pytest.raises(ValueError, match=r"^edits: no configuration 'weka', .* mean 'weak'"):
             handle.set({"weka": {3: 1.0}})
+        with pytest.raises(ValueError, match=r"edits\['off'\]: latent 3 is not edited"):
+            handle.set({"off": {3: 1.0}})
         assert "'off': {}" in repr(handle) and handle.latents == [3, 77]
         assert handle.strengths.shape == (3, 2)
 
@@ -160,7 +162,8 @@ def test_copies_choose_for_themselves(model, sae):
         (ROWS[:2], None, ValueError, "edits: 2 rows are given for x"),
         (TABLE, [0, 1], ValueError, "rows: 2 rows are given for x"),
         (ROWS, [0, 1, 3], ValueError, "rows: got 3, accepted are 0 to 2"),
-        (ROWS, [0, 1, True], ValueError, "rows: no configuration True"),
+        (ROWS, [0, "1", 2], ValueError, "rows: got '1', accepted are 0 to 2"),
+        (ROWS, [0, 1, True], ValueError, "rows: got True, accepted are 0 to 2"),
         (TABLE, None, ValueError, r"rows: needed to choose among \['off', 'strong', 'weak'\]"),
         (TABLE, ["of", "off", "off"], ValueError, "no configuration 'of', .* mean 'off'"),
         (TABLE, "off", TypeError, "rows: got 'off', one configuration a row is needed"),

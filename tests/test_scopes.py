@@ -508,21 +508,27 @@ def test_a_static_cache_by_hand(model, sae):
 
 @pytest.mark.fault(83)
 @pytest.mark.parametrize("by", ["argument", "config", "model"])
-def test_one_new_token_is_never_read(model, sae, monkeypatch, by):
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_length"])
+def test_one_new_token_is_never_read(model, sae, monkeypatch, name, by):
     """Asked for one by one, tokens would come back as parts of prompts, and none be steered."""
-    options = {"max_new_tokens": 1} if by == "argument" else {}
-    if by == "config":
-        config = pytest.importorskip("transformers").GenerationConfig(max_new_tokens=1)
-        options["generation_config"] = config
-    if by == "model":
-        monkeypatch.setattr(model.generation_config, "max_new_tokens", 1)
+    before = 0 if name == "max_new_tokens" else IDS.shape[1]
+
+    def asking(new: int) -> dict:
+        if by == "argument":
+            return {name: before + new}
+        if by == "model":
+            monkeypatch.setattr(model.generation_config, name, before + new)
+            return {}
+        config = pytest.importorskip("transformers").GenerationConfig
+        return {"generation_config": config(**{name: before + new})}
+
     for scope in ("generated", ["generated", sf.not_tokens([1])]):
         with sf.steering(model, sae, EDITS, scope=scope):
-            with pytest.raises(ValueError, match="max_new_tokens: got 1, and scope 'generated' wo"):
-                model.generate(IDS, **options)
-            model.generate(IDS, max_new_tokens=2)
+            with pytest.raises(ValueError, match=r"'generated' would steer nothing.* one new"):
+                model.generate(IDS, **asking(1))
+            assert model.generate(IDS, **asking(2)).shape[1] == IDS.shape[1] + 2
     with sf.steering(model, sae, EDITS, scope="prompt"):
-        model.generate(IDS, **options)
+        assert model.generate(IDS, **asking(1)).shape[1] == IDS.shape[1] + 1
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -265,11 +265,6 @@ def test_what_no_engine_can_serve_is_named(sae, arguments, message):
         recipes.names(recipe(sae, **arguments))
 
 
-def test_a_recipe_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="there are none, so nothing would be steered"):
-        recipes.names(sf.Recipe([]))
-
-
 def test_tables_must_have_the_same_names(sae):
     steps = [sf.Steering(sae, TABLE), sf.Steering(sae, {"default": {}, "strnog": STRONG})]
     with pytest.raises(ValueError, match=r"steerings\[1\]\.edits: .*'strnog'.*'strong'"):

@@ -260,16 +260,38 @@ def test_what_cannot_be_prepared(sae, x):
         sf.prepare(sae, {3: torch.tensor(1.0, requires_grad=True)})
     with pytest.raises(ValueError, match="rows: needed to choose among"):
         sf.prepare(sae, TABLE)
-    W_dec = sae.W_dec.clone()
-    W_dec[3] = 0
-    still = sf.SAE(sae.W_enc, sae.b_enc, W_dec, sae.b_dec, K)
-    with pytest.raises(ValueError, match="latent 3 has the direction 0, nothing would be steered"):
-        sf.prepare(still, EDITS)
+    with pytest.raises(ValueError, match="impl: got 'cpuu', accepted are .*; did you mean 'cpu'"):
+        sf.prepare(sae, EDITS, impl="cpuu")
+    with pytest.raises(ValueError, match="impl: 'triton' cannot run for a tensor on cpu"):
+        sf.prepare(sae, EDITS, impl="triton")
     edit = sf.prepare(sae, EDITS)
     with pytest.raises(ValueError, match=r"x: got shape \(3, 41\)"):
         edit(torch.ones(3, D + 1))
     with pytest.raises(ValueError, match=r"mask: got torch\.bool \(49,\)"):
         edit(x, torch.ones(49, dtype=torch.bool))
+
+
+@pytest.mark.fault(23, 82)
+@pytest.mark.parametrize("by", ["steer", "prepare"])
+def test_what_would_steer_nothing_or_break_all_is_refused(sae, x, by):
+    def steer(sae, edits):
+        return sf.steer(x, sae, edits) if by == "steer" else sf.prepare(sae, edits)(x)
+
+    W_dec = sae.W_dec.clone()
+    W_dec[3] = 0
+    still = sf.SAE(sae.W_enc, sae.b_enc, W_dec, sae.b_dec, K)
+    assert not torch.equal(steer(still, {77: 1.0}), x)
+    with pytest.raises(ValueError, match="latent 3 has the direction 0, nothing would be steered"):
+        steer(still, EDITS)
+    for strength in (torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="edits: a strength is (inf|nan), which is not finite"):
+            steer(sae, {3: torch.tensor(strength)})
+
+
+def test_the_error_dropped_copies_no_sae(sae, x, monkeypatch):
+    monkeypatch.setattr(sf.SAE, "__post_init__", None)
+    sf.steer(x, sae, EDITS, error="drop")
+    assert sae.to("cpu") is sae.to(dtype=torch.float32) is sae
 
 
 def test_a_hook_of_transformer_lens(make_sae, textbook):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..attach import Handle, steering
 from ..choice import Impl
-from ..conditions import Condition
-from ..edits import Edits
+from ..conditions import When
+from ..edits import Configurations
 from ..errors import named, nearest_file
 from ..plan import ErrorTerm, Reading, Rows
 from ..sae import SAE
@@ -27,11 +27,11 @@ class Steering:
 
     sae: SAE | str
     """An SAE, or where one lies, as SAE.load takes it."""
-    edits: Edits | Sequence[Edits] | Mapping[str, Edits]
+    edits: Configurations
     layer: int | str | None = None
     scope: Scope = "all"
     rows: Rows | None = None
-    when: Condition | Sequence[Condition] | None = None
+    when: When | None = None
     error: ErrorTerm = "keep"
     measure: Reading | None = None
     impl: Impl = "auto"
@@ -63,6 +63,17 @@ class Recipe:
     steerings: Sequence[Steering]
     model: str | None = None
     """Of which model they are: a name or a path, for people to read; nothing is checked by it."""
+
+    def __post_init__(self):
+        if not isinstance(self.steerings, Sequence):
+            kind = type(self.steerings).__name__
+            raise TypeError(f"steerings: got {kind}, a list of sf.Steering is needed")
+        if not self.steerings:
+            raise ValueError("steerings: there are none, so nothing would be steered")
+        for place, step in enumerate(self.steerings):
+            if not isinstance(step, Steering):
+                kind = type(step).__name__
+                raise TypeError(f"steerings[{place}]: got {kind}, an sf.Steering is needed")
 
     def attach(self, model: nn.Module) -> Handles:
         """Attach all of them to `model`, or none: the handles, which one `with` removes.

@@ -52,7 +52,8 @@ def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[s
     yield "SAE", f"{_source(step)}: N={sae.num_latents}, d={sae.d}, {sae.kind}, {_dtype(sae)}"
     keywords = {name: getattr(step, name) for name in ("when", "error", "measure")}
     plan = Plan(sae, step.edits, torch.device("cpu"), **keywords)
-    plan.choose(step.rows)
+    if step.rows is not None or not step.is_table:
+        plan.choose(step.rows)
     plan.require_ready()
     if site is not None:
         Hooks(site, plan, Scoped(step.scope, plan.device))
@@ -60,6 +61,8 @@ def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[s
     yield from _edits(step, plan)
     if plan.chosen is not None:
         yield "rows", ", ".join(map(str, step.rows or plan.chosen.tolist()))
+    elif step.is_table:
+        yield "rows", "each request names a configuration; in sf.steering, rows= does"
     yield "scope", f"{_scope(step.scope)}; never padding"
     yield "when", _condition(plan)
     yield "error", "kept" if step.error == "keep" else "dropped: decode(a') is returned"

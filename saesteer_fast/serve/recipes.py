@@ -38,8 +38,6 @@ def names(recipe: Recipe) -> tuple[str, ...]:
     Raises ValueError, naming the place, for what needs to know the rows of a batch, or a whole
     prompt before its first token is steered.
     """
-    if not recipe.steerings:
-        raise ValueError("steerings: there are none, so nothing would be steered")
     tables: dict[tuple[str, ...], int] = {}
     for place, step in enumerate(recipe.steerings):
         with named(f"steerings[{place}]."):
