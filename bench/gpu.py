@@ -1,4 +1,4 @@
-"""The GPU's results in one go: `python -m bench.gpu [--out FOLDER] [--minutes 9]`, or `make gpu`.
+"""The GPU's results in one go: `python -m bench.gpu [--out FOLDER] [--minutes 8.5]`, or `make gpu`.
 
     build     for the GPU that is here
     smoke     every kernel alone, on small integers; a scan that is wrong is left out from here on,
@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=Path,
         help="the folder of the two files: bench/results, or build for some parts",
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="end after so many")
+    parser.add_argument("--minutes", type=float, default=8.5, help="end after so many")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args(arguments)
     whole = set(options.parts) == set(PARTS)

@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   sync_grid();
   static_assert(kFewTokens <= S::kThreads);
   if (!sync_threads_or(threadIdx.x < c.tokens && c.open.token[threadIdx.x] >= 0)) return;
+  if (!sharing.each_all) S::expect(s);  // while the first tile's tokens are looked up
   S::scan(s);
   // Every block's counts are in.
   sync_grid();

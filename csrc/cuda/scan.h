@@ -132,16 +132,31 @@ __device__ __forceinline__ Thresholds<kRows> thresholds_of(const Scan& s,
   return thresholds;
 }
 
+template <int kCols, class P>
+__device__ __forceinline__ int exceeding(const P& p, float threshold) {
+  float number = 0;  // a comparison gives 0 or 1 as a float in one instruction
+#pragma unroll
+  for (int c = 0; c < kCols; ++c) number += exceeds(p(c), threshold) ? 1.f : 0.f;
+  return static_cast<int>(number);
+}
+
 // How many of the latents first + at + step(c), c < kCols, beat a feature; p(c) are their p.
 template <int kCols, class P, class Step>
 __device__ __forceinline__ int beating(const Scan& s, const P& p, float p_f, int64_t index,
                                        int64_t first, int64_t end, int at, const Step& step) {
   static_assert(kCols <= 64, "ties are kept as bits of a word");
-  const int self = index < first || index >= end ? -1 : static_cast<int>(index - first) - at;
+  const int64_t* const order = s.encoder.order;
+  const bool inside = index >= first && index < end;
+  if (!inside) {
+    // Nearly every tile: without an order all its latents lie on one side of f, and with one it has
+    // hardly ever a tie.
+    const int beaten = exceeding<kCols>(p, threshold_of(p_f, !order && index >= end));
+    if (!order || exceeding<kCols>(p, threshold_of(p_f, true)) == beaten) return beaten;
+  }
+  const int self = inside ? static_cast<int>(index - first) - at : -1;
   int beaten = 0;
-  if (const int64_t* order = s.encoder.order) {
-    // Ties, which are rare, are looked up one by one afterwards.
-    uint64_t ties = 0;
+  if (order) {
+    uint64_t ties = 0;  // looked up one by one afterwards
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
       beaten += step(c) != self && exceeds(p(c), p_f);
@@ -149,13 +164,6 @@ __device__ __forceinline__ int beating(const Scan& s, const P& p, float p_f, int
     }
     for (; ties; ties &= ties - 1)
       beaten += order[first + at + step(lowest_bit(ties))] < order[index];
-  } else if (index < first || index >= end) {
-    // Nearly every tile: all its latents lie on one side of f.
-    const float threshold = threshold_of(p_f, index >= end);
-    float number = 0;  // a comparison gives 0 or 1 as a float in one instruction
-#pragma unroll
-    for (int c = 0; c < kCols; ++c) number += exceeds(p(c), threshold) ? 1.f : 0.f;
-    beaten = static_cast<int>(number);
   } else {
 #pragma unroll
     for (int c = 0; c < kCols; ++c) beaten += beats(p(c), step(c), p_f, self);

@@ -25,6 +25,7 @@ struct Plan {
   // What one warp takes, in the tensor cores' units
   static constexpr int kM = kTokens / kDown / 16, kN = kLatents / kAcross / 8;
   static constexpr int64_t kShared = kStages * kStageBytes + kTokens * 4;
+  static_assert(kBlocks * (kShared + 1024) <= 164 << 10, "as many fit an A100's multiprocessor");
   static_assert(kM >= 1 && kN % 2 == 0, "two units of latents are loaded at once");
   static constexpr int kWarps = kDown * kAcross;
   static_assert(32 * kWarps <= kThreads);
@@ -37,8 +38,11 @@ constexpr int kAheadBytes = 32 << 10;
 // 16 tokens are the least that a product takes. The fewer, the more time goes into waiting for W:
 // smaller tiles, for an even share of them, and more stages. Estimates: none has been timed.
 using Fewest = Plan<16, 32, 1, 2, 8>;
-using Few = Plan<64, 64, 2, 2, 4>;
-using Many = Plan<128, 128, 2, 2, 3>;
+using Few = Plan<64, 64, 2, 2, 5>;
+using Many = Plan<128, 128, 2, 2, 2>;
+
+// After so many panels a block looks whether others have decided its tokens meanwhile.
+constexpr int kLook = 16;
 
 // What one thread copies of each panel: the same 16-byte chunk of kEach rows, kStep apart. It keeps
 // which: to find them anew takes more instructions than the copies.
@@ -162,10 +166,16 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
       commit_copies();
     }
     int stage = 0, free = P::kStages - 1;
+    bool decided = false;
     for (int k = 0; k < depth; ++k) {
       // Every thread's copies of panel k have come, and nobody multiplies panel k - 1 any more.
       wait_copies<P::kStages - 2>();
-      sync_threads();
+      if (k % kLook < kLook - 1) {
+        sync_threads();
+      } else if (!sync_threads_or(any_open(s, first_slot, P::kTokens, slots, P::kThreads))) {
+        decided = true;
+        break;
+      }
       // Into the stage of that one.
       if (k + P::kStages - 1 < depth) panels.load(k + P::kStages - 1, free);
       commit_copies();
@@ -176,7 +186,8 @@ __device__ __forceinline__ void take_tiles(const Scan& s) {
       if (++stage == P::kStages) stage = 0;
     }
 
-    if (!multiplies) continue;
+    if (decided) wait_copies<0>();  // the next tile's go into the same stages
+    if (decided || !multiplies) continue;
     // Where multiply_add leaves them: rows r / 2 * 16 + r % 2 * 8, columns at + step(c).
     const auto p = [&](int r, int c) -> float& { return sum[r / 2][c / 2][r % 2 * 2 + c % 2]; };
     const auto step = [](int c) { return c / 2 * 8 + c % 2; };

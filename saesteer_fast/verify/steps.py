@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -107,10 +108,10 @@ def start(command: Sequence[str], **options) -> subprocess.Popen:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends it, if it has not ended, and all that it started."""
-    if process.poll() is None:
+    """Ends it, if it has not ended, and all that it started and left behind."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def _end(child: subprocess.Popen, store: Path, patience: float, deadline: float) -> str | None:
