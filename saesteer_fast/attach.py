@@ -16,7 +16,7 @@ from .edits import Configurations
 from .errors import is_integer
 from .generation import Told, listen
 from .hooks import Hooks
-from .plan import ErrorTerm, Plan, Reading, Rows, require_sae
+from .plan import ErrorTerm, Held, Plan, Reading, Rows, require_sae
 from .sae import SAE
 from .scopes import Scope, Scoped
 from .sites import Site
@@ -75,8 +75,7 @@ def steering(
     """
     require_sae(sae)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps a model in another one
-    site = sites.locate(model, sae.hookpoint if layer is None else layer)
-    site.check_width(sae)
+    site = sites.of(model, layer, sae)
     device = sites.device(site)
     plan = Plan(sae, edits, device, when=when, error=error, measure=measure, impl=impl)
     plan.choose(rows)
@@ -99,28 +98,15 @@ def steerings(model: nn.Module) -> list[Handle]:
     return [hooks.handle for _, hooks in found if hooks.handle is not None]
 
 
-class Handle:
+class Handle(Held):
     """One steering of one model; `steering` makes it. Leaving its `with` block removes it."""
 
     def __init__(self, site: Site, hooks: Hooks):
-        self._name, self._plan, self._hooks = site.path, hooks.plan, hooks
+        super().__init__(hooks.plan)
+        self._name, self._hooks = site.path, hooks
         hooks.handle = self
         self._undo = _install(site, hooks)
         self._attached, self._entered = True, False
-
-    @property
-    def latents(self) -> list[int]:
-        """What is edited, in the order of `strengths`."""
-        return list(self._plan.table.latents)
-
-    @property
-    def strengths(self) -> Tensor:
-        """[F] fp32, or [C, F], a row a configuration: read at every call, so that it may change in
-        place.
-
-        `handle.strengths.requires_grad_()` makes it a leaf to be learned.
-        """
-        return self._plan.table.values
 
     @property
     def mask(self) -> Tensor:
@@ -134,22 +120,12 @@ class Handle:
         return self._hooks.decisions()
 
     def set(self, edits: Configurations) -> None:
-        """Change strengths of edits that are there already, from the model's next call on.
-
-        Given as `edits` was, less what stays as it is. Raises ValueError for a latent that is not
-        edited or is so in another way, and for NaN or infinity; RuntimeError once the steering is
-        removed.
-        """
         self._require_attached()
-        self._plan.table.set(edits)
+        super().set(edits)
 
     def choose(self, rows: Rows) -> None:
-        """Take other configurations of the table for the rows: their names, or numbers [B].
-
-        In place where as many rows were there before. Raises ValueError for one that is not there.
-        """
         self._require_attached()
-        self._plan.choose(rows)
+        super().choose(rows)
 
     @contextmanager
     def prompt(self, columns: int | Tensor) -> Iterator[None]:

@@ -41,8 +41,9 @@ def chosen(impl: str, x: Tensor) -> str:
 
     ValueError if `impl` is unknown, or cannot run where x is.
     """
+    argument = "impl"
     if impl == "auto":
-        impl = _DEFAULT
+        argument, impl = ("impl" if _DEFAULT == "auto" else "SAESTEER_IMPL"), _DEFAULT
     if impl == "auto":
         # torch.compile keeps the op, whose kernel chooses: a file may have to be read for that
         if x.is_cuda and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
@@ -54,7 +55,7 @@ def chosen(impl: str, x: Tensor) -> str:
         here = ", ".join(i for i in IMPLS if _runs(i, x))
         hint = " (and triton, under TRITON_INTERPRET=1)" if impl == "triton" and x.is_cpu else ""
         raise ValueError(
-            f"impl: {impl!r} cannot run for a tensor on {x.device}; accepted: {here}{hint}"
+            f"{argument}: {impl!r} cannot run for a tensor on {x.device}; accepted: {here}{hint}"
         )
     return impl
 

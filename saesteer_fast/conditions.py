@@ -274,21 +274,23 @@ def _from_file(path: Path) -> Gate:
         raise FileNotFoundError(f"gate: no file {path}{hint}")
     with named(f"gate: {path.name}: "):
         if path.suffix == ".json":
-            return gate(**_document(path.read_bytes()))
+            return gate_of(Node.of(path.read_bytes()))
         if path.suffix == ".safetensors":
             return gate(**_tensors(path))
         raise ValueError("is neither .json nor .safetensors")
 
 
-def _document(text: bytes) -> dict:
+def gate_of(node: Node) -> Gate:
+    """The gate of a JSON object."""
     readers = {
         "weights": lambda node: node.numbers("weight"),
         "bias": Node.number,
         "threshold": Node.number,
         "pool": lambda node: node.one_of(POOLS),
     }
-    given = Node.of(text).read("a gate", readers, needed=("weights",))
-    return {"by": given.pop("weights")} | given
+    given = node.read("a gate", readers, needed=("weights",))
+    with named(f"{node.place}." if node.place else ""):
+        return gate(given.pop("weights"), **given)
 
 
 def _tensors(path: Path) -> dict:

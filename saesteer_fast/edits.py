@@ -218,9 +218,9 @@ class Table:
 
 def require_finite(strengths: Tensor) -> None:
     """Those given as tensors too, which waits for their device."""
-    wrong = strengths[~strengths.isfinite()]
-    if len(wrong):
-        raise ValueError(f"edits: a strength is {wrong[0].item()}, which is not finite in fp32")
+    if not strengths.isfinite().all():
+        wrong = strengths[~strengths.isfinite()][0].item()
+        raise ValueError(f"edits: a strength is {wrong}, which is not finite in fp32")
 
 
 def _configurations(edits) -> tuple[tuple[str, ...] | None, list[Edits]]:

@@ -55,9 +55,9 @@ def in_file(path: Path) -> Iterator[None]:
 @contextmanager
 def named(place: object) -> Iterator[None]:
     """Errors inside begin with a place in the file."""
+    kinds = (FileNotFoundError, TypeError, ValueError)
     try:
         yield
-    except (FileNotFoundError, TypeError, ValueError) as error:
-        kinds = (FileNotFoundError, TypeError, ValueError)
+    except kinds as error:
         kind = next(kind for kind in kinds if isinstance(error, kind))
         raise kind(f"{place}{error}") from None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import sites
-from .eval import ENOUGH, Prompt, Share, answers, chat_text, is_refusal, sweep, tally
+from .eval import Prompt, Share, answers, chat_text, is_refusal, sweep, tally
 from .measures import Measured, encode
 from .sae import SAE
 
@@ -76,7 +76,14 @@ def live_latents(
 
     Raises ValueError if the model does not refuse, or no latent is live often enough.
     """
-    said = _refusal(model, tokenizer, archetype)
+    return _live(
+        model, tokenizer, sae, layer, archetype, _refusal(model, tokenizer, archetype), tokens
+    )
+
+
+def _live(
+    model, tokenizer, sae: SAE, layer: int, archetype: Prompt, said: str, tokens: int = 2
+) -> dict[int, int]:
     stream, begin = next(residuals(model, tokenizer, [archetype], [said], layer))
     counts = (encode(sae, stream[begin:].to(sae.device)) > 0).sum(0)
     found = {latent: int(counts[latent]) for latent in (counts >= tokens).nonzero()[:, 0].tolist()}
@@ -131,21 +138,22 @@ def refusal_latents(
     archetype: Prompt,
     prompts: Sequence[Prompt],
     strength: float = TRIED,
-    max_new_tokens: int = ENOUGH,
+    **options: int,
 ) -> Iterator[Candidate]:
     """Yields a Candidate for each live latent, clamped at strength * its largest activation.
 
     That is over the archetypal refusal and the unsteered conversations on prompts. The prompts are
     for choosing only: what is reported must come from others. The latent to keep has the largest
-    score.
+    score. `options` are those of `eval.answers`.
     """
-    found = live_latents(model, tokenizer, sae, layer, archetype)
-    said = answers(model, tokenizer, prompts, max_new_tokens)
+    refusal = _refusal(model, tokenizer, archetype)
+    found = _live(model, tokenizer, sae, layer, archetype, refusal)
+    said = answers(model, tokenizer, prompts, **options)
     base = tally(prompts, said)
-    talks = [archetype, *prompts], [_refusal(model, tokenizer, archetype), *said]
+    talks = [archetype, *prompts], [refusal, *said]
     units = largest_activations(model, tokenizer, sae, layer, *talks, list(found)).tolist()
     for (latent, tokens), unit in zip(found.items(), units, strict=True):
         ((_, shares),) = sweep(
-            model, tokenizer, sae, latent, unit, layer, prompts, [strength], max_new_tokens
+            model, tokenizer, sae, latent, unit, layer, prompts, [strength], **options
         )
         yield Candidate(latent, tokens, unit, shares, score(base, shares))

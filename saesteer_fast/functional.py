@@ -7,7 +7,7 @@ from torch import Tensor
 from .choice import Impl
 from .conditions import Active
 from .edits import Configurations
-from .plan import ErrorTerm, Plan, Reading, Rows, require_sae
+from .plan import ErrorTerm, Held, Plan, Reading, Rows, require_sae
 from .sae import SAE
 from .scopes import both
 
@@ -84,35 +84,11 @@ def prepare(
     return Prepared(plan)
 
 
-class Prepared:
-    """One steering of tensors; `prepare` makes it.
-
-    It keeps W_enc and b_enc, and a row of W_dec a latent, of the SAE.
-    """
-
-    def __init__(self, plan: Plan):
-        self._plan = plan
+class Prepared(Held):
+    """One steering of tensors; `prepare` makes it. It keeps of the SAE what `steering` does."""
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return _steered(self._plan, x, mask)
-
-    @property
-    def latents(self) -> list[int]:
-        """What is edited, in the order of `strengths`."""
-        return list(self._plan.table.latents)
-
-    @property
-    def strengths(self) -> Tensor:
-        """[F] fp32, or [C, F], a row a configuration; as Handle.strengths."""
-        return self._plan.table.values
-
-    def set(self, edits: Configurations) -> None:
-        """Change strengths of edits that are there already; as Handle.set."""
-        self._plan.table.set(edits)
-
-    def choose(self, rows: Rows) -> None:
-        """Take other configurations of the table for the rows; as Handle.choose."""
-        self._plan.choose(rows)
 
     def __repr__(self) -> str:
         return f"Prepared({self._plan.table.described()})"

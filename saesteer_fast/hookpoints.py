@@ -27,6 +27,11 @@ def of_transformer_lens(name: object) -> str | None:
     return f"layers.{layer}" if layer >= 0 else None
 
 
+def is_layer(name: str | None) -> bool:
+    """Whether it names the output of a whole decoder layer."""
+    return to_transformer_lens(of_transformer_lens(name) or name) is not None
+
+
 def same(one: str, other: str) -> bool:
     """Whether both name one module, as h.6 and model.layers.6 do."""
     return _canonical(one) == _canonical(other)

@@ -101,8 +101,14 @@ class Measured:
 
     @property
     def fused(self) -> bool:
-        """Whether ops.steer on W_enc, b_enc, directions, rows, k and order sets these latents."""
+        """Whether one op can set these latents."""
         return self.measure == "topk" and self.normalize == "none" and self.scale == 1
+
+    def set(self, x: Tensor, values: Tensor, mask: Tensor | None, impl: str = "auto") -> Tensor:
+        """x with the latents set to values, [F] or [..., F] fp32; only where `fused`."""
+        W_enc, b_enc, directions = self.W_enc, self.b_enc, self.directions
+        options = dict(mask=mask, order=self.order, impl=impl)
+        return ops.steer(x, W_enc, b_enc, directions, self.rows, values, self.k, **options)
 
     def acts(self, x: Tensor, impl: str = "auto") -> Tensor:
         """The latents' activations: [..., F] fp32."""

@@ -8,7 +8,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import ops
 from .choice import IMPLS, Impl
 from .conditions import Condition, When, split
 from .dtypes import FLOATS
@@ -113,9 +112,9 @@ class Plan:
         0; waits for the device."""
         if may_read(self.table.values):
             require_finite(self.table.values)
-        still = ~self.measured.directions.any(-1)
-        if still.any():
-            latent = self.table.latents[int(still.int().argmax())]
+        moves = self.measured.directions.any(-1)
+        if not moves.all():
+            latent = self.table.latents[int(moves.int().argmin())]
             raise ValueError(
                 f"edits: latent {latent} has the direction 0, nothing would be steered"
             )
@@ -148,19 +147,7 @@ class Plan:
         if self.table.rowwise:
             values = values.expand(*x.shape[:-1], -1)
             mask = both(mask, self.table.edited(kinds).expand(x.shape[:-1]))
-        measured = self.measured
-        return ops.steer(
-            x,
-            measured.W_enc,
-            measured.b_enc,
-            measured.directions,
-            measured.rows,
-            values,
-            measured.k,
-            mask=mask,
-            order=measured.order,
-            impl=self.impl,
-        )
+        return self.measured.set(x, values, mask, self.impl)
 
     def _reconstructed(self, x: Tensor, mask: Tensor | None, amounts: Tensor, kinds: Tensor):
         recon = reconstruct(self.dropping, x, self.measured.features, amounts, self.impl)
@@ -227,6 +214,43 @@ class Plan:
         if x.ndim < 2 or len(chosen) != len(x):
             given = f"{self.chosen_by}: {len(chosen)} rows are given"
             raise ValueError(f"{given} for x {tuple(x.shape)}")
+
+
+class Held:
+    """One plan in somebody's hands: what of it can be read and changed while it steers."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+
+    @property
+    def latents(self) -> list[int]:
+        """What is edited, in the order of `strengths`."""
+        return list(self._plan.table.latents)
+
+    @property
+    def strengths(self) -> Tensor:
+        """[F] fp32, or [C, F], a row a configuration: read at every call, so that it may change in
+        place.
+
+        `strengths.requires_grad_()` makes it a leaf to be learned.
+        """
+        return self._plan.table.values
+
+    def set(self, edits: Configurations) -> None:
+        """Change strengths of edits that are there already, from the next call on.
+
+        Given as `edits` was, less what stays as it is. Raises ValueError for a latent that is not
+        edited or is so in another way, and for NaN or infinity; RuntimeError once a steering of a
+        model is removed.
+        """
+        self._plan.table.set(edits)
+
+    def choose(self, rows: Rows) -> None:
+        """Take other configurations of the table for the rows: their names, or numbers [B].
+
+        In place where as many rows were there before. Raises ValueError for one that is not there.
+        """
+        self._plan.choose(rows)
 
 
 def require_sae(sae: SAE) -> None:

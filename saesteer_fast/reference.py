@@ -122,14 +122,19 @@ def steer(
     k: int,
     mask: Tensor | None = None,
     order: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x' = x + sum_f (value_f - a_f) directions_f, rounded once to x's dtype.
+    """x' = x + sum_f (value_f - a_f) directions_f, rounded once to `dtype`, by default x's.
 
     Tokens whose mask is False, and tokens that no edit changes, come out bit-identical. A token
     with NaN or infinity in it comes out all NaN, as its reconstruction does.
     """
-    acts = feature_acts(x, W_enc, b_enc, features, k, order)
-    return _steered(x, directions, values, acts, mask).to(x.dtype)
+    acts = feature_acts(x, W_enc, b_enc, features, k, order, dtype=dtype or torch.float32)
+    delta = values.double() - acts.double()
+    if mask is not None:
+        delta = torch.where(mask[..., None], delta, 0)
+    return _added(x, directions, delta).to(dtype or x.dtype)
 
 
 def steer_(x: Tensor, *others: Tensor | int | None) -> None:
@@ -137,29 +142,9 @@ def steer_(x: Tensor, *others: Tensor | int | None) -> None:
     x.copy_(steer(x, *others))
 
 
-def truth(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    directions: Tensor,
-    features: Tensor,
-    values: Tensor,
-    k: int,
-    mask: Tensor | None = None,
-    order: Tensor | None = None,
-) -> Tensor:
+def truth(*edit: Tensor | int | None) -> Tensor:
     """`steer` in fp64, not rounded."""
-    acts = feature_acts(x, W_enc, b_enc, features, k, order, dtype=torch.float64)
-    return _steered(x, directions, values, acts, mask)
-
-
-def _steered(
-    x: Tensor, directions: Tensor, values: Tensor, acts: Tensor, mask: Tensor | None
-) -> Tensor:
-    delta = values.double() - acts.double()
-    if mask is not None:
-        delta = torch.where(mask[..., None], delta, 0)
-    return _added(x, directions, delta)
+    return steer(*edit, dtype=torch.float64)
 
 
 def _added(x: Tensor, directions: Tensor, coef: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ towers. Its layers are its one list of as many modules as the configuration has 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -43,10 +44,22 @@ class Site(NamedTuple):
         """Of the residual stream, where the model says it."""
         return getattr(_config(self.decoder) or _config(self.model), "hidden_size", None)
 
-    def check_width(self, sae: SAE) -> None:
-        """Raises ValueError where the stream is not as wide as the SAE."""
-        if self.is_layer and self.width not in (None, sae.d):
-            raise ValueError(f"sae: is for width {sae.d}, {self.path} is {self.width} wide")
+
+def of(model: nn.Module, layer: int | str | None, sae: SAE) -> Site:
+    """Where `sae` steers: at `layer`, or by default at its own hookpoint.
+
+    Raises what `locate` does, and ValueError where a layer's stream is not as wide as the SAE.
+    Warns where both name layers, and not the same.
+    """
+    site = locate(model, sae.hookpoint if layer is None else layer)
+    if site.is_layer and site.width not in (None, sae.d):
+        raise ValueError(f"sae: is for width {sae.d}, {site.path} is {site.width} wide")
+    if layer is not None and site.is_layer and hookpoints.is_layer(sae.hookpoint):
+        if not hookpoints.same(site.path, sae.hookpoint):
+            warnings.warn(
+                f"layer: {site.path} is steered by an SAE of {sae.hookpoint}", stacklevel=3
+            )
+    return site
 
 
 def locate(model: nn.Module, layer: int | str | None) -> Site:

@@ -73,7 +73,7 @@ class Weights:
     def __post_init__(self):
         _one_of("measure", self.measure, MEASURES)
         shapes = self._shapes()
-        self._check_kind()
+        self._check_settings()
         for name, shape in shapes.items():
             tensor = getattr(self, name)
             _check(name, tensor, shape, self.W_enc.device)
@@ -124,7 +124,7 @@ class Weights:
         fits = [getattr(getattr(self, name), "shape", None) == turned[name] for name in turned]
         return sum(fits) > 1
 
-    def _check_kind(self) -> None:
+    def _check_settings(self) -> None:
         _one_of("normalize", self.normalize, NORMALIZE)
         if self.hookpoint is not None and not isinstance(self.hookpoint, str):
             raise TypeError(

@@ -160,7 +160,7 @@ def test_refusal_latents_try_every_live_latent(shipped, monkeypatch):
     model, tokenizer, sae, layer, metrics = shipped
     live = live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE)
     some = {latent: live[latent] for latent in [metrics["latent"], *list(live)[::30]]}
-    monkeypatch.setattr("saesteer_fast.find.live_latents", lambda *_: some)
+    monkeypatch.setattr("saesteer_fast.find._live", lambda *_: some)
     prompts = [p for p in corpus.prompts("validation") if p.kind in ("unsafe", "sums")][::7]
     found = list(refusal_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, prompts))
     assert {c.latent: c.tokens for c in found} == some

@@ -167,7 +167,8 @@ class Widest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        self.made = max(self.made, *(t.numel() for t in tree_leaves(made)))
+        sizes = [t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+        self.made = max([self.made, *sizes])
         return made
 
 

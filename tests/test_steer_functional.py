@@ -260,7 +260,7 @@ def test_what_cannot_be_prepared(sae, x):
         sf.prepare(sae, {3: torch.tensor(1.0, requires_grad=True)})
     with pytest.raises(ValueError, match="rows: needed to choose among"):
         sf.prepare(sae, TABLE)
-    with pytest.raises(ValueError, match="impl: got 'cpuu', accepted are .*; did you mean 'cpu'"):
+    with pytest.raises(ValueError, match=r"impl: got 'cpuu', accepted are .*; did you mean 'cpu'"):
         sf.prepare(sae, EDITS, impl="cpuu")
     with pytest.raises(ValueError, match="impl: 'triton' cannot run for a tensor on cpu"):
         sf.prepare(sae, EDITS, impl="triton")
@@ -284,7 +284,7 @@ def test_what_would_steer_nothing_or_break_all_is_refused(sae, x, by):
     with pytest.raises(ValueError, match="latent 3 has the direction 0, nothing would be steered"):
         steer(still, EDITS)
     for strength in (torch.inf, torch.nan):
-        with pytest.raises(ValueError, match="edits: a strength is (inf|nan), which is not finite"):
+        with pytest.raises(ValueError, match=r"edits: a strength is (inf|nan), which is not"):
             steer(sae, {3: torch.tensor(strength)})
 
 

@@ -23,10 +23,10 @@ class Share(NamedTuple):
         return wilson(self.hits, self.n)
 
 
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of hits in n trials (Wilson 1927); (0, 1) without trials.
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The Wilson score interval at 95 % of hits in n trials (Wilson 1927); (0, 1) without trials.
 
-        (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),    p = hits/n
+        (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),    p = hits/n, z = 1.96
 
     Raises ValueError unless 0 <= hits <= n.
     """
@@ -34,6 +34,7 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
         raise ValueError(f"hits: got {hits}, accepted is 0 to n = {n}")
     if n == 0:
         return 0.0, 1.0
+    z = 1.959964
     p, scale = hits / n, 1 + z * z / n
     middle = (p + z * z / (2 * n)) / scale
     reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale

@@ -42,7 +42,7 @@ def chat_text(tokenizer, prompt: Prompt) -> str:
 def answers(
     model, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = ENOUGH, batch: int = 256
 ) -> list[str]:
-    """The model's greedy answers, in the prompts' order.
+    """The model's greedy answers, in the prompts' order, to `batch` prompts at a time.
 
     Batches are padded on the left and hold prompts of like length. A tokenizer without a pad_token
     pads with its eos_token; ValueError if it has neither.
@@ -99,16 +99,14 @@ def tally(prompts: Iterable[Prompt], said: Iterable[str]) -> dict[str, Share]:
     return {column: Share(hits[kind], counts[kind]) for kind, column in COLUMNS.items()}
 
 
-def evaluate(
-    model, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = ENOUGH
-) -> dict[str, Share]:
+def evaluate(model, tokenizer, prompts: Sequence[Prompt], **options: int) -> dict[str, Share]:
     """Answers and judges the prompts, with whatever steering is attached to the model.
 
-    Raises what `judge` does before the model answers.
+    `options` are those of `answers`. Raises what `judge` does before the model answers.
     """
     for prompt in prompts:
         require_answer(prompt.kind, prompt.expected)
-    return tally(prompts, answers(model, tokenizer, prompts, max_new_tokens))
+    return tally(prompts, answers(model, tokenizer, prompts, **options))
 
 
 def sweep(
@@ -120,12 +118,15 @@ def sweep(
     layer: int,
     prompts: Sequence[Prompt],
     strengths: Sequence[float],
-    max_new_tokens: int = ENOUGH,
+    **options: int,
 ) -> Iterator[tuple[float, dict[str, Share]]]:
-    """Yields (strength, shares): strength s clamps the latent to s * unit, 0 steers nothing."""
+    """Yields (strength, shares): strength s clamps the latent to s * unit, 0 steers nothing.
+
+    `options` are those of `answers`.
+    """
     for strength in strengths:
         if strength == 0:
-            yield strength, evaluate(model, tokenizer, prompts, max_new_tokens)
+            yield strength, evaluate(model, tokenizer, prompts, **options)
             continue
         with steering(model, sae, {latent: strength * unit}, layer=layer):
-            yield strength, evaluate(model, tokenizer, prompts, max_new_tokens)
+            yield strength, evaluate(model, tokenizer, prompts, **options)

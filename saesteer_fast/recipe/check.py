@@ -47,7 +47,7 @@ def report(path: str | os.PathLike[str], model: str | None = None) -> str:
 
 def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[str, str]]:
     layer = sae.hookpoint if step.layer is None else step.layer
-    site = None if body is None else _site(layer, sae, body)
+    site = None if body is None else sites.of(body, step.layer, sae)
     yield "module", _module(step, layer, site)
     yield "SAE", f"{_source(step)}: N={sae.num_latents}, d={sae.d}, {sae.kind}, {_dtype(sae)}"
     keywords = {name: getattr(step, name) for name in ("when", "error", "measure")}
@@ -69,12 +69,6 @@ def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[s
     if step.impl != "auto":
         yield "impl", step.impl
     yield "memory", f"{_size(plan.nbytes)} on the module's device"
-
-
-def _site(layer: int | str | None, sae: SAE, body: nn.Module) -> Site:
-    site = sites.locate(body, layer)
-    site.check_width(sae)
-    return site
 
 
 def _module(step: Steering, layer: int | str | None, site: Site | None) -> str:

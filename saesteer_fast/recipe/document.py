@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from ..choice import IMPLS
-from ..conditions import POOLS, Condition, Gate, Logistic, active, gate, split
+from ..conditions import Condition, Gate, Logistic, active, gate, gate_of, split
 from ..edits import KINDS, Edit
 from ..errors import named
 from ..formats import files, hub
@@ -189,15 +189,7 @@ def _gate(node: Node, folder: Path) -> Gate:
     if isinstance(node.value, str):
         with named(f"{node.place}: "):
             return gate(folder / node.text())
-    readers = {
-        "weights": lambda node: node.numbers("weight"),
-        "bias": Node.number,
-        "threshold": Node.number,
-        "pool": lambda node: node.one_of(POOLS),
-    }
-    read = node.read("a gate", readers, ("weights",))
-    with named(f"{node.place}."):
-        return gate(read.pop("weights"), **read)
+    return gate_of(node)
 
 
 def write(recipe: Recipe, path: Path) -> None:

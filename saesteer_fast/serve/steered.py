@@ -88,8 +88,7 @@ class _Layer:
     """One steering of one layer."""
 
     def __init__(self, step: Steering, sae, model: nn.Module, size: int, names: tuple[str, ...]):
-        site = sites.locate(model, sae.hookpoint if step.layer is None else step.layer)
-        site.check_width(sae)
+        site = sites.of(model, step.layer, sae)
         self.path, self.module = site.path, site.module
         self.summed = _is_summed(site)
         device = sites.device(site)
