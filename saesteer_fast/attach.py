@@ -50,21 +50,22 @@ def steering(
 
     scope says which tokens: "all", "prompt", "generated", sf.positions, sf.not_tokens, a bool
     tensor [B, S], or a list, all of which must hold; padding never. when, one sf.active and one
-    sf.gate or either, asks the SAE's own activations. The prompt is what model.generate is given,
-    looked up by that name while the steering is attached. In any other call, one without a cache
+    sf.gate or either, asks the SAE's own activations. The prompt is what model.generate is given;
+    a reference to that method taken before attaching does not tell. In any other call, one without a cache
     or with an empty one is a prompt, what is called onto a cache is generated, and `handle.prompt`
     says otherwise. Rows of the batch that generate repeats, for beams or several answers, share
     what was given for their prompt. The last token of an answer is never read, so that "generated"
-    and max_new_tokens=1 raise ValueError. An encoder's decoder, a state or a past that has no
-    length, virtual tokens, and guidance, which reads a second prompt, leave nothing to tell the
-    prompt by: they raise ValueError for all but scope "all" of one configuration.
+    and one new token raise ValueError. Encoder-decoders, caches and recurrent states without a
+    length, virtual tokens (prompt tuning), and guidance, which reads a second prompt, do not tell
+    where a prompt ends: there all but scope "all" of one configuration raises ValueError.
 
     Padding is left alone where the decoder is given an attention_mask of [B, past + T], or the
     4-D one that generate makes for a static cache. Without one nothing says what is padding, and
     every position is steered; what real tokens get is the same.
 
-    Kept on the module's device, in the SAE's dtype: W_enc and b_enc (a row a latent, where the
-    measure needs no more), one row of W_dec a latent; the whole SAE for error="drop". The model's
+    Kept on the module's device: W_enc in the SAE's dtype and b_enc in fp32 (a row a latent, where
+    the measure needs no more), one row of W_dec a latent; the whole SAE for error="drop". Rows are
+    fp32 where the SAE has decoder_norm, and W_enc is there once more in its `order`. The model's
     dtype may change later, its device may not. Adapters may come and go, but where one is put
     around the steered module itself, calls raise RuntimeError: attach after that. Steering belongs
     to the model, whichever thread calls it, so attach while none does; a deep copy or a pickle of

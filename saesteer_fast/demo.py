@@ -19,7 +19,7 @@ STRENGTHS = (0, 1, 1.5, 2, 2.5, 3, 3.5)
 """Clamps of the table, in units of the latent's own maximum; 0 is the unsteered model."""
 
 EVERY = 15
-"""Which validation prompts choose the latent: each so manieth, of all kinds."""
+"""Which validation prompts choose the latent: one in so many, of all kinds."""
 
 SHOWN = 5
 """How many candidates are listed."""

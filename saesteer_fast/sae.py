@@ -126,6 +126,8 @@ class SAE(Weights):
         disk before any takes its place, so that a save that fails leaves what was there. Raises
         ValueError, naming the argument, for an SAE that the format cannot express, and for a folder
         that holds an SAE of another format, or is named for another hookpoint.
+
+        sparsify tells the hookpoint by the folder's name alone: name it "layers.6".
         """
         from . import formats
 

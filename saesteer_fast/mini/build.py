@@ -38,7 +38,7 @@ class BuildConfig(NamedTuple):
     sae_examples: int = 8_000
     """Conversations whose residuals train the SAEs; an eighth as many more measure them."""
     every: int = 5
-    """Which validation prompts choose the latent: each so manieth."""
+    """Which validation prompts choose the latent: one in so many."""
 
 
 DEFAULT = BuildConfig()
