@@ -50,10 +50,10 @@ def steering(
 
     scope says which tokens: "all", "prompt", "generated", sf.positions, sf.not_tokens, a bool
     tensor [B, S], or a list, all of which must hold; padding never. when, one sf.active and one
-    sf.gate or either, asks the SAE's own activations. The prompt is what model.generate is given;
-    a reference to that method taken before attaching does not tell. Any other call without a cache
-    or with an empty one is of a prompt, what is called onto a cache is generated, and
-    `handle.prompt` says otherwise. Rows of the batch that generate repeats, for beams or several answers, share
+    sf.gate or either, asks the SAE's own activations. The prompt is what model.generate is given; a
+    reference to that method taken before attaching does not tell. Any other call without a cache or
+    with an empty one is of a prompt, what is called onto a cache is generated, and `handle.prompt`
+    says otherwise. Rows of the batch that generate repeats, for beams or several answers, share
     what was given for their prompt. The last token of an answer is never read, so that "generated"
     and one new token raise ValueError. Encoder-decoders, caches and recurrent states without a
     length, virtual tokens (prompt tuning), and guidance, which reads a second prompt, do not tell
