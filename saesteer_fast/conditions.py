@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import LARGEST
-from .errors import is_integer, is_number, named, nearest, nearest_file, one_of
+from .errors import is_number, latent_of, named, nearest, nearest_file, one_of
 from .node import Node
 from .tokens import Tokens
 
@@ -58,6 +58,8 @@ class Decision(NamedTuple):
 
     def __str__(self) -> str:
         because = ", ".join(map(str, self.causes)) or "no latent active"
+        if self.score is not None:
+            because += f"; log-odds {self.score:.2g}"
         return f"row {self.row} {'steered' if self.on else 'not steered'}: {because}"
 
 
@@ -124,11 +126,11 @@ def active(latents: int | Mapping[int, float], above: float = 0.0) -> Active:
     """
     if isinstance(latents, Mapping):
         _require_unused(active, "the thresholds say it", {"above": above}, "above")
-    thresholds = latents if isinstance(latents, Mapping) else {_latent("active", latents): above}
+    thresholds = latents if isinstance(latents, Mapping) else {latent_of("active", latents): above}
     if not thresholds:
         raise ValueError("active: no latent is given")
     return Active(
-        {_latent("active", f): _finite("active", value) for f, value in thresholds.items()}
+        {latent_of("active", f): _finite("active", value) for f, value in thresholds.items()}
     )
 
 
@@ -157,7 +159,7 @@ def gate(
     given = dict(bias=bias, threshold=threshold, pool=pool, latents=tuple(latents))
     if callable(by):
         _require_unused(gate, "a callable decides by itself", given, "bias", "threshold", "pool")
-        return Gate(tuple(_latent("gate", f) for f in latents), by)
+        return Gate(tuple(latent_of("gate", f) for f in latents), by)
     if isinstance(by, (str, os.PathLike)):
         _require_unused(gate, "the file says it", given, *given)
         return _from_file(Path(by))
@@ -171,7 +173,7 @@ def gate(
         raise ValueError(f"threshold: got {threshold}, a probability between 0 and 1 is needed")
     weights = tuple(_finite("gate", weight) for weight in by.values())
     decide = Logistic(weights, _finite("bias", bias), float(threshold), pool)
-    return Gate(tuple(_latent("gate", f) for f in by), decide)
+    return Gate(tuple(latent_of("gate", f) for f in by), decide)
 
 
 Condition = Active | Gate
@@ -341,12 +343,6 @@ def _require_unused(of: Callable, why: str, given: Mapping[str, object], *names:
     for name in names:
         if given[name] != parameters[name].default:
             raise ValueError(f"{name}: got {given[name]!r}, but {why}")
-
-
-def _latent(name: str, latent: object) -> int:
-    if not is_integer(latent):
-        raise TypeError(f"{name}: latent {latent!r} is no integer")
-    return int(latent)
 
 
 def _finite(name: str, value: object) -> float:

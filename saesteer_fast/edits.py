@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import LARGEST
-from .errors import is_integer, is_number, nearest, one_of
+from .errors import is_integer, is_number, latent_of, nearest, one_of
 
 # Each gives a' - a for activations a and strengths v; NaN in a must come out as NaN.
 _AMOUNTS = {
@@ -242,21 +242,20 @@ def _configurations(edits) -> tuple[tuple[str, ...] | None, list[Edits]]:
         )
     empty = "an empty " if isinstance(edits, Sequence) and not edits else ""
     raise TypeError(
-        f"edits: got {empty}{type(edits).__name__}, a mapping {{latent: value}} is needed, which "
-        "cannot name a latent twice, or a list with a mapping a row, or a mapping {name: mapping}"
+        f"edits: got {empty}{type(edits).__name__}, a mapping {{latent: value}} is needed, or a "
+        "list with a mapping a row, or a mapping {name: mapping}"
     )
 
 
 def _checked(edits: Edits, num_latents: int | None = None) -> dict[int, Edit]:
     checked = {}
     for latent, edit in edits.items():
-        if not is_integer(latent):
-            raise TypeError(f"edits: latent {latent!r} is no integer")
+        latent = latent_of("edits", latent)
         if num_latents is not None and not 0 <= latent < num_latents:
             raise ValueError(f"edits: latent {latent} is not among 0 to {num_latents - 1}")
         if not isinstance(edit, Edit):
             edit = Edit("set", _number(f"edits: latent {latent} is given", edit))
-        checked[int(latent)] = edit
+        checked[latent] = edit
     return checked
 
 

@@ -31,6 +31,14 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def latent_of(argument: str, given: object) -> int:
+    """The latent that an argument names; TypeError for what is no integer."""
+    if not is_integer(given):
+        hint = f"; {int(given)} is one" if isinstance(given, str) and given.isdecimal() else ""
+        raise TypeError(f"{argument}: latent {given!r} is no integer{hint}")
+    return int(given)
+
+
 def nearest(name: str, choices: Iterable[str], ask: str = "did you mean") -> str:
     close = get_close_matches(name, list(choices), n=1)
     return f"; {ask} {close[0]!r}?" if close else ""

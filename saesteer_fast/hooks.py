@@ -76,8 +76,13 @@ class Hooks:
         call = self.calls.running
         passed_by = call.awaited_by is not None and output is not None
         call.tokens, call.awaited_by = None, None
-        if passed_by:
-            raise RuntimeError(f"{self.path} was not called as a module: nothing was steered")
+        # What a model drafts with its first layers, it reads again with all.
+        drafts = call.told is not None and call.told.drafts
+        if passed_by and not drafts:
+            raise RuntimeError(
+                f"{self.path} was not called as a module: nothing was steered; the call ended "
+                "before it, or something else was called in its place, as its forward"
+            )
 
     @contextmanager
     def told(self, told: Told) -> Iterator[None]:
@@ -123,6 +128,10 @@ class Hooks:
                 f"{self.path} gives a DTensor, {hidden.placements}; a plain tensor with the whole "
                 "width is needed: gather it at the end of the layer"
             )
+        if hidden.is_floating_point() and hidden.shape[-1:] != (self.plan.d,):
+            raise ValueError(
+                f"sae: is for width {self.plan.d}, {self.path} gives {tuple(hidden.shape)}"
+            )
         if self.is_layer and hidden.ndim > 3:
             raise ValueError(f"{self.path} gives {tuple(hidden.shape)}, not one vector a token")
 
@@ -132,8 +141,8 @@ class Hooks:
         why = f"gives {given}, which are not the tokens that its decoder was called with"
         if outside:
             why = (
-                "runs outside of its decoder, as where a checkpoint computes it again, or where it "
-                "was attached during a call"
+                "runs outside of its decoder, as where a checkpoint computes it again, where the "
+                "decoder's forward is called in its place, or where it was attached during a call"
             )
         return f"scope: {self.path} {why}; only scope 'all' of one configuration can do that"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
@@ -125,6 +126,8 @@ class Plan:
         if self.table.values.requires_grad:
             raise ValueError("edits: a strength requires a gradient; learn `strengths` instead")
         self.require_effect()
+        if not (self.table.latents or self.table.rowwise):
+            warnings.warn("edits: got {}, so nothing is steered", stacklevel=3)
         nothing = self.measured.directions.new_empty(0, 0, self.d)
         self(nothing, chosen=self.measured.features.new_empty(0) if self.table.rowwise else None)
 
@@ -255,7 +258,10 @@ class Held:
 
 def require_sae(sae: SAE) -> None:
     if not isinstance(sae, SAE):
-        raise TypeError(f"sae: got {type(sae).__name__}, an SAE is needed; SAE.load reads one")
+        raise TypeError(
+            f"sae: got {type(sae).__name__}, an SAE is needed; SAE.load reads one, "
+            "and SAE(...) takes the tensors of another library's"
+        )
 
 
 def _tensors(holder: object) -> Iterator[Tensor]:

@@ -61,8 +61,9 @@ def not_tokens(ids: Iterable[int]) -> NotTokens:
     Raises TypeError for what is no list of integers and ValueError for an id below 0; calls of a
     decoder that is given embeddings in place of ids raise ValueError.
     """
-    if not isinstance(ids, Iterable):
+    if not isinstance(ids, Iterable) or isinstance(ids, str):
         raise TypeError(f"not_tokens: got {ids!r}, a list of ids is needed: sf.not_tokens([3])")
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
     ids = _integers("not_tokens", tuple(ids))
     if min(ids, default=0) < 0:
         raise ValueError(f"not_tokens: got {min(ids)}, ids start at 0")
@@ -193,7 +194,10 @@ def spread(rows: Tensor, tokens: Tokens, name: str) -> Tensor:
         return rows
     if given == tokens.prompts:
         return rows.repeat_interleave(tokens.batch // given, 0)
-    raise ValueError(f"{name}: {given} rows are given for a batch of {tokens.batch}")
+    raise ValueError(
+        f"{name}: {given} rows are given for a batch of {tokens.batch}; a table of configurations "
+        "and handle.choose serve any batch"
+    )
 
 
 def parts(scope: Scope) -> list:

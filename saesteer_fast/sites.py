@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import hookpoints
+from .dtypes import FLOATS
 from .errors import is_integer, nearest
 from .sae import SAE
 
@@ -71,7 +72,12 @@ def locate(model: nn.Module, layer: int | str | None) -> Site:
     Raises TypeError or ValueError for anything else.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed")
+        names = ("model", "_model")  # of transformers' pipelines, of nnsight
+        held = [name for name in names if isinstance(getattr(model, name, None), nn.Module)]
+        hint = f"; its .{held[0]} is one" if held else ""
+        raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed{hint}")
+    if _is_list(model):
+        raise TypeError(f"model: got a {type(model).__name__}, the model that holds it is needed")
     language = _language(model)
     lists = _layer_lists(language)
     if layer is None:
@@ -87,6 +93,10 @@ def locate(model: nn.Module, layer: int | str | None) -> Site:
     else:
         path = _numbered(language, lists, stem, layer)
     module = decoder.get_submodule(path)
+    if _is_list(module):
+        raise ValueError(
+            f"layer: {path} is a list of modules, which nobody calls; name one of them"
+        )
     _refuse_shared(decoder, path, module)
     return Site(path, module, decoder, model)
 
@@ -96,7 +106,9 @@ def device(site: Site) -> torch.device:
     tensors = [*site.module.parameters(), *site.module.buffers()] or [*site.decoder.parameters()]
     floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
     if floating and all(dtype == torch.float64 for dtype in floating):
-        raise TypeError(f"model: {site.path} is torch.float64, which the op does not take")
+        raise TypeError(
+            f"model: {site.path} is torch.float64, accepted are {', '.join(map(str, FLOATS))}"
+        )
     if not any(tensor.is_meta for tensor in tensors):
         return tensors[0].device if tensors else torch.device("cpu")
     brought = _execution_device(site.module)
@@ -163,7 +175,8 @@ def _outermost(module: nn.Module, wanted: Callable, path: str = "") -> Iterator:
 
 def _numbered(language: nn.Module, lists: dict, stem: str, layer: int) -> str:
     if not is_integer(layer):
-        raise TypeError(f"layer: got {layer!r}, an integer or a module's name is needed")
+        given = type(layer).__name__ if isinstance(layer, nn.Module) else repr(layer)
+        raise TypeError(f"layer: got {given}, an integer or a module's name is needed")
     if len(lists) != 1:
         found = f"several lists of layers: {', '.join(lists)}" if lists else "no list of layers"
         raise ValueError(f"layer: {type(language).__name__} has {found}; name a module")
@@ -180,27 +193,35 @@ def _accepted(lists: dict) -> str:
 def _named(model: nn.Module, decoder: nn.Module, stem: str, name: str, lists: dict) -> str:
     """The path in `decoder` of what is called `name` there, or in a module around it."""
     paths = {id(module): path for path, module in decoder.named_modules() if path}
-    prefix = next(path for path, module in model.named_modules() if module is decoder)
-    around = _around(model, prefix)
+    # Of some wrappers no module is the decoder that they tell of.
+    prefix = next((path for path, module in model.named_modules() if module is decoder), None)
+    around = [decoder] if prefix is None else _around(model, prefix)
     for spelling in dict.fromkeys((name, _unwrapped(name))):
         found = {id(module) for root in around if (module := _submodule(root, spelling))}
         if len(found) > 1:
             raise ValueError(f"layer: {name!r} is the name of several modules; give a longer one")
         if found and found.isdisjoint(paths):
-            raise ValueError(f"layer: {name!r} is no module inside the language decoder")
+            raise ValueError(
+                f"layer: {name!r} is no module inside the language decoder; {_accepted(lists)}"
+            )
         if found:
             return paths[found.pop()]
     canonical = _canonical(name, stem)
     if canonical in paths.values():
         return canonical
-    known = [*paths.values(), *(f"{prefix}.{path}" for path in paths.values())]
-    hint = nearest(name, known)
+    known = [*paths.values(), *(f"{prefix}.{path}" for path in paths.values() if prefix)]
+    hint = nearest(name, [path for path in known if _numberless(path) != _numberless(name)])
     number = re.search(r"(?<![-\d])\d+$", name)
     if not hint and number and f"{stem}.{int(number[0])}" in known:
         hint = f"; did you mean {int(number[0])} or 'layers.{int(number[0])}'?"
     raise ValueError(
         f"layer: {type(model).__name__} has no module {name!r}, {_accepted(lists)}{hint}"
     )
+
+
+def _numberless(name: str) -> str:
+    """Names that are alike but for their numbers are no misspellings of each other."""
+    return re.sub(r"-?\d+", "N", name)
 
 
 def _canonical(name: str, stem: str) -> str | None:

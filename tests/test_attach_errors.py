@@ -119,7 +119,9 @@ def test_sae_for_another_width(model, make_sae):
 
 def test_width_of_a_module_inside_a_layer(model, sae):
     with sf.steering(model, sae, EDITS, layer="layers.1.mlp.gate_up_proj"):
-        with pytest.raises(ValueError, match=r"x: got shape \(1, 5, 128\), the SAE is for .* 32\]"):
+        with pytest.raises(
+            ValueError, match=r"sae: is for width 32, layers\.1\.mlp\.gate_up_proj gives"
+        ):
             model(PROMPT)
 
 
@@ -149,19 +151,26 @@ def test_model_that_moved_afterwards(sae):
 
 
 @pytest.mark.fault(69)
-@pytest.mark.parametrize("layer", ["layers", "norm"])
-def test_module_that_is_passed_by(model, sae, layer, monkeypatch):
-    """A list is never called; and a forward that is called by name runs no hooks."""
+def test_module_that_is_passed_by(model, sae, monkeypatch):
+    """A forward that is called by name runs no hooks."""
     monkeypatch.setattr(type(model.model.norm), "__call__", lambda self, x: self.forward(x))
-    with sf.steering(model, sae, EDITS, layer=layer):
-        with pytest.raises(RuntimeError, match=f"{layer} was not called as a module: nothing was"):
+    with sf.steering(model, sae, EDITS, layer="norm"):
+        with pytest.raises(RuntimeError, match="norm was not called as a module: nothing was"):
             model(PROMPT)
     model(PROMPT)
 
 
+@pytest.mark.fault(69)
+def test_lists_of_modules_are_never_called(model, sae):
+    with pytest.raises(ValueError, match="layer: layers is a list of modules, which nobody calls"):
+        sf.steering(model, sae, EDITS, layer="layers")
+    with pytest.raises(TypeError, match="model: got a ModuleList, the model that holds it is"):
+        sf.steering(model.model.layers, sae, EDITS, layer=1)
+
+
 def test_module_that_gives_no_tensor(model, sae):
     with sf.steering(model, sae, EDITS, layer="rotary_emb"):
-        with pytest.raises(ValueError, match="x: got shape"):  # the first of a tuple is steered
+        with pytest.raises(ValueError, match=r"sae: is for width 32, rotary_emb gives \("):
             model(PROMPT)
     silent = nn.Sequential(nn.Identity())
     with sf.steering(silent, sae, EDITS, layer="0"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -354,9 +355,12 @@ def test_a_second_model_that_drafts(model, draft, sae, name, steered):
     assert torch.equal(expected, plain) == (steered == "draft")
 
 
-@pytest.mark.parametrize("name", ASSISTED)
-def test_a_model_that_drafts_with_its_first_layers(model, sae, name):
-    options = {"edits": EDITS, "layer": 0} | ASSISTED[name]
+@pytest.mark.parametrize(
+    ("name", "layer"), [*product(ASSISTED, [0]), *product(["generated", "rows", "gate"], [2])]
+)
+def test_a_model_that_drafts_with_its_first_layers(model, sae, name, layer):
+    """Of which the steered one may be none."""
+    options = {"edits": EDITS, "layer": layer} | ASSISTED[name]
     plain = generate(model, 10)
     with sf.steering(model, sae, **options) as handle:
         expected = generate(model, 10)

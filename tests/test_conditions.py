@@ -319,10 +319,12 @@ def test_causes_of_a_mean_are_ordered_by_it(model, sae, acts):
 
 def test_decisions_read_like_sentences():
     decision = Decision("gate", 1, True, (Cause(511, 3.21, 14), Cause(7, 0.5, 0)), 2.0)
-    assert (
-        str(decision) == "row 1 steered: latent 511 at 3.2 on token 14, latent 7 at 0.5 on token 0"
+    causes = "latent 511 at 3.2 on token 14, latent 7 at 0.5 on token 0"
+    assert str(decision) == f"row 1 steered: {causes}; log-odds 2"
+    assert str(decision._replace(score=None)) == f"row 1 steered: {causes}"
+    assert str(decision._replace(on=False, causes=())) == (
+        "row 1 not steered: no latent active; log-odds 2"
     )
-    assert str(decision._replace(on=False, causes=())) == "row 1 not steered: no latent active"
 
 
 def test_both_conditions_must_hold(model, sae, gate, telling):

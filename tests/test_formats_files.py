@@ -981,6 +981,33 @@ def test_links_are_followed(tmp_path):
         sf.SAE.load(tmp_path / "layers.8")
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "`git lfs pull` brings it",
+        ),
+        (b"<!doctype html><title>Not found</title>", "it is a web page"),
+    ],
+)
+def test_what_was_downloaded_in_place_of_weights_is_named(tmp_path, content, told):
+    place = saelens(tmp_path / "sae", random(), "standard", metadata={})
+    binary(place).write_bytes(content)
+    with pytest.raises(ValueError, match=f"not a whole safetensors file .*; .*{told}"):
+        sf.SAE.load(place)
+
+
+def test_paths_as_people_write_them(tmp_path, monkeypatch):
+    saelens(tmp_path / "saes" / "layers.9", random(), "standard", metadata={})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sf.SAE.load("~/saes/layers.9").hookpoint == "layers.9"
+    with pytest.raises(FileNotFoundError, match="a repository on the Hub is named org/name"):
+        sf.SAE.load("https://huggingface.co/EleutherAI/sae-llama-3-8b-32x")
+    with pytest.raises(ValueError, match="path: is empty, a path or a repository's name"):
+        sf.SAE.load("")
+
+
 @pytest.mark.fault(46)
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 @pytest.mark.parametrize("name", BROKEN)

@@ -414,6 +414,8 @@ def test_files_that_are_none(folder):
         sf.load_steering(written(folder, one(), "steering.yaml"))
     with pytest.raises(ValueError, match=r"layers\.1 is a folder; accepted are files, \.json, "):
         sf.load_steering(folder / "layers.1")
+    with pytest.raises(TypeError, match="path: got dict, the path of a steering file is needed"):
+        sf.load_steering({})
     with pytest.raises(FileNotFoundError, match=r"no file .*layers\.2$"):
         sf.load_steering(folder / "layers.2")
     with pytest.raises(FileNotFoundError, match=r"^path: no folder .*none to write a.json into"):

@@ -376,7 +376,7 @@ def test_bad_places_are_named(model, sae):
         sf.positions([0, -1])
     with pytest.raises(TypeError, match=r"not_tokens: got 3, a list of ids is needed"):
         sf.not_tokens(3)
-    with pytest.raises(TypeError, match="not_tokens: got 'a'"):
+    with pytest.raises(TypeError, match="not_tokens: got 'ab', a list of ids is needed"):
         sf.not_tokens("ab")
     with pytest.raises(ValueError, match="not_tokens: got -1, ids start at 0"):
         sf.not_tokens([-1])

@@ -197,3 +197,46 @@ def test_double_precision_is_seen_behind_integers():
     model = nn.Sequential(Quantised(torch.float64))
     with pytest.raises(TypeError, match=r"model: 0 is torch\.float64"):
         sites.device(sites.locate(model, "0"))
+
+
+def test_a_wrapper_that_hides_the_model_it_tells_of(make_phi3):
+    """TransformerLens' TransformerBridge has it in no module."""
+
+    class Bridge(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.hidden = [model]
+
+        def get_decoder(self):
+            return self.hidden[0].model
+
+        def can_generate(self):
+            return True
+
+    model = make_phi3()
+    bridge = Bridge(model)
+    for layer in (1, "layers.1", "blocks.1.hook_resid_post"):
+        assert located(bridge, layer) is model.model.layers[1]
+    with pytest.raises(ValueError, match=r"Bridge has no module 'layer\.1', .* mean 'layers\.1'"):
+        located(bridge, "layer.1")
+
+
+def test_what_holds_a_model_is_told(make_phi3):
+    class Pipeline:
+        model = make_phi3()
+
+    with pytest.raises(
+        TypeError, match=r"model: got Pipeline, a torch\.nn\.Module is needed; its "
+    ):
+        located(Pipeline(), 1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_sae_of_another_layer(make_phi3, make_sae):
+    model, sae = make_phi3(), make_sae(hookpoint="blocks.2.hook_resid_pre")
+    for layer in (None, 1, "layers.1", "layers.2.mlp"):
+        sf.steering(model, sae, {3: 1.0}, layer=layer).remove()
+    with pytest.warns(UserWarning, match="layer: layers.2 is steered by an SAE of blocks.2.hook_r"):
+        sf.steering(model, sae, {3: 1.0}, layer=2).remove()
+    with pytest.warns(UserWarning, match="edits: got {}, so nothing is steered"):
+        sf.steering(model, sae, {}).remove()

@@ -47,6 +47,7 @@ def answers(
     Batches are padded on the left and hold prompts of like length. A tokenizer without a pad_token
     pads with its eos_token; ValueError if it has neither.
     """
+    _require_prompts(prompts)
     ids = [_ids(tokenizer, prompt) for prompt in prompts]
     pad = _padding(tokenizer)
     found = [""] * len(ids)
@@ -65,6 +66,12 @@ def answers(
         for i, text in zip(rows, said, strict=True):
             found[i] = text
     return found
+
+
+def _require_prompts(prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if not isinstance(prompt, Prompt):
+            raise TypeError(f"prompts: got {prompt!r:.80}, a list of eval.Prompt is needed")
 
 
 def _ids(tokenizer, prompt: Prompt) -> list[int]:
@@ -104,6 +111,7 @@ def evaluate(model, tokenizer, prompts: Sequence[Prompt], **options: int) -> dic
 
     `options` are those of `answers`. Raises what `judge` does before the model answers.
     """
+    _require_prompts(prompts)
     for prompt in prompts:
         require_answer(prompt.kind, prompt.expected)
     return tally(prompts, answers(model, tokenizer, prompts, **options))

@@ -81,6 +81,8 @@ def _place(path: str | os.PathLike[str]) -> Path:
         return place
     if not (isinstance(path, str) and hub.is_id(path)):
         hint = nearest(place.name, _names(place.parent))
+        if "://" in os.fspath(path):
+            hint = "; a repository on the Hub is named org/name"
         raise FileNotFoundError(f"path: no folder {place}{hint}")
     return hub.fetch(path, _FILES)
 
@@ -88,6 +90,8 @@ def _place(path: str | os.PathLike[str]) -> Path:
 def _absolute(path: str | os.PathLike[str], accepted: str) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: got {path!r}, {accepted} is needed")
+    if not os.fspath(path):
+        raise ValueError(f"path: is empty, {accepted} is needed")
     return files.absolute(path)
 
 

@@ -31,7 +31,11 @@ _NUMBERS = DTYPES | {"I64": torch.int64}
 BLOCK = 1 << 21
 """Bytes read at once."""
 
+FOLD = "fold() the SAE first (saesteer convert --fold)"
+"""The way out where a format has no place for scale or decoder norms."""
+
 _CHECKSUM = "crc32."
+_LFS = b"version https://git-lfs"
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
@@ -39,7 +43,7 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
     Other links keep their names, for these may tell a hookpoint.
     """
-    parts = (Path.cwd() / path).parts
+    parts = (Path.cwd() / os.path.expanduser(path)).parts
     end = len(parts) - parts[::-1].index("..") if ".." in parts else 0
     return Path(os.path.realpath(Path(*parts[:end])) if end else "", *parts[end:])
 
@@ -114,7 +118,7 @@ class Safetensors(Tensors):
                     self.dtypes[key] = file.get_slice(key).get_dtype()
         except SafetensorError as error:
             raise ValueError(
-                f"{path}: not a whole safetensors file ({error}){_pickled(path)}"
+                f"{path}: not a whole safetensors file ({error}){_what(path)}"
             ) from None
 
     @contextmanager
@@ -195,10 +199,15 @@ def _require_shape(path: Path, key: str, got: tuple[int, ...], wanted: tuple[int
         raise ValueError(f"{path}: {key} has shape {got}, {wanted} is needed{hint}")
 
 
-def _pickled(path: Path) -> str:
+def _what(path: Path) -> str:
+    """What it is in place of safetensors, where that can be told."""
     with path.open("rb") as file:
-        magic = file.read(2)
-    return "; it is a pickle, which is never executed" if magic in (b"PK", b"\x80\x02") else ""
+        begins = file.read(len(_LFS))
+    if begins.startswith((b"PK", b"\x80\x02")):
+        return "; it is a pickle, which is never executed"
+    if begins == _LFS:
+        return "; it is what Git LFS has in its place: `git lfs pull` brings it"
+    return "; it is a web page" if begins.lstrip().startswith(b"<") else ""
 
 
 def require_files(folder: Path, names: tuple[str, ...]) -> None:

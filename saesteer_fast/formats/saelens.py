@@ -21,6 +21,7 @@ from ..errors import nearest
 from ..weights import Weights
 from . import order
 from .files import (
+    FOLD,
     Safetensors,
     read_json,
     read_weights,
@@ -155,11 +156,9 @@ def _check_expressible(sae: Weights, architectures: dict[str, str]) -> None:
     if sae.measure not in architectures:
         raise ValueError(f"SAELens has no measure {sae.measure!r}, only {', '.join(architectures)}")
     if sae.scale != 1:
-        raise ValueError(f"SAELens cannot say scale={sae.scale}; fold() the SAE first")
+        raise ValueError(f"SAELens cannot say scale={sae.scale}; {FOLD}")
     if sae.decoder_norm and sae.measure != "topk":
-        raise ValueError(
-            f"SAELens cannot say decoder_norm for {sae.measure!r}; fold() the SAE first"
-        )
+        raise ValueError(f"SAELens cannot say decoder_norm for {sae.measure!r}; {FOLD}")
 
 
 def _modern(source: Path, config: dict[str, object]) -> dict[str, object]:

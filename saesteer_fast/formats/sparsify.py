@@ -18,6 +18,7 @@ from ..errors import among, nearest
 from ..weights import Weights
 from . import order
 from .files import (
+    FOLD,
     Safetensors,
     read_json,
     read_weights,
@@ -99,7 +100,7 @@ def _check_expressible(sae: Weights) -> None:
         raise ValueError(f"sparsify has no measure {sae.measure!r}, only {', '.join(_MEASURES)}")
     for name, value in needed.items():
         if getattr(sae, name) != value:
-            hint = "; fold() the SAE first" if name in ("decoder_norm", "scale") else ""
+            hint = f"; {FOLD}" if name in ("decoder_norm", "scale") else ""
             raise ValueError(f"sparsify cannot say {name}={getattr(sae, name)!r}{hint}")
 
 

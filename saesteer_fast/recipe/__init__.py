@@ -137,7 +137,9 @@ def load_steering(path: str | os.PathLike[str]) -> Recipe:
     """
     from . import document, lm_eval
 
-    path = Path(path)
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: got {type(path).__name__}, the path of a steering file is needed")
+    path = Path(os.path.expanduser(path))
     readers = {
         ".json": document.read,
         ".csv": lm_eval.read_csv,

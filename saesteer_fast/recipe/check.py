@@ -166,7 +166,7 @@ def _without_weights(path: str) -> nn.Module:
             config = AutoConfig.from_pretrained(path)
         except Exception as error:  # its checks of a configuration raise any kind
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(reason) from None
+            raise ValueError(f"{path}: {reason}") from None
         try:
             return AutoModelForCausalLM.from_config(config)
         except ValueError:  # one that transformers knows by no head
