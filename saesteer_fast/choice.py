@@ -42,8 +42,8 @@ def chosen(impl: str, x: Tensor) -> str:
     ValueError if `impl` is unknown, or cannot run where x is.
     """
     argument = "impl"
-    if impl == "auto":
-        argument, impl = ("impl" if _DEFAULT == "auto" else "SAESTEER_IMPL"), _DEFAULT
+    if impl == "auto" and _DEFAULT != "auto":
+        argument, impl = "SAESTEER_IMPL", _DEFAULT
     if impl == "auto":
         # torch.compile keeps the op, whose kernel chooses: a file may have to be read for that
         if x.is_cuda and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):

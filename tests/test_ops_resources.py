@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,9 @@ def cpu_seconds() -> dict[str, float]:
     """CPU time of each thread of this process."""
     seconds = {}
     for task in TASKS.iterdir():
-        fields = (task / "stat").read_text().rpartition(")")[2].split()
-        seconds[task.name] = (int(fields[11]) + int(fields[12])) * TICK
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            fields = (task / "stat").read_text().rpartition(")")[2].split()
+            seconds[task.name] = (int(fields[11]) + int(fields[12])) * TICK
     return seconds
 
 

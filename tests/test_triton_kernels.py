@@ -165,7 +165,7 @@ def test_every_tile(dtype, ragged):
 
 
 @pytest.mark.fault(25)
-@pytest.mark.parametrize("T", [1, 9, 20])
+@pytest.mark.parametrize("T", [1, 20])
 def test_ties_go_to_the_lower_latent(T):
     """All latents alike: exactly the k first are live, wherever in its tile a feature lies."""
     N, k = 130, 70
@@ -178,7 +178,7 @@ def test_ties_go_to_the_lower_latent(T):
     assert torch.equal(indices, torch.arange(k, device=DEVICE).expand(T, k))
 
 
-@pytest.mark.parametrize("T", [1, 9, 20])
+@pytest.mark.parametrize("T", [1, 20])
 def test_rows_in_another_order_change_no_bit(T):
     """Ties go to the lower latent, wherever its row is; without `order` they would not."""
     natural = here(integer_case(T, 31, 130, 40, 9, per_token=True))
