@@ -56,6 +56,7 @@ def steer(
     not offered: it changes a latent that nobody named.
     """
     plan = _plan(sae, edits, rows, when=when, error=error, measure=measure, impl=impl)
+    plan.require_effect()
     return _steered(plan, x, mask)
 
 
@@ -100,7 +101,6 @@ def _plan(sae: SAE, edits, rows: Rows | None, **options) -> Plan:
     if plan.gate is not None:
         raise ValueError("when: sf.gate is decided by a prompt, which only sf.steering sees")
     plan.choose(rows)
-    plan.require_effect()
     return plan
 
 
