@@ -31,6 +31,7 @@ def cache(tmp_path, make_sae) -> Path:
 
 def offline(cache: Path, script: str) -> str:
     environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(sf.__file__).parents[1])  # built in place, perhaps
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         env=environment,
