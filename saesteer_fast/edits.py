@@ -104,6 +104,8 @@ class Table:
         self.present = tuple(sorted(set().union(*self._kinds)))
         kinds = self._kinds if self.rowwise else self._kinds[0]
         self.kinds = torch.tensor(kinds, dtype=torch.int8, device=device)
+        # Numbers were found finite; of tensors nobody has asked.
+        self.given_tensors = any(isinstance(value, Tensor) for value in values)
         self.values = _stacked(values, device)
         if self.rowwise:
             self.values = self.values.view(self.kinds.shape)

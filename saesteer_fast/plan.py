@@ -111,7 +111,7 @@ class Plan:
     def require_effect(self) -> None:
         """ValueError for a strength that is not finite, and for an edited latent whose direction is
         0; waits for the device."""
-        if may_read(self.table.values):
+        if self.table.given_tensors and may_read(self.table.values):
             require_finite(self.table.values)
         moves = self.measured.directions.any(-1)
         if not moves.all():
