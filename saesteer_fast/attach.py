@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -81,6 +82,7 @@ def steering(
     plan = Plan(sae, edits, device, when=when, error=error, measure=measure, impl=impl)
     plan.choose(rows)
     plan.require_ready()
+    _warn_of_another(site, plan)
     return Handle(site, Hooks(site, plan, Scoped(scope, device)))
 
 
@@ -203,6 +205,28 @@ def _install(site: Site, hooks: Hooks) -> ExitStack:
             undo.callback(listen(site.model, hooks))
         _recompile()
         return undo.pop_all()
+
+
+def _warn_of_another(site: Site, plan: Plan) -> None:
+    """As of a handle that a notebook's cell made when it ran before."""
+    for hooks in _ours(site.module).values():
+        twice = [f for f in plan.table.latents if _moves_alike(f, plan, hooks.plan)]
+        if twice:
+            warnings.warn(
+                f"edits: latents {twice} are edited at {site.path} already, and both edits act; "
+                "sf.steerings(model) lists what is attached",
+                stacklevel=3,
+            )
+
+
+def _moves_alike(latent: int, plan: Plan, other: Plan) -> bool:
+    if latent not in other.table.columns:
+        return False
+    one, two = (
+        each.measured.directions[each.table.columns[latent]].to("cpu", torch.float32)
+        for each in (plan, other)
+    )
+    return torch.equal(one, two)
 
 
 def _put_first(module: nn.Module) -> None:

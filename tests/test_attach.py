@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 import weakref
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -696,3 +697,19 @@ def test_model_on_a_gpu_with_an_sae_on_the_cpu(model, sae, textbook):
         handle.set({3: 6.0})
         y = layer_output(model, 1, ids, attention_mask=mask)
     assert_same(y.cpu().double(), textbook(x.cpu(), sae, EDITS, mask.cpu().bool()))
+
+
+def test_a_latent_that_is_edited_already(model, sae, make_sae):
+    """As where a notebook's cell runs twice."""
+    with sf.steering(model, sae, {3: sf.add(2.0), 5: 1.0}):
+        with pytest.warns(
+            UserWarning, match=r"latents \[3\] are edited at layers\.1 already"
+        ):
+            sf.steering(model, sae, {3: sf.add(2.0), 7: 1.0}).remove()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sf.steering(model, sae, {7: 1.0}).remove()
+            sf.steering(model, make_sae(seed=9), {3: 1.0}).remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.steering(model, sae, {3: 1.0}).remove()
