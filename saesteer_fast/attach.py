@@ -22,6 +22,9 @@ from .sae import SAE
 from .scopes import Scope, Scoped
 from .sites import Site
 
+OLDEST = (5, 9)
+"""Of the releases of transformers that can be steered."""
+
 
 def steering(
     model: nn.Module,
@@ -76,6 +79,7 @@ def steering(
     graph that was captured replays what it captured.
     """
     require_sae(sae)
+    _require_transformers(model)
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps a model in another one
     site = sites.of(model, layer, sae)
     device = sites.device(site)
@@ -171,6 +175,19 @@ class Handle(Held):
     def __repr__(self) -> str:
         state = "" if self._attached else ", removed"
         return f"Handle({self._name}: {self._plan.table.described()}{state})"
+
+
+def _require_transformers(model: nn.Module) -> None:
+    """pip asks for it too, but what another package wants may have won."""
+    library = sys.modules.get("transformers")
+    if library is None or not isinstance(model, nn.Module):
+        return
+    release = tuple(map(int, library.__version__.split(".")[:2]))
+    if release < OLDEST and any(isinstance(m, library.PreTrainedModel) for m in model.modules()):
+        raise RuntimeError(
+            f"model: is of transformers {library.__version__}, where static caches and continuous "
+            f"batching would be steered wrongly; {'.'.join(map(str, OLDEST))} or newer is needed"
+        )
 
 
 def _told_by_hand(columns: int | Tensor, device: torch.device) -> Told:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from . import __version__
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a subcommand: demo, mini build, convert, check, verify, env."""
@@ -19,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="saesteer", description="Steers SAE latents, exactly.")
+    parser.add_argument("--version", action="version", version=f"saesteer_fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser(

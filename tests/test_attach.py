@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 import saesteer_fast as sf
-from saesteer_fast import ops
+from saesteer_fast import attach, ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EDITS = {3: 6.0, 77: -2.0}
@@ -702,9 +703,7 @@ def test_model_on_a_gpu_with_an_sae_on_the_cpu(model, sae, textbook):
 def test_a_latent_that_is_edited_already(model, sae, make_sae):
     """As where a notebook's cell runs twice."""
     with sf.steering(model, sae, {3: sf.add(2.0), 5: 1.0}):
-        with pytest.warns(
-            UserWarning, match=r"latents \[3\] are edited at layers\.1 already"
-        ):
+        with pytest.warns(UserWarning, match=r"latents \[3\] are edited at layers\.1 already"):
             sf.steering(model, sae, {3: sf.add(2.0), 7: 1.0}).remove()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -713,3 +712,12 @@ def test_a_latent_that_is_edited_already(model, sae, make_sae):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sf.steering(model, sae, {3: 1.0}).remove()
+
+
+def test_an_old_transformers_is_refused(model, sae, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.8.1")
+    with pytest.raises(RuntimeError, match=r"is of transformers 5\.8\.1, .* 5\.9 or newer"):
+        sf.steering(model, sae, {3: 1.0})
+    sf.steering(torch.nn.Sequential(torch.nn.Linear(32, 32)), sae, {3: 1.0}, layer="0").remove()
+    needed = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f"transformers>={'.'.join(map(str, attach.OLDEST))}" in needed

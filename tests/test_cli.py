@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from saesteer_fast import SAE, cli
+from saesteer_fast import SAE, __version__, cli
 
 
 def test_demo_is_given_its_folder(monkeypatch):
@@ -103,3 +103,10 @@ def test_demo_says_what_is_missing(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="matplotlib is missing: pip install matplotlib"):
         cli.main(["demo", "--out", str(tmp_path / "demo")])
     assert not (tmp_path / "demo").exists()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"saesteer_fast {__version__}\n"
