@@ -73,6 +73,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     ladder_once(Ladder c, Scan s, Sharing sharing) {
   static_assert(S::kThreads == kTokenThreads);
   fix_dtypes<S::kDtype>(c.x, c.encoder.W, c.directions, c.y, s.x, s.encoder.W);
+  // Of so many tokens one is open more often than not.
+  constexpr bool kAtOnce = S::kTokens > 16;
+  if (kAtOnce) S::expect(s);
   const bool fetches = sharing.fetch && blockIdx.x < c.tokens;
   const bool open = level0<S::kDtype>(
       c, sharing, fetches ? fetch<S::kThreads>(c.directions, c.features.count) : c.directions);
@@ -80,14 +83,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   // Each block has measured all tokens: all leave here or none does.
   if (sharing.each_all) {
     if (!open) return;
-    S::expect(s);  // while the blocks wait for each other
+    if (!kAtOnce) S::expect(s);  // while the blocks wait for each other
   }
   // Every block's L0 is done. Again all leave or none does, by a slot a thread; not by `beaten`:
   // others may have begun to count.
   sync_grid();
   static_assert(kFewTokens <= S::kThreads);
   if (!sync_threads_or(threadIdx.x < c.tokens && c.open.token[threadIdx.x] >= 0)) return;
-  if (!sharing.each_all) S::expect(s);  // while the first tile's tokens are looked up
+  if (!kAtOnce && !sharing.each_all) S::expect(s);  // while the first tile's tokens are looked up
   S::scan(s);
   // Every block's counts are in.
   sync_grid();
