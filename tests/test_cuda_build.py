@@ -231,7 +231,7 @@ def test_a_stage_takes_few_instructions(arch, plan, most):
 
 @pytest.mark.parametrize("plan", ["few", "fewest"])
 def test_the_next_tile_is_asked_for(arch, plan):
-    """From Hopper on; once while a tile ends, and in one launch also at its start, or, of the fewest
+    """From Hopper on; once while a tile ends, and in one launch also at its start or, of the fewest
     tokens, before the first barrier or after it."""
     there, times = arch != "sm_80", 2 if plan == "few" else 3
     assert count(of(arch, "scan_16bit", SCANS[plan], "Lb1E"), r"UBLKPF\.L2") == there

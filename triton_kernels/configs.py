@@ -8,6 +8,7 @@ import json
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 
@@ -15,6 +16,11 @@ from .. import verdicts
 
 INTERPRETED = knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported."""
+
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
+FENCED = (3, 8)
+"""The first release that orders copies before Blackwell's tensor cores (triton issue 9610); on
+Hopper none of the earlier ones is known to have gone wrong."""
 
 ANY = (1 << 31) - 1
 
@@ -59,8 +65,8 @@ HALF = {
     ),
     "sm90": Tiles(
         count=(
-            Tile(16, 16, 32, 256, 1, 4, 3, 2),
-            Tile(64, 64, 64, 128, 1, 4, 4, 1, described=True),
+            Tile(16, 16, 32, 256, 1, 4, 3, 3),
+            Tile(64, 64, 64, 128, 1, 4, 3, 2, described=True),
             Tile(ANY, 128, 256, 64, 16, 8, 4, 1, described=True),
         ),
         topk=(
@@ -149,6 +155,12 @@ def tiles(device: torch.device, meets: torch.dtype) -> Tiles:
         return Tiles(*(tuple(Tile(**tile) for tile in found[name]) for name in Tiles._fields))
     if INTERPRETED:
         return INTERPRETER
+    if meets != torch.float32 and architecture(device) == "sm100" and RELEASE < FENCED:
+        raise RuntimeError(
+            f"impl: Triton {triton.__version__} leaves out a fence that products on "
+            f"{torch.cuda.get_device_name(device)} need; {'.'.join(map(str, FENCED))} or newer is "
+            "needed"
+        )
     return FP32 if meets == torch.float32 else HALF.get(architecture(device), HALF["other"])
 
 
@@ -163,8 +175,10 @@ def processors(device: torch.device) -> int:
 def architecture(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm{properties.major}{properties.minor}"
+        name = properties.gcnArchName.split(":")[0]
+        return {"gfx950": "gfx942"}.get(name, name)
+    minor = 0 if properties.major in (9, 10) else properties.minor  # B300 is as B200
+    return f"sm{properties.major}{minor}"
 
 
 def key(device: torch.device, meets: torch.dtype) -> str:

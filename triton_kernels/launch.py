@@ -415,7 +415,16 @@ def block_options(width: int) -> dict:
     return {"num_warps": min(16, max(1, width // 256)), **FUSED}
 
 
-PROJECT = Kernel(project_kernel, lambda d: dict(ROWS=configs.ROWS, BLOCK_D=d, **block_options(d)))
+def project_options(width: int) -> dict:
+    """Two programs fit a multiprocessor, so that one's sums hide the other's loads."""
+    options = block_options(width)
+    options["num_warps"] = min(8, options["num_warps"])
+    if not (configs.INTERPRETED or torch.version.hip):
+        options["maxnreg"] = 128
+    return dict(ROWS=configs.ROWS, BLOCK_D=width, **options)
+
+
+PROJECT = Kernel(project_kernel, project_options)
 COUNT = Kernel(count, lambda tile, *of: dict(GROUP=tile.GROUP, **product_options(tile, *of)))
 ADD = Kernel(add, lambda d: dict(BLOCK_D=d, **block_options(d)))
 TOPK = Kernel(topk, lambda best, *of: dict(BLOCK_BEST=best, **product_options(*of)))

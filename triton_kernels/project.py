@@ -57,6 +57,9 @@ def project(
         known = (f >= 0) & (f < N)
         w = tl.load(W + f * d + c, mask=c < tl.where(known, d, 0), other=0).to(tl.float32)
         bias = tl.load(b + f, mask=known, other=float("nan"))
+        if directions is not None:  # asked for before the sum, which waits for all threads
+            value = tl.load(values + t * value_stride + i, mask=there, other=0)
+            direction = tl.load(directions + i * d + c, mask=c < d, other=0)
         p = tl.sum(row * w[None, :], 1) + bias  # [ROWS]
         finite = tl.abs(p) < float("inf")
         positive = finite & (p > 0) & taken
@@ -67,10 +70,8 @@ def project(
         opened |= positive
         if directions is not None:
             # As if a_f were 0: where it may not be, `add` writes the row.
-            value = tl.load(values + t * value_stride + i, mask=there, other=0)
             delta = tl.where(finite, value, float("nan"))
-            direction = tl.load(directions + i * d + c, mask=c < d, other=0).to(tl.float32)
-            out += delta[:, None] * direction[None, :]
+            out += delta[:, None] * direction.to(tl.float32)[None, :]
             moved |= delta != 0
 
     if directions is not None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from .. import verdicts
 from . import configs, launch
@@ -70,8 +71,8 @@ def _fastest(tile: Tile, x: Tensor, launching: Callable) -> Tile:
     for candidate in (tile, *_candidates(tile, len(x))):
         try:
             times[candidate] = milliseconds(launching(x, candidate))
-        except triton.runtime.errors.OutOfResources:
-            continue
+        except (OutOfResources, PTXASError, RuntimeError):  # what does not compile is left out
+            torch.cuda.synchronize()  # raises if the device is what went wrong
     return min(times, key=times.get)
 
 
