@@ -202,8 +202,9 @@ def test_the_others(architecture, kernel, absent, tmp_path):
     block = {launch.MERGE: 8192, launch.DECODE: 1024}.get(kernel, 4096)
     options = kernel.options(block)
     binary = compiled(kernel.kernel, architecture, "bf16", absent, **options)
-    per_sm = 2 if kernel is launch.PROJECT else 1
-    assert_fits(binary, architecture, tmp_path, per_sm, warps=options["num_warps"])
+    # Of project two programs fit; for that some releases spill four registers.
+    per_sm, spilled = (2, 16) if kernel is launch.PROJECT else (1, 0)
+    assert_fits(binary, architecture, tmp_path, per_sm, options["num_warps"], spilled)
     # What is overwritten may not be read by the path that stores do not reach.
     assert "ld.global.nc" not in binary.asm.get("ptx", "")
 
