@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,3 +224,24 @@ def test_mixed_types_meet_in_fp32():
     assert (
         configs.meets_in(half, single) == configs.meets_in(half, half.bfloat16()) == torch.float32
     )
+
+
+@pytest.mark.parametrize("release", [(3, 6), (3, 8)])
+def test_blackwell_needs_a_fence(monkeypatch, release):
+    monkeypatch.setattr(configs, "RELEASE", release)
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm100")
+    monkeypatch.setattr(configs, "key", lambda *_: "nothing is stored under this")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA B200")
+    uncached, asked = configs.tiles.__wrapped__, (torch.device("cuda"), torch.bfloat16)
+    if release >= configs.FENCED:
+        assert uncached(*asked) == configs.HALF["sm100"]
+    else:
+        with pytest.raises(RuntimeError, match=r"products on NVIDIA B200 need a fence .*; 3\.8 or"):
+            uncached(*asked)
+
+
+def test_machines_of_one_kind_share_a_table(monkeypatch):
+    for name, major, minor in (("sm90", 9, 0), ("sm100", 10, 3), ("sm86", 8, 6), ("sm120", 12, 0)):
+        properties = SimpleNamespace(major=major, minor=minor)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
+        assert configs.architecture(torch.device("cuda")) == name

@@ -151,17 +151,21 @@ def meets_in(x: Tensor, W_enc: Tensor) -> torch.dtype:
 @functools.cache
 def tiles(device: torch.device, meets: torch.dtype) -> Tiles:
     """The launches on `device` for products of numbers of type `meets`."""
+    if not INTERPRETED and meets != torch.float32:
+        _require_fence(device)
     if found := stored().get(key(device, meets)):
         return Tiles(*(tuple(Tile(**tile) for tile in found[name]) for name in Tiles._fields))
     if INTERPRETED:
         return INTERPRETER
-    if meets != torch.float32 and architecture(device) == "sm100" and RELEASE < FENCED:
-        raise RuntimeError(
-            f"impl: Triton {triton.__version__} leaves out a fence that products on "
-            f"{torch.cuda.get_device_name(device)} need; {'.'.join(map(str, FENCED))} or newer is "
-            "needed"
-        )
     return FP32 if meets == torch.float32 else HALF.get(architecture(device), HALF["other"])
+
+
+def _require_fence(device: torch.device) -> None:
+    if RELEASE < FENCED and architecture(device) == "sm100":
+        raise RuntimeError(
+            f"impl: products on {torch.cuda.get_device_name(device)} need a fence that Triton "
+            f"{triton.__version__} leaves out; {'.'.join(map(str, FENCED))} or newer is needed"
+        )
 
 
 @functools.cache
