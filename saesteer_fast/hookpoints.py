@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 _FOLDER = re.compile(r"(\w+\.)*(layers|h)\.\d+(\.\w+)*")
+_LAYER = re.compile(r"(?:model\.)?(?:layers|h)\.(\d+)")
 _TRANSFORMER_LENS = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
 
@@ -27,9 +28,10 @@ def of_transformer_lens(name: object) -> str | None:
     return f"layers.{layer}" if layer >= 0 else None
 
 
-def is_layer(name: str | None) -> bool:
-    """Whether it names the output of a whole decoder layer."""
-    return to_transformer_lens(of_transformer_lens(name) or name) is not None
+def layer_of(name: str | None) -> int | None:
+    """The number of the decoder layer whose output it names."""
+    match = _LAYER.fullmatch(of_transformer_lens(name) or name or "")
+    return int(match[1]) if match else None
 
 
 def same(one: str, other: str) -> bool:
@@ -43,7 +45,7 @@ def _canonical(name: str) -> str:
 
 
 def to_transformer_lens(hookpoint: str | None) -> str | None:
-    match = re.fullmatch(r"(?:model\.)?(?:layers|h)\.(\d+)", hookpoint or "")
+    match = _LAYER.fullmatch(hookpoint or "")
     return f"blocks.{match[1]}.hook_resid_post" if match else None
 
 

@@ -55,11 +55,9 @@ def of(model: nn.Module, layer: int | str | None, sae: SAE) -> Site:
     site = locate(model, sae.hookpoint if layer is None else layer)
     if site.is_layer and site.width not in (None, sae.d):
         raise ValueError(f"sae: is for width {sae.d}, {site.path} is {site.width} wide")
-    if layer is not None and site.is_layer and hookpoints.is_layer(sae.hookpoint):
-        if not hookpoints.same(site.path, sae.hookpoint):
-            warnings.warn(
-                f"layer: {site.path} is steered by an SAE of {sae.hookpoint}", stacklevel=3
-            )
+    own = hookpoints.layer_of(sae.hookpoint)
+    if site.is_layer and own not in (None, int(site.path.rpartition(".")[2])):
+        warnings.warn(f"layer: {site.path} is steered by an SAE of {sae.hookpoint}", stacklevel=3)
     return site
 
 

@@ -236,6 +236,7 @@ def test_an_sae_of_another_layer(make_phi3, make_sae):
     model, sae = make_phi3(), make_sae(hookpoint="blocks.2.hook_resid_pre")
     for layer in (None, 1, "layers.1", "layers.2.mlp"):
         sf.steering(model, sae, {3: 1.0}, layer=layer).remove()
+    sf.steering(build(BY_NAME["MPT"]), make_sae(), {3: 1.0}, layer=1).remove()  # its blocks.1
     with pytest.warns(UserWarning, match="layer: layers.2 is steered by an SAE of blocks.2.hook_r"):
         sf.steering(model, sae, {3: 1.0}, layer=2).remove()
     with pytest.warns(UserWarning, match="edits: got {}, so nothing is steered"):
