@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   static_assert(S::kThreads == kTokenThreads);
   fix_dtypes<S::kDtype>(c.x, c.encoder.W, c.directions, c.y, s.x, s.encoder.W);
   // Of so many tokens one is open more often than not.
-  constexpr bool kAtOnce = S::kTokens > 16;
+  constexpr bool kAtOnce = S::kTokens > mma::Fewest::kTokens;
   if (kAtOnce) S::expect(s);
   const bool fetches = sharing.fetch && blockIdx.x < c.tokens;
   const bool open = level0<S::kDtype>(
