@@ -89,11 +89,8 @@ def test_nothing_spills_or_indexes_registers(arch):
 
 # Threads of a block, and blocks that must fit a multiprocessor's 65,536 registers at once
 OCCUPANCY = {
-    r"level0ILi\d": (128, 7),
-    r"settleILi\d": (128, 8),
-    "level0ILin1": (128, 4),  # any dtypes
-    "settleILin1": (128, 4),
-    "add_rows": (128, 8),
+    "(level0|settle|project_rows|add_rows)ILi0E": (128, 6),
+    "(level0|settle|project_rows|add_rows)ILi(1|2|n1)E": (128, 8),  # of 16 bits, and any dtypes
     "decode_token": (128, 8),
     "6select": (512, 2),
     "scan_any.*Li16ELi2E": (256, 2),
@@ -173,16 +170,17 @@ def test_one_launch_reads_as_the_separate_kernels_do(arch, plan, bf16):
     assert count(code, r"LDG\.E\.\S*128") and count(code, r"STG\.E\.\S*128")
 
 
-@pytest.mark.parametrize("kernel", ["scan_any", "ladder_once"])
-def test_fp32_is_never_rounded_for_a_tensor_core(arch, kernel):
+@pytest.mark.parametrize(("kernel", "plans"), [("scan_any", [2, 8, 8]), ("ladder_once", [2])])
+def test_fp32_is_never_rounded_for_a_tensor_core(arch, kernel, plans):
+    """By the rows of tokens that a thread takes."""
     found = [
-        code
+        (int(plan[1]), code)
         for name, code in kernels("-sass", arch).items()
-        if re.search(rf"{kernel}.*simt4PlanILi8.*Li{FP32}E", name)
+        if (plan := re.search(rf"{kernel}.*simt4PlanILi(\d).*Li{FP32}E", name))
     ]
-    assert len(found) == (2 if kernel == "scan_any" else 1)
-    for code in found:
-        assert not count(code, r"\w*MMA[.\s]") and count(code, r"FFMA\s") >= 32 * 8
+    assert sorted(rows for rows, _ in found) == plans
+    for rows, code in found:
+        assert not count(code, r"\w*MMA[.\s]") and count(code, r"FFMA\s") >= 32 * rows
 
 
 @pytest.mark.parametrize("latents", [192, 256])

@@ -1,5 +1,7 @@
 // The whole ladder in one launch, for few tokens: what it costs to start the scan and the last
 // writes as kernels of their own is more than L0 costs, and most calls end there.
+#include <cooperative_groups.h>
+
 #include <algorithm>
 
 #include "ladder.h"
@@ -9,6 +11,9 @@
 
 namespace saesteer::cuda {
 namespace {
+
+// Among all blocks of a launch whose shape says `together`; what they wrote before is then seen.
+__device__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
 
 // The scan between L0 and the last writes, and what can be done as soon as it is known to come.
 template <class P, bool kBf16>
@@ -133,24 +138,22 @@ bool by_mma(const Ladder& c, const Scan& s, Stream stream) {
   return s.slots <= mma::Fewest::kTokens ? run<Mma<mma::Fewest, kBf16>>(c, s, stream)
                                          : run<Mma<mma::Few, kBf16>>(c, s, stream);
 }
-template <int kDtype>
-bool by_simt(const Ladder& c, const Scan& s, Stream stream) {
-  return s.slots <= simt::Fewest::kTokens ? run<Simt<simt::Fewest, kDtype>>(c, s, stream)
-                                          : run<Simt<simt::Few, kDtype>>(c, s, stream);
-}
 
 }  // namespace
 
 // SAESTEER_LADDER=steps leaves this kernel out.
 bool climb_once(const Ladder& c, const Scan& s, Dtype directions, Stream stream) {
   if (c.open.count || setting("SAESTEER_LADDER", {"steps"}) == "steps") return false;
-  static_assert(mma::Few::kTokens == kFewTokens && simt::Few::kTokens == kFewTokens);
+  static_assert(mma::Few::kTokens == kFewTokens);
   const bool alike = s.x.dtype == s.encoder.W.dtype && s.x.dtype == directions;
   if (uses_mma(s)) {
     if (!alike) return false;
     return s.x.dtype == Dtype::bf16 ? by_mma<true>(c, s, stream) : by_mma<false>(c, s, stream);
   }
-  return alike && s.x.dtype == Dtype::f32 ? by_simt<0>(c, s, stream) : by_simt<-1>(c, s, stream);
+  // More take so long without tensor cores that two launches hardly show.
+  if (s.slots > simt::Fewest::kTokens) return false;
+  return alike && s.x.dtype == Dtype::f32 ? run<Simt<simt::Fewest, 0>>(c, s, stream)
+                                          : run<Simt<simt::Fewest, -1>>(c, s, stream);
 }
 
 }  // namespace saesteer::cuda

@@ -1,7 +1,6 @@
 // The GPU's own instructions, each under a name.
 #pragma once
 
-#include <cooperative_groups.h>
 #include <cuda.h>
 
 #include <cstdint>
@@ -73,9 +72,6 @@ __device__ inline bool sync_some_or(int barrier, int threads, bool v) {
       : "memory");
   return any;
 }
-
-// Among all blocks of a launch whose shape says `together`; what they wrote before is then seen.
-__device__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
 
 template <class T>
 __device__ inline T shuffle_xor(T v, int lanes) {

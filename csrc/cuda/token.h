@@ -89,8 +89,9 @@ __device__ __forceinline__ bool project_all(const void* x, Dtype dtype, const Ro
                                             int64_t count, float* p, float* scratch) {
   bool open = false;
   int64_t i = 0;
-  for (; i + kRowsAtOnce <= count; i += kRowsAtOnce)
-    open |= project_some<kWhole, kRowsAtOnce>(x, dtype, rows, bias, limit, index, i, p, scratch);
+  if constexpr (kWhole)
+    for (; i + kRowsAtOnce <= count; i += kRowsAtOnce)
+      open |= project_some<true, kRowsAtOnce>(x, dtype, rows, bias, limit, index, i, p, scratch);
   for (; i < count; ++i)
     open |= project_some<kWhole, 1>(x, dtype, rows, bias, limit, index, i, p, scratch);
   return open;
