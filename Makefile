@@ -6,10 +6,13 @@ SHELL  := /bin/bash
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Bytecode is made of what is imported, then; of all that is installed it would take a minute.
+unexport PYTHONDONTWRITEBYTECODE
 
 BUILT   := .venv/.built
 SOURCES := $(shell find csrc -type f)
 RUN     := .venv/bin/python -m
+INSTALL := $(RUN) pip install --no-compile
 
 .PHONY: demo test bench bench-full bench-compare gpu lint fmt clean distclean
 
@@ -69,7 +72,7 @@ distclean: clean
 # A PyTorch that is there stays: only none, or one older than 2.10, is replaced.
 $(BUILT): setup.py CMakeLists.txt pyproject.toml $(SOURCES) | .venv/bin/python
 	.venv/bin/python -c "import torch; assert tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)" \
-	  2>/dev/null || $(RUN) pip install $(TORCH)
-	$(RUN) pip install -q "setuptools>=77" wheel cmake ninja
-	$(RUN) pip install -q --no-build-isolation -e ".[demo,test,lint]"
+	  2>/dev/null || $(INSTALL) $(TORCH)
+	$(INSTALL) -q "setuptools>=77" wheel cmake ninja
+	$(INSTALL) -q --no-build-isolation -e ".[demo,test,lint]"
 	@touch $@
