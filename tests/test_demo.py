@@ -1,4 +1,5 @@
-"""`saesteer demo`, run as it ships: its table, its files, and the rise in refusals it promises."""
+"""`saesteer demo`, run as it ships but for fewer strengths: its table, its files, and the rise in
+refusals it promises."""
 
 import contextlib
 import io
@@ -16,7 +17,9 @@ def ran(tmp_path_factory):
     """(what the demo returned, its folder, what it printed)"""
     pytest.importorskip("matplotlib")
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(demo, "STRENGTHS", demo.STRENGTHS[::3])
         results = demo.run(out)
     return results, out, printed.getvalue()
 
@@ -25,9 +28,7 @@ def test_rows(ran):
     results, out, _ = ran
     assert json.loads((out / "results.json").read_text()) == results
     rows = results["rows"]
-    assert [row["strength"] for row in rows] == list(demo.STRENGTHS)
-    assert rows[0]["strength"] == 0
-    assert len(rows) >= 5
+    assert [row["strength"] for row in rows] == [0, 2, 3.5]
     counts = {}
     for prompt in corpus.prompts("test"):
         counts[COLUMNS[prompt.kind]] = counts.get(COLUMNS[prompt.kind], 0) + 1
@@ -63,5 +64,5 @@ def test_three_prompts_and_the_table_are_printed(ran):
     assert printed.count("  steered: ") == 3
     head = next(line for line in printed.splitlines() if line.lstrip().startswith("strength"))
     assert head.split() == ["strength", "unsafe", "safe", "borderline", "facts", "sums"]
-    assert f"{demo.STRENGTHS[-1]:g}  " in printed
+    assert "3.5  " in printed
     assert "Best clamp: " in printed

@@ -58,8 +58,8 @@ SHAPES = [
     (5, 67, 9, 1, 0),
     (7, 31, 64, 64, 5),
     (16, 48, 130, 16, 3),
-    (40, 96, 200, 8, 2),
-    (37, 33, 65, 65, 5),
+    (18, 96, 200, 8, 2),
+    (17, 33, 65, 65, 3),
 ]
 
 
@@ -178,10 +178,10 @@ def test_ties_go_to_the_lower_latent(T):
     assert torch.equal(indices, torch.arange(k, device=DEVICE).expand(T, k))
 
 
-@pytest.mark.parametrize("T", [1, 20])
-def test_rows_in_another_order_change_no_bit(T):
+@pytest.mark.parametrize(("T", "F"), [(1, 9), (18, 3)])
+def test_rows_in_another_order_change_no_bit(T, F):
     """Ties go to the lower latent, wherever its row is; without `order` they would not."""
-    natural = here(integer_case(T, 31, 130, 40, 9, per_token=True))
+    natural = here(integer_case(T, 31, 130, 40, F, per_token=True))
     flipped = torch.arange(130).flip(0)
     for order in (permutation(130), flipped):
         stored = natural.stored(order.to(DEVICE))
@@ -219,18 +219,18 @@ def test_project_is_what_is_ranked():
 
 @pytest.mark.fault(31)
 def test_a_batch_is_its_tokens():
-    case = here(random_case(40, 48, 129, 24, 4, per_token=True))
+    case = here(random_case(22, 48, 129, 24, 2, per_token=True))
     assert not case.undecided().any()
     acts, y = case.acts("triton"), case.steer("triton")
-    for some in (slice(0, 1), slice(7, 20), slice(20, 40)):
+    for some in (slice(0, 1), slice(1, 5), slice(5, 22)):
         assert same_bits(case.rows(some).acts("triton"), acts[some])
         assert same_bits(case.rows(some).steer("triton"), y[some])
 
 
 def test_parts_are_the_whole(monkeypatch):
-    case = here(random_case(40, 48, 129, 24, 4, per_token=True, masked=True))
+    case = here(random_case(20, 48, 129, 24, 2, per_token=True, masked=True))
     acts, y = case.acts("triton"), case.steer("triton")
-    starts = range(0, 40, 17)
+    starts = range(0, 20, 17)
     monkeypatch.setattr(launch, "_parts", lambda T, F: [slice(s, min(T, s + 17)) for s in starts])
     assert same_bits(case.acts("triton"), acts)
     assert same_bits(case.steer("triton"), y)
@@ -280,15 +280,15 @@ def test_any_leading_sizes(shape):
 
 @pytest.mark.fault(7)
 def test_any_strides():
-    case = here(random_case(20, 33, 65, 8, 2))
+    case = here(random_case(18, 33, 65, 8, 1))
     y = case.steer("triton")
-    x = torch.zeros(20, 66, device=DEVICE)
+    x = torch.zeros(18, 66, device=DEVICE)
     x[:, ::2] = case.x
     for strided in (x[:, ::2], case.x.T.contiguous().T):
         assert same_bits(case.but(x=strided).steer("triton"), y)
     before = case.x.clone()
-    repeated = case.but(x=case.x[:1].expand(20, -1)).steer("triton")
-    assert same_bits(repeated, y[:1].expand(20, -1).contiguous())
+    repeated = case.but(x=case.x[:1].expand(18, -1)).steer("triton")
+    assert same_bits(repeated, y[:1].expand(18, -1).contiguous())
     assert torch.equal(case.x, before)
 
 
@@ -296,9 +296,9 @@ def test_any_strides():
 
 
 @pytest.mark.fault(1, 2)
-@pytest.mark.parametrize("T", [4, 20])
+@pytest.mark.parametrize("T", [4, 18])
 def test_a_bad_token_is_its_own(T):
-    case = here(random_case(T, 48, 129, 8, 3))
+    case = here(random_case(T, 48, 129, 8, 2))
     good_acts, good = case.acts("triton"), case.steer("triton")
     for bad in (float("nan"), float("inf"), -float("inf")):
         x = case.x.clone()
@@ -544,7 +544,7 @@ def test_tuned_tiles_are_stored_and_used(monkeypatch, tmp_path):
         assert found != table and configs.tiles(DEVICE, meets) == found
         assert {(t.BLOCK_M, t.BLOCK_N) for t in found.count + found.topk} == {(16, 64)}
         assert [t.most for t in found.count] == [t.most for t in table.count]
-        assert_right(here(random_case(20, 48, 129, 24, 4)))
+        assert_right(here(random_case(18, 48, 129, 24, 2)))
         verdicts.tiles().write_text("{")
         with pytest.raises(ValueError, match=r"tiles.json holds no tiles"):
             configs.stored()
