@@ -17,7 +17,7 @@ from ptx.executor import Executor
 from saesteer_fast import reference
 
 F32, BF16, _ = DTYPES
-CASE = integer_case(150, 392, 300, 20, 3, BF16, BF16)
+CASE = integer_case(150, 328, 200, 20, 3, BF16, BF16)
 # Tokens are decided by other blocks while one multiplies their panels.
 LONG = integer_case(60, 1096, 300, 1, 1, BF16, BF16)
 WIDE = integer_case(70, 72, 300, 20, 3, F32, F32)
