@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -134,18 +133,17 @@ class Handle(Held):
         self._require_attached()
         super().choose(rows)
 
-    @contextmanager
-    def prompt(self, columns: int | Tensor) -> Iterator[None]:
+    def prompt(self, columns: int | Tensor) -> AbstractContextManager[None]:
         """While inside, this thread's calls are of sequences whose first `columns` columns,
         padding included, are the prompt: a number, or int64 [B] where rows differ.
 
         For loops written by hand, and for texts that are not generated but scored; generate says
         it itself. A call without a cache or with an empty one begins the next sequences. Raises
-        RuntimeError inside of another such block in the same thread, as coroutines may be.
+        RuntimeError inside of another such block in the same thread, as coroutines may be, and
+        warns where no `with` enters it.
         """
         self._require_attached()
-        with self._hooks.told(_told_by_hand(columns, self._plan.device)):
-            yield
+        return _Prompt(self._hooks.told(_told_by_hand(columns, self._plan.device)))
 
     def remove(self) -> None:
         """Stop steering. Removing twice does no harm."""
@@ -188,6 +186,27 @@ def _require_transformers(model: nn.Module) -> None:
             f"model: is of transformers {library.__version__}, where static caches and continuous "
             f"batching would be steered wrongly; {'.'.join(map(str, OLDEST))} or newer is needed"
         )
+
+
+class _Prompt(AbstractContextManager):
+    """Handle.prompt's context, which is missed where nobody enters it."""
+
+    def __init__(self, told: AbstractContextManager[None]):
+        self._told, self._entered = told, False
+
+    def __enter__(self) -> None:
+        self._entered = True
+        self._told.__enter__()
+
+    def __exit__(self, *exc_info: object) -> bool | None:
+        return self._told.__exit__(*exc_info)
+
+    def __del__(self):
+        if not self._entered:
+            warnings.warn(
+                "prompt: said nothing, for no `with` entered it: `with handle.prompt(columns):`",
+                stacklevel=2,
+            )
 
 
 def _told_by_hand(columns: int | Tensor, device: torch.device) -> Told:

@@ -82,6 +82,7 @@ class Active:
 
     @property
     def latents(self) -> tuple[int, ...]:
+        """Those that decide."""
         return tuple(self.above)
 
 

@@ -37,7 +37,8 @@ def steer(
     mask, bool [...] = x.shape[:-1], and `when`, sf.active of other latents, say which tokens.
     Tokens outside come out bit-identical, and so do those that no edit changes, unless the error is
     dropped. Sums are fp32, and x' is rounded once to x's dtype. Differentiable in x, and in
-    strengths that are tensors of one number. Raises TypeError or ValueError, naming the argument.
+    strengths that are tensors of one number. Raises TypeError or ValueError, naming the argument;
+    RuntimeError for an SAE whose tensors were written to.
 
     measure "projection" reads a = (x - b_dec)·W_dec[f] / |W_dec[f]| in place of the SAE's own
     activation, and writes along the same unit vector. error "drop" gives decode(a') for every token
@@ -77,8 +78,8 @@ def prepare(
         hooked_transformer.run_with_hooks(ids, fwd_hooks=[hook])
 
     For hooks and loops of your own: the arguments are checked, and the latents' rows gathered,
-    once. torch.compile takes it whole. Raises what `steer` does, and ValueError for a latent whose
-    direction is 0, and for a strength that requires a gradient; learn `strengths` instead.
+    once. torch.compile takes it whole. Raises what `steer` does, and ValueError for a strength that
+    requires a gradient; learn `strengths` instead. Warns where nothing is edited.
     """
     plan = _plan(sae, edits, rows, when=when, error=error, measure=measure, impl=impl)
     plan.require_ready()

@@ -242,8 +242,9 @@ class Held:
     def set(self, edits: Configurations) -> None:
         """Change strengths of edits that are there already, from the next call on.
 
-        Given as `edits` was, less what stays as it is. Raises ValueError for a latent that is not
-        edited or is so in another way, and for NaN or infinity; RuntimeError once a steering of a
+        Given as `edits` was, less what stays as it is. Raises TypeError for another form, and
+        ValueError for a latent that is not edited or is so in another way, and for NaN or infinity;
+        RuntimeError once a steering of a
         model is removed.
         """
         self._plan.table.set(edits)
@@ -251,7 +252,8 @@ class Held:
     def choose(self, rows: Rows) -> None:
         """Take other configurations of the table for the rows: their names, or numbers [B].
 
-        In place where as many rows were there before. Raises ValueError for one that is not there.
+        In place where as many rows were there before. Raises ValueError for one that is not there,
+        and where `edits` is no table; TypeError for what is neither a list nor a tensor.
         """
         self._plan.choose(rows)
 

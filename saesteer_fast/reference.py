@@ -2,8 +2,8 @@
 that tests compare with.
 
 Sums are fp64, which no setting of PyTorch turns into tf32, and are rounded once. Tokens are skipped
-as the kernels skip them where the device may be asked; pre-activations are held for a few latents
-at a time.
+as the kernels skip them where the device may be asked; pre-activations, except `encode`'s, are held
+for a few latents at a time.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _added(x: Tensor, directions: Tensor, coef: Tensor) -> Tensor:
 def undecided(x: Tensor, W_enc: Tensor, b_enc: Tensor, features: Tensor, k: int) -> Tensor:
     """Where fp32 accumulation could decide a rank either way: bool [..., F].
 
-    A product of d terms and a bias summed in fp32 in any order err by at most tau = gamma_(d+1)
+    A product of d terms and a bias summed in fp32 in any order err by at most tau = gamma_(d+2)
     sum |w_i x_i| (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), plus what flushing
     subnormal factors and sums loses. A decision is safe when neither the sign of p_f nor the k-th
     place can change.

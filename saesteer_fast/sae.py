@@ -59,14 +59,18 @@ class SAE(Weights):
         return replace(self, order=measures.hot_first(self, x))
 
     def encode(self, x: Tensor) -> Tensor:
-        """All activations of x [..., d], dense: [..., N] fp32. Differentiable."""
+        """All activations of x [..., d], dense: [..., N] fp32. Differentiable.
+
+        Raises ValueError for another width, RuntimeError for integers.
+        """
         self.require_unwritten()
         return measures.encode(self, x)
 
     def decode(self, acts: Tensor, x: Tensor | None = None) -> Tensor:
         """recon of dense activations [..., N]: [..., d] fp32. Differentiable.
 
-        x [..., d], from which they were encoded, is needed to undo a normalisation.
+        x [..., d], from which they were encoded, is needed to undo a normalisation. Raises
+        ValueError where it is missing, and for another number of latents.
         """
         self.require_unwritten()
         return measures.decode(self, acts, x)

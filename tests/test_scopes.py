@@ -654,3 +654,11 @@ def test_any_scope_of_any_sequence_in_any_calls(case):
         y, x, expected, inside = (each[real] for each in (y, x, expected, inside))
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
     assert torch.equal(y[~inside], x[~inside])
+
+
+def test_a_prompt_that_nobody_enters_is_missed(model, sae):
+    with sf.steering(model, sae, EDITS, scope="generated") as handle:
+        with pytest.warns(UserWarning, match="prompt: said nothing, for no `with` entered it"):
+            handle.prompt(2)
+        with pytest.raises(TypeError, match=r"columns: got 2\.0, an integer or an int64 tensor"):
+            handle.prompt(2.0)

@@ -58,7 +58,7 @@ def _times(case: Case, name: str) -> str:
 def _targets(result: dict) -> str:
     judged = [cells for each in TARGETS if (cells := each.judge(result["cases"]))]
     missed = [title for title, _, verdict in judged if verdict != "met"]
-    over = f"{len(judged)} targets of docs/benchmarks.md, by the median of every case"
+    over = f"{len(judged)} targets of the op in docs/benchmarks.md, by the median of every case"
     return f"Missed of {over}: {'; '.join(missed)}." if missed else f"Met: all {over}."
 
 

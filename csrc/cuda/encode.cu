@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) select(Select c) {
   write_ranked(keys, k, c);
 }
 
-// Enough to have much of a row under way, and more than k: the more shares, the fewer candidates.
+// Enough to have much of a row under way, and, as far as there are so many, more than k: the more
+// shares, the fewer candidates.
 int threads_for(int64_t N, int64_t k) {
   const int64_t threads = (std::max(N / 48, 2 * k) + 31) / 32 * 32;
   return static_cast<int>(std::clamp<int64_t>(threads, 64, kMostThreads));

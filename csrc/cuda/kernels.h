@@ -37,7 +37,7 @@ void add_directions(const Rows& x, int64_t tokens, const Rows& directions, int64
                     const Values& coef, const OutRows& y, void* stream);
 
 // Bytes that encode needs: the preactivations of as many tokens as fit the second-level cache, at
-// least 256.
+// least 256 if there are so many, and k keys of each.
 int64_t encode_workspace(int64_t tokens, const Encoder& encoder);
 
 // values[t, 0..k), descending, and indices[t, 0..k): the k largest p_j, ties to the lower index,

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     ladder_once(Ladder c, Scan s, Sharing sharing) {
   static_assert(S::kThreads == kTokenThreads);
   fix_dtypes<S::kDtype>(c.x, c.encoder.W, c.directions, c.y, s.x, s.encoder.W);
-  // Of so many tokens one is open more often than not.
+  // Of so many tokens one is often open.
   constexpr bool kAtOnce = S::kTokens > mma::Fewest::kTokens;
   if (kAtOnce) S::expect(s);
   const bool fetches = sharing.fetch && blockIdx.x < c.tokens;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
 // estimate no longer than a barrier of the grid takes.
 constexpr int64_t kRowsForAll = 6;
 // The most bytes of directions that are fetched: they lie where the 16-bit scans then have 48 KB of
-// stages, so that no block takes more shared memory for them.
+// stages or more, so that their blocks take no more shared memory for them.
 constexpr int64_t kFetchedBytes = 32 << 10;
 
 template <class S>
@@ -150,7 +150,7 @@ bool climb_once(const Ladder& c, const Scan& s, Dtype directions, Stream stream)
     if (!alike) return false;
     return s.x.dtype == Dtype::bf16 ? by_mma<true>(c, s, stream) : by_mma<false>(c, s, stream);
   }
-  // More take so long without tensor cores that two launches hardly show.
+  // More take so long without tensor cores that two more launches hardly show.
   if (s.slots > simt::Fewest::kTokens) return false;
   return alike && s.x.dtype == Dtype::f32 ? run<Simt<simt::Fewest, 0>>(c, s, stream)
                                           : run<Simt<simt::Fewest, -1>>(c, s, stream);

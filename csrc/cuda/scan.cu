@@ -25,7 +25,7 @@ void scan(const Scan& all, Stream stream) {
   const bool by_groups = takes_wgmma(s) && allowed("wgmma");
   if (s.open_count && !(by_groups && s.slots > kSomeTokens)) {
     // Only the device knows how many are in use: the kernel that is not meant leaves at once.
-    // Among more than kSomeTokens slots few in use are too rare to be worth a launch.
+    // Where scan_wgmma follows, few in use among more than kSomeTokens are too rare for a launch.
     s.most = kFewTokens;
     scan_mma(s, stream);
     s.least = kFewTokens + 1, s.most = s.slots;

@@ -132,8 +132,8 @@ def load_steering(path: str | os.PathLike[str]) -> Recipe:
 
     `saesteer_fast.recipe.document` describes the JSON, `saesteer_fast.recipe.lm_eval` what is read
     of the harness's `.csv` and `.pt` files. SAEs are read when the recipe is attached, and nothing
-    in a file is executed. Raises FileNotFoundError, and ValueError that names the place in the
-    file, what is there, what is accepted, and the nearest of it.
+    in a file is executed. Raises TypeError, FileNotFoundError, and ValueError that names the place
+    in the file, what is there, what is accepted, and the nearest of it.
     """
     from . import document, lm_eval
 
