@@ -18,6 +18,8 @@ from .scopes import spread
 from .sites import Site
 from .tokens import Tokens, packed, padding, past_length
 
+PACKED = "scope: several sequences are packed in a row; give each its own"
+
 
 class Call:
     """What a thread must remember: of the running call of the decoder, and of its sequences."""
@@ -30,12 +32,12 @@ class Call:
 
     def begin(self) -> None:
         """The next call is the first of its sequences."""
-        self.began = False
+        self.began = self.cached = False
         self.read = 0 if self.told is None else self.told.start
         self.seen: tuple[Seen, ...] = ()
         self.on: Tensor | None = None
 
-    def follow(self, start: int | Tensor, count: int, embedded: bool) -> int | Tensor:
+    def follow(self, start: int | Tensor, count: int, embedded: bool, cached: bool) -> int | Tensor:
         """Notice that sequences begin, and how much of their prompts has been read; the start."""
         told = self.told
         if isinstance(start, int):
@@ -49,7 +51,7 @@ class Call:
             start = self.read
         if told is not None and self.read < told.end:
             self.read += count
-        self.began = True
+        self.began, self.cached = True, cached
         return start
 
     def _compare(self, start: int, count: int, embedded: bool) -> None:
@@ -62,7 +64,7 @@ class Call:
                 f"scope: the decoder has {extra} columns more than the prompt that generate was "
                 "given; virtual tokens, as of prompt tuning, can only be steered with scope 'all'"
             )
-        if start == 0 and self.began and count <= self.read:
+        if start == 0 and self.began and (self.cached or count <= self.read):
             raise ValueError(
                 f"scope: inside of generate, {count} tokens came without a past, after "
                 f"{self.read}; a cache that does not count, or a second prompt, as of guidance, "
@@ -107,21 +109,26 @@ class Following:
             return None
         batch, count = given.shape[:2]
         cache = self._argument("past_key_values", args, kwargs)
+        if cache is None:
+            cache = self._argument("past_kv_cache", args, kwargs)  # TransformerLens'
         start = past_length(cache)
         asked = self._argument("attention_mask", args, kwargs)
         position_ids = self._argument("position_ids", args, kwargs)
         told = Told(0, 0)
         if self.follows:
-            if "cu_seq_lens_q" in kwargs or (asked is None and packed(position_ids)):
-                raise ValueError("scope: several sequences are packed in a row; give each its own")
+            if "cu_seq_lens_q" in kwargs:
+                raise ValueError(PACKED)
             if not (cache is None or hasattr(cache, "get_seq_length")):
                 raise ValueError(
-                    f"scope: past_key_values is a {type(cache).__name__}, which tells no length; "
+                    f"scope: the cache is a {type(cache).__name__}, which tells no length; "
                     "only scope 'all' of one configuration can do without"
                 )
             told = call.told or Told(_guessed(start, count), 0)
-            start = call.follow(start, count, ids is None)
+            start = call.follow(start, count, ids is None, cache is not None)
         mask, real = map(self._here, padding(asked, start, count, cache))
+        if self.follows and (asked is None or (mask is None and real is not None)):
+            if packed(position_ids, real):
+                raise ValueError(PACKED)
         tokens = Tokens(
             batch,
             told.prompts,

@@ -122,6 +122,12 @@ def _told(asked: Callable, inputs: Tensor | None = None, *args, **kwargs) -> Tol
     mask = kwargs.get("attention_mask")
     start = int(past_length(kwargs.get("past_key_values")))
     if isinstance(mask, Tensor) and mask.ndim == 2:
+        if prompt is not None and mask.shape[1] not in (columns, start + columns):
+            raise ValueError(
+                f"attention_mask: has {mask.shape[1]} columns, but generate is given {columns} and "
+                f"its cache holds {start}, so nothing says where the prompt ends; accepted are "
+                f"{start + columns}"
+            )
         columns = mask.shape[1]
     elif columns <= start:
         # Of a sequence that goes on from a cache, the new tokens alone may be given.

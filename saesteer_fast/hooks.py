@@ -193,6 +193,11 @@ class Hooks:
                 f"when: the gate is decided on the whole prompt, of which {tokens.start} columns "
                 "are in the cache already; call the model with all of it, without past_key_values"
             )
+        if tokens.opaque and tokens.real is None and tokens.count > 1:
+            raise ValueError(
+                "when: nothing says which of the prompt's tokens are padding, which no gate "
+                "counts; give the decoder an attention_mask [B, past + T]"
+            )
         acts = plan.on_gate.acts(hidden.detach(), plan.impl)
         call.seen = (*call.seen, Seen(acts, tokens, generated=False))
         if call.told is None or call.read >= call.told.end:

@@ -50,9 +50,10 @@ class Tokens:
         """[B or 1, T] int64: how many real tokens stand before each in its row."""
         if self.mask is not None:
             return ((self.mask != 0).cumsum(1) - 1)[:, -self.count :].clamp(min=0)
-        if self.position_ids is not None and self.position_ids.ndim == 2:
-            return self.position_ids.to(self.device)
         if self.opaque:
+            # Else they tell how tokens are rotated, not what stands before them.
+            if self.position_ids is not None and self.position_ids.ndim == 2:
+                return self.position_ids.to(self.device)
             if isinstance(self.start, int) and self.start == 0 and self.real is not None:
                 return (self.real.cumsum(1) - 1).clamp(min=0)
             raise ValueError(
@@ -120,11 +121,11 @@ def padding(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`Tokens.mask` and `Tokens.real` from a decoder's attention_mask, as far as it tells.
 
-    A mask with a column a key tells if it has [B, start + T] of them. One with a row a query,
-    [B, 1, T, keys], bool or what is added to scores, tells too: only padding does not attend to
-    itself, or, where nothing says which key that is, on the left, to nothing. Whoever is told
-    nothing steers everything, which no real token can notice, whereas columns read wrongly would
-    leave real ones unsteered.
+    A mask with a column a key tells if it has [B, start + T] of them; of more, as for a static
+    cache, transformers reads so many. One with a row a query, [B, 1, T, keys], bool or what is
+    added to scores, tells too: only padding does not attend to itself, or, where nothing says which
+    key that is, on the left, to nothing. Whoever is told nothing steers everything, which no real
+    token can notice, whereas columns read wrongly would leave real ones unsteered.
     """
     if isinstance(mask, dict):  # one a kind of attention
         kinds = (mask["full_attention"],) if "full_attention" in mask else mask.values()
@@ -135,7 +136,8 @@ def padding(
         return None, None
     if not isinstance(mask, Tensor):
         return None, None
-    if mask.ndim == 2 and isinstance(start, int) and mask.shape[1] == start + count:
+    if mask.ndim == 2 and isinstance(start, int) and mask.shape[1] >= start + count:
+        mask = mask[:, : start + count]
         return mask, mask[:, start:] != 0
     if mask.ndim == 4 and count > 1 and mask.shape[2] == count:
         attended = (mask if mask.dtype == torch.bool else mask > MASKED)[:, 0]
@@ -147,8 +149,8 @@ def padding(
     return None, None
 
 
-def packed(position_ids) -> bool:
-    """Whether positions [B, T] begin anew within a row, as of sequences that share one.
+def packed(position_ids, real: Tensor | None) -> bool:
+    """Whether positions [B, T] begin anew among a row's real tokens, as of sequences that share it.
 
     Waits for their device, so it is not asked while a call is compiled or captured.
     """
@@ -158,4 +160,7 @@ def packed(position_ids) -> bool:
         position_ids.is_cuda and torch.cuda.is_current_stream_capturing()
     ):
         return False
-    return bool((position_ids.diff() < 0).any())
+    anew = position_ids.diff() < 0
+    if real is not None:
+        anew = anew & (real[:, 1:] & real[:, :-1]).to(anew.device)
+    return bool(anew.any())

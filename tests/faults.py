@@ -99,6 +99,8 @@ FAULTS = {
         80: "Guidance, which reads a second prompt, with a cache of its own",
         81: "An attention mask that weighs keys, as a bias, rather than leaving them out",
         83: "One new token where generated ones are steered: none is ever read",
+        84: "An attention mask of more columns than there are tokens, as for a static cache",
+        85: "position_ids that say how tokens are rotated, not where they stand",
     },
 }
 

@@ -280,7 +280,7 @@ def test_a_mask_that_weighs_keys_pads_none_of_them(sae, textbook, masked):
         assert_same(model(ids, given).double(), textbook(x, sae, EDITS, mask.bool()))
 
 
-@pytest.mark.parametrize("kind", ["none", "paged", "too long"])
+@pytest.mark.parametrize("kind", ["none", "paged", "too short"])
 def test_every_position_is_steered_where_padding_is_unknown(sae, textbook, kind):
     """Keys of a cache in pages are in no order."""
     model = Decoder()
@@ -288,11 +288,21 @@ def test_every_position_is_steered_where_padding_is_unknown(sae, textbook, kind)
     given = {
         "none": None,
         "paged": torch.eye(7, 12).bool().flip(1).expand(len(ids), 1, 7, 12),
-        "too long": nn.functional.pad(mask, (0, 9)),
+        "too short": mask[:, 1:],
     }[kind]
     x = model(ids, given)
     with sf.steering(model, sae, EDITS, layer=1):
         assert_same(model(ids, given).double(), textbook(x, sae, EDITS))
+
+
+@pytest.mark.fault(84)
+def test_a_mask_as_long_as_a_static_cache(sae, textbook):
+    model = Decoder()
+    ids, mask = padded("left")
+    given = nn.functional.pad(mask, (0, 9), value=1)
+    x = model(ids, given)
+    with sf.steering(model, sae, EDITS, layer=1):
+        assert_same(model(ids, given).double(), textbook(x, sae, EDITS, mask.bool()))
 
 
 class Output(NamedTuple):

@@ -395,3 +395,6 @@ def test_guidance_that_the_caller_brings(model, sae):
     with sf.steering(model, sae, EDITS, layer=1, scope="generated"):
         with pytest.raises(ValueError, match="or a second prompt, as of guidance, can only be"):
             generate(model, logits_processor=[guide])
+        longer = lambda ids, scores: scores - model(IDS.repeat(1, 3)).logits[:, -1]  # noqa: E731
+        with pytest.raises(ValueError, match="or a second prompt, as of guidance, can only be"):
+            generate(model, logits_processor=[longer])

@@ -360,6 +360,22 @@ def test_a_gate_needs_the_whole_prompt(model, sae, telling):
         assert len(handle.decisions) == 1
 
 
+@pytest.mark.fault(84)
+def test_a_gate_counts_no_padding(model, sae, gate):
+    """Of a mask as long as a static cache it reads what transformers reads; where a mask tells
+    nothing, it asks for one."""
+    wide = nn.functional.pad(MASK, (0, 5), value=1)
+    with torch.no_grad(), sf.steering(model, sae, EDITS, when=gate) as handle:
+        model(IDS)
+        with_padding = handle.decisions
+        model(IDS, attention_mask=MASK)
+        without = handle.decisions
+        model(IDS, attention_mask=wide)
+        assert handle.decisions == without != with_padding
+        with pytest.raises(ValueError, match="when: nothing says which of the prompt's tokens are"):
+            model(IDS, attention_mask=MASK[:, 1:])
+
+
 def test_one_encoder_serves_edits_and_conditions(model, sae):
     when = [sf.active(5), sf.gate({7: 1.0})]
     with sf.steering(model, sae, {3: sf.add(1.0)}, when=when) as handle:

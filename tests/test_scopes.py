@@ -445,13 +445,19 @@ class Remembers(torch.nn.Module):
         return x, tuple(new)
 
 
+class AsTransformerLens(Remembers):
+    def forward(self, input_ids, past_kv_cache=None):
+        return super().forward(input_ids, past_kv_cache)
+
+
 @pytest.mark.fault(77)
 @pytest.mark.parametrize("scope", ["prompt", "generated", sf.positions(0)], ids=str)
-def test_a_past_without_a_length_is_refused(sae, scope):
-    model = Remembers()
+@pytest.mark.parametrize("decoder", [Remembers, AsTransformerLens])
+def test_a_past_without_a_length_is_refused(sae, scope, decoder):
+    model = decoder()
     with sf.steering(model, sae, EDITS, layer=0, scope=scope):
         _, past = model(IDS)
-        with pytest.raises(ValueError, match="past_key_values is a tuple, which tells no length"):
+        with pytest.raises(ValueError, match="the cache is a tuple, which tells no length"):
             model(IDS[:, :1], past)
     with sf.steering(model, sae, EDITS, layer=0):
         steered, _ = model(IDS[:, :1], past)
@@ -467,7 +473,35 @@ def test_packed_sequences_are_refused(model, sae):
         with pytest.raises(ValueError, match="several sequences are packed in a row"):
             model(IDS, position_ids=begins_anew)
         model(IDS, position_ids=torch.arange(3, 9)[None])
-        model(IDS, position_ids=(MASK.cumsum(1) - 1).clamp(min=0), attention_mask=MASK)
+        padded = {"position_ids": (MASK.cumsum(1) - 1).masked_fill(MASK == 0, 1)}
+        model(IDS, attention_mask=MASK, **padded)
+        inside = torch.ones(3, 1, COLUMNS, COLUMNS, dtype=torch.bool).tril()
+        model(IDS, attention_mask=inside & MASK.bool()[:, None, None], **padded)
+        with pytest.raises(ValueError, match="several sequences are packed in a row"):
+            model(IDS, attention_mask=inside, position_ids=begins_anew)
+
+
+@pytest.mark.fault(85)
+def test_how_tokens_are_rotated_is_not_where_they_stand(model, sae):
+    with torch.no_grad(), sf.steering(model, sae, EDITS, scope=sf.positions(0, -1)) as handle:
+        for ids in (torch.arange(5, 11)[None], torch.zeros(1, 6, dtype=torch.long)):
+            with handle.prompt(COLUMNS):
+                given = {"position_ids": ids, "output_hidden_states": True}
+                y = model(IDS, **given).hidden_states[2]
+            handle.remove()
+            x = model(IDS, **given).hidden_states[2]
+            assert ((y != x).any(-1) == torch.tensor([True, *[False] * 4, True])).all()
+            handle = sf.steering(model, sae, EDITS, scope=sf.positions(0, -1))
+        handle.remove()
+
+
+@pytest.mark.fault(84)
+@pytest.mark.parametrize("scope", ["prompt", "generated", sf.positions(0)], ids=str)
+def test_a_mask_of_more_columns_than_the_prompt(model, sae, scope):
+    wide = nn.functional.pad(MASK, (0, 5), value=1)
+    with sf.steering(model, sae, EDITS, scope=scope):
+        with pytest.raises(ValueError, match="attention_mask: has 11 columns, but generate is giv"):
+            generate(model, IDS, attention_mask=wide)
 
 
 @pytest.mark.fault(58)
