@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .dtypes import TINY
+from .dtypes import FLOATS, TINY
 from .errors import one_of
 from .weights import Weights, constants, row_norms
 
@@ -151,7 +151,7 @@ def hot_first(sae: Weights, x: Tensor | Iterable[Tensor]) -> Tensor:
     live = torch.zeros(sae.num_latents, dtype=torch.int64, device=sae.device)
     tokens = 0
     for batch in (x,) if isinstance(x, Tensor) else x:
-        _check_stream(sae, batch)
+        require_stream(batch, sae.d)
         for rows in batch.reshape(-1, sae.d).split(TOKENS):
             z, _, _ = _normalised(rows.to(sae.device), sae.normalize)
             values, indices = _largest(sae, z, "auto")
@@ -165,7 +165,7 @@ def hot_first(sae: Weights, x: Tensor | Iterable[Tensor]) -> Tensor:
 
 def encode(sae: Weights, x: Tensor, impl: str = "auto") -> Tensor:
     """All activations of `sae`, dense: [..., N] fp32. Differentiable in x."""
-    _check_stream(sae, x)
+    require_stream(x, sae.d)
     z, _, _ = _normalised(x, sae.normalize)
     if sae.k is None:
         return torch.cat([acts for _, acts in _blocks(sae, z, impl)], -1)
@@ -185,7 +185,7 @@ def decode(sae: Weights, acts: Tensor, x: Tensor | None = None) -> Tensor:
     if sae.normalize != "none":
         if x is None:
             raise ValueError(f"x: needed to undo normalize={sae.normalize!r}")
-        _check_stream(sae, x)
+        require_stream(x, sae.d)
         if x.shape[:-1] != acts.shape[:-1]:
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}, what acts {tuple(acts.shape)} were encoded from "
@@ -222,11 +222,13 @@ def reconstruct(
     return _restored(sae, recon, x).to(x.dtype)
 
 
-def _check_stream(sae: Weights, x: Tensor) -> None:
+def require_stream(x: Tensor, d: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, a tensor is needed")
-    if x.shape[-1:] != (sae.d,):
-        raise ValueError(f"x: got shape {tuple(x.shape)}, [..., {sae.d}] is needed")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: got {x.dtype}, accepted are {', '.join(map(str, FLOATS))}")
+    if x.shape[-1:] != (d,):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, the SAE is for [..., {d}]")
 
 
 def _normalised(x: Tensor, normalize: str) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from .choice import IMPLS, Impl
 from .conditions import Condition, When, split
-from .dtypes import FLOATS
 from .edits import Configurations, Table, require_finite
 from .errors import one_of
-from .measures import Measured, reconstruct
+from .measures import Measured, reconstruct, require_stream
 from .reference import may_read
 from .sae import SAE
 from .scopes import both
@@ -196,12 +195,7 @@ class Plan:
             return torch.tensor(indices, dtype=torch.int64, device=self.device)
 
     def check(self, x: Tensor, mask: Tensor | None) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: got {type(x).__name__}, a tensor is needed")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"x: got {x.dtype}, accepted are {', '.join(map(str, FLOATS))}")
-        if x.ndim == 0 or x.shape[-1] != self.d:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, the SAE is for [..., {self.d}]")
+        require_stream(x, self.d)
         if x.device != self.table.values.device:
             raise ValueError(
                 f"x: is on {x.device}, the SAE's weights on {self.table.values.device}"
@@ -244,8 +238,7 @@ class Held:
 
         Given as `edits` was, less what stays as it is. Raises TypeError for another form, and
         ValueError for a latent that is not edited or is so in another way, and for NaN or infinity;
-        RuntimeError once a steering of a
-        model is removed.
+        RuntimeError once a steering of a model is removed.
         """
         self._plan.table.set(edits)
 

@@ -61,7 +61,7 @@ class SAE(Weights):
     def encode(self, x: Tensor) -> Tensor:
         """All activations of x [..., d], dense: [..., N] fp32. Differentiable.
 
-        Raises ValueError for another width, RuntimeError for integers.
+        Raises TypeError for another dtype than fp32, bf16 or fp16, ValueError for another width.
         """
         self.require_unwritten()
         return measures.encode(self, x)

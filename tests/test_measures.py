@@ -456,5 +456,10 @@ def test_a_normalisation_is_undone_by_the_same_tokens(shape):
 def test_encoding_needs_a_stream():
     with pytest.raises(TypeError, match="x: got list, a tensor is needed"):
         make("relu").encode([1.0])
-    with pytest.raises(ValueError, match=rf"x: got shape \(3, {D - 1}\), \[..., {D}\] is needed"):
+    with pytest.raises(ValueError, match=rf"x: got shape \(3, {D - 1}\), the SAE is for \[..."):
         make("relu").encode(torch.ones(3, D - 1))
+    for dtype in (torch.float64, torch.int64):
+        with pytest.raises(
+            TypeError, match=rf"x: got {dtype}, accepted are torch.float32, torch.b"
+        ):
+            make("topk").encode(torch.ones(3, D, dtype=dtype))

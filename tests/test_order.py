@@ -220,7 +220,7 @@ def test_only_topk_has_one(make_sae):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (stream(5)[:, 1:], rf"x: got shape \(5, {D - 1}\), \[..., {D}\] is needed"),
+        (stream(5)[:, 1:], rf"x: got shape \(5, {D - 1}\), the SAE is for \[..., {D}\]"),
         (torch.tensor(1.0), r"x: got shape \(\)"),
         (stream(0), "x: holds no token"),
         ([], "x: holds no token"),
