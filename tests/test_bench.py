@@ -371,7 +371,7 @@ def test_other_processors_are_shown_by_their_newest_run(tmp_path, result):
     days = {(run["machine"]["device"], run["machine"]["date"][9]) for run in found}
     assert days == {("Zen", "2"), ("Xeon", "4")}
     text = summary.elsewhere(found)
-    assert text.count("targets of docs/benchmarks.md") == 2 and "2026-01-02" in text
+    assert text.count("targets of the op in docs/benchmarks.md") == 2 and "2026-01-02" in text
 
 
 def test_demo_table(tmp_path):
