@@ -18,8 +18,6 @@ from .scopes import spread
 from .sites import Site
 from .tokens import Tokens, packed, padding, past_length
 
-PACKED = "scope: several sequences are packed in a row; give each its own"
-
 
 class Call:
     """What a thread must remember: of the running call of the decoder, and of its sequences."""
@@ -116,8 +114,6 @@ class Following:
         position_ids = self._argument("position_ids", args, kwargs)
         told = Told(0, 0)
         if self.follows:
-            if "cu_seq_lens_q" in kwargs:
-                raise ValueError(PACKED)
             if not (cache is None or hasattr(cache, "get_seq_length")):
                 raise ValueError(
                     f"scope: the cache is a {type(cache).__name__}, which tells no length; "
@@ -126,9 +122,11 @@ class Following:
             told = call.told or Told(_guessed(start, count), 0)
             start = call.follow(start, count, ids is None, cache is not None)
         mask, real = map(self._here, padding(asked, start, count, cache))
-        if self.follows and (asked is None or (mask is None and real is not None)):
-            if packed(position_ids, real):
-                raise ValueError(PACKED)
+        places_tell = asked is None or (mask is None and real is not None)
+        if self.follows and (
+            "cu_seq_lens_q" in kwargs or (places_tell and packed(position_ids, real))
+        ):
+            raise ValueError("scope: several sequences are packed in a row; give each its own")
         tokens = Tokens(
             batch,
             told.prompts,

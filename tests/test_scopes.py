@@ -483,16 +483,13 @@ def test_packed_sequences_are_refused(model, sae):
 
 @pytest.mark.fault(85)
 def test_how_tokens_are_rotated_is_not_where_they_stand(model, sae):
-    with torch.no_grad(), sf.steering(model, sae, EDITS, scope=sf.positions(0, -1)) as handle:
-        for ids in (torch.arange(5, 11)[None], torch.zeros(1, 6, dtype=torch.long)):
+    for ids in (torch.arange(5, 11)[None], torch.zeros(1, 6, dtype=torch.long)):
+        given = {"position_ids": ids, "output_hidden_states": True}
+        x = model(IDS, **given).hidden_states[2]
+        with sf.steering(model, sae, EDITS, scope=sf.positions(0, -1)) as handle:
             with handle.prompt(COLUMNS):
-                given = {"position_ids": ids, "output_hidden_states": True}
                 y = model(IDS, **given).hidden_states[2]
-            handle.remove()
-            x = model(IDS, **given).hidden_states[2]
-            assert ((y != x).any(-1) == torch.tensor([True, *[False] * 4, True])).all()
-            handle = sf.steering(model, sae, EDITS, scope=sf.positions(0, -1))
-        handle.remove()
+        assert ((y != x).any(-1) == torch.tensor([True, *[False] * 4, True])).all()
 
 
 @pytest.mark.fault(84)

@@ -10,15 +10,15 @@
 namespace saesteer::cuda {
 namespace {
 
-// Blocks that a multiprocessor runs at once if a thread has so many registers. Three chunks of a
-// row under way (token.h) fit 64; those of fp32 have twice the bytes.
-constexpr int blocks_with(int registers) { return 65536 / (kTokenThreads * registers); }
+// That a multiprocessor runs at once. Three chunks of a row under way (token.h) fit 64 of its
+// registers a thread; those of fp32 have twice the bytes.
 template <int kDtype>
-constexpr int kRegisters = kDtype == static_cast<int>(Dtype::f32) ? 80 : 64;
+constexpr int kBlocks =
+    65536 / (kTokenThreads * (kDtype == static_cast<int>(Dtype::f32) ? 80 : 64));
 
 // One block a token.
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads, blocks_with(kRegisters<kDtype>)) level0(Ladder c) {
+__global__ void __launch_bounds__(kTokenThreads, kBlocks<kDtype>) level0(Ladder c) {
   fix_dtypes<kDtype>(c.x, c.encoder.W, c.directions, c.y);
   const int64_t token = blockIdx.x;
   const float value = first_value(c, token);
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kTokenThreads, blocks_with(kRegisters<kDtype>)
 }
 
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads, blocks_with(kRegisters<kDtype>)) settle(Ladder c) {
+__global__ void __launch_bounds__(kTokenThreads, kBlocks<kDtype>) settle(Ladder c) {
   fix_dtypes<kDtype>(c.x, c.encoder.W, c.directions, c.y);
   settle_tokens<kDtype>(c);
 }
@@ -39,8 +39,7 @@ struct Project {
 };
 
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads, blocks_with(kRegisters<kDtype>))
-    project_rows(Project c) {
+__global__ void __launch_bounds__(kTokenThreads, kBlocks<kDtype>) project_rows(Project c) {
   fix_dtypes<kDtype>(c.x, c.rows);
   const int64_t token = blockIdx.x;
   project_token(c.x[token], c.x.dtype, c.rows, c.bias, c.count, nullptr, c.count,
@@ -55,7 +54,7 @@ struct Add {
 };
 
 template <int kDtype>
-__global__ void __launch_bounds__(kTokenThreads, blocks_with(kRegisters<kDtype>)) add_rows(Add c) {
+__global__ void __launch_bounds__(kTokenThreads, kBlocks<kDtype>) add_rows(Add c) {
   fix_dtypes<kDtype>(c.x, c.rows, c.y);
   const int64_t token = blockIdx.x;
   add_to_token<kDtype>(c.x[token], c.rows, c.count, c.coef.data + token * c.coef.stride, c.y[token],
