@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
 import torch
@@ -23,6 +25,9 @@ from .sites import Site
 
 OLDEST = (5, 9)
 """Of the releases of transformers that can be steered."""
+
+Registered = tuple[weakref.ref[nn.Module], str, int]
+"""A module, which of its dicts has a hook, and its key there."""
 
 
 def steering(
@@ -111,7 +116,7 @@ class Handle(Held):
         super().__init__(hooks.plan)
         self._name, self._hooks = site.path, hooks
         hooks.handle = self
-        self._undo = _install(site, hooks)
+        self._undo, self._registered = _install(site, hooks)
         self._attached, self._entered = True, False
 
     @property
@@ -146,13 +151,25 @@ class Handle(Held):
         return _Prompt(self._hooks.told(_told_by_hand(columns, self._plan.device)))
 
     def remove(self) -> None:
-        """Stop steering. Removing twice does no harm."""
-        self._attached = False
-        self._undo.close()
+        """Stop steering. Removing twice does no harm.
+
+        Raises RuntimeError where somebody else had removed its hooks before.
+        """
+        self.__exit__(None, None, None)
 
     def _require_attached(self) -> None:
         if not self._attached:
             raise RuntimeError(f"this steering of {self._name} was removed; attach a new one")
+        self._require_hooks()
+
+    def _require_hooks(self) -> None:
+        for its, kind, key in self._registered:
+            module = its()
+            if module is not None and key not in getattr(module, kind):
+                raise RuntimeError(
+                    f"{self._name}: somebody removed this steering's hooks, as by clearing all "
+                    "hooks of a module; calls since then were not steered"
+                )
 
     def __enter__(self) -> Handle:
         self._require_attached()
@@ -161,8 +178,11 @@ class Handle(Held):
         self._entered = True
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.remove()
+    def __exit__(self, error: type[BaseException] | None, *exc_info: object) -> None:
+        attached, self._attached = self._attached, False
+        with self._undo:
+            if attached and error is None:
+                self._require_hooks()
 
     def __reduce__(self):
         raise TypeError(
@@ -225,22 +245,25 @@ def _told_by_hand(columns: int | Tensor, device: torch.device) -> Told:
     return Told(columns, max(ends, default=0))
 
 
-def _install(site: Site, hooks: Hooks) -> ExitStack:
-    """Register all hooks or none; closing what is returned removes them."""
+def _install(site: Site, hooks: Hooks) -> tuple[ExitStack, list[Registered]]:
+    """Register all hooks or none; closing the stack removes them."""
+    registered = []
     with ExitStack() as undo:
 
-        def register(handle: torch.utils.hooks.RemovableHandle) -> None:
+        def register(module: nn.Module, kind: str, hook: Callable, **options: bool) -> None:
+            handle = getattr(module, f"register{kind}")(hook, **options)
             undo.callback(handle.remove)
+            registered.append((weakref.ref(module), f"{kind}s", handle.id))
 
-        register(site.module.register_forward_hook(hooks.steer))
+        register(site.module, "_forward_hook", hooks.steer)
         _put_first(site.module)
-        register(site.decoder.register_forward_hook(hooks.after, always_call=True))
+        register(site.decoder, "_forward_hook", hooks.after, always_call=True)
         # Last, and so removed first: no other thread's call awaits a hook that is not there.
-        register(site.decoder.register_forward_pre_hook(hooks.before, with_kwargs=True))
+        register(site.decoder, "_forward_pre_hook", hooks.before, with_kwargs=True)
         if hooks.follows:
             undo.callback(listen(site.model, hooks))
         _recompile()
-        return undo.pop_all()
+        return undo.pop_all(), registered
 
 
 def _warn_of_another(site: Site, plan: Plan) -> None:

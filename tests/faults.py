@@ -101,6 +101,7 @@ FAULTS = {
         83: "One new token where generated ones are steered: none is ever read",
         84: "An attention mask of more columns than there are tokens, as for a static cache",
         85: "position_ids that say how tokens are rotated, not where they stand",
+        86: "Hooks that somebody removes, or whose dicts somebody replaces",
     },
 }
 

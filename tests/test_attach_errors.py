@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -203,6 +206,67 @@ def test_removed_is_removed(model, sae):
     with pytest.raises(RuntimeError, match="was removed; attach a new one"):
         with handle:
             pass
+
+
+def clear(model):
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+
+
+def clear_the_decoder(model):
+    """Where the padding would go unnoticed."""
+    model.model._forward_pre_hooks.clear()
+
+
+def replace(model):
+    for module in model.modules():
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+
+
+@pytest.mark.fault(86)
+@pytest.mark.parametrize("lose", [clear, clear_the_decoder, replace])
+def test_hooks_that_somebody_removed_are_missed(make_phi3, sae, lose):
+    lost = r"layers\.1: somebody removed this steering's hooks.*calls since then were not steered"
+    model = make_phi3()
+    before = hooks(model)
+    with pytest.raises(RuntimeError, match=lost):
+        with sf.steering(model, sae, EDITS):
+            lose(model)
+    handle = sf.steering(model, sae, EDITS)
+    lose(model)
+    for use in (lambda: handle.set(EDITS), handle.__enter__, handle.remove):
+        with pytest.raises(RuntimeError, match=lost):
+            use()
+    handle.remove()
+    assert hooks(model) == before
+
+
+@pytest.mark.fault(86)
+def test_an_error_in_the_body_comes_before_missed_hooks(make_phi3, sae):
+    recipe = sf.Recipe([sf.Steering(sae, EDITS), sf.Steering(sae, {4: 1.0})])
+    model = make_phi3()
+    before = hooks(model)
+    for attach in (lambda: sf.steering(model, sae, EDITS), lambda: recipe.attach(model)):
+        with pytest.raises(ZeroDivisionError):
+            with attach():
+                clear(model)
+                raise ZeroDivisionError
+    handles = recipe.attach(model)
+    clear(model)
+    with pytest.raises(RuntimeError, match="somebody removed"):
+        handles.remove()
+    handles.remove()
+    assert hooks(model) == before
+
+
+def test_a_handle_does_not_keep_the_model(make_phi3, sae):
+    model = make_phi3()
+    handle, kept = sf.steering(model, sae, EDITS), weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
+    handle.remove()
 
 
 def test_strengths_that_are_tensors_are_finite(model, sae):

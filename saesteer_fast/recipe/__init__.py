@@ -89,7 +89,7 @@ class Recipe:
             for place, step in enumerate(self.steerings):
                 with named(f"steerings[{place}]."):
                     handle = steering(model, load(step.sae), step.edits, **step.arguments())
-                undo.callback(handle.remove)
+                undo.push(handle)
                 handles.append(handle)
             return Handles(handles, undo.pop_all())
 
@@ -115,7 +115,7 @@ class Handles(tuple[Handle, ...]):
         return made
 
     def remove(self) -> None:
-        """Stop steering. Removing twice does no harm."""
+        """Stop steering, as Handle.remove does. Removing twice does no harm."""
         self._undo.close()
 
     def __enter__(self) -> Handles:
@@ -124,7 +124,7 @@ class Handles(tuple[Handle, ...]):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.remove()
+        self._undo.__exit__(*exc_info)
 
 
 def load_steering(path: str | os.PathLike[str]) -> Recipe:
