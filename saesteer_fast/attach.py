@@ -15,9 +15,9 @@ from . import sites
 from .choice import Impl
 from .conditions import Decision, When
 from .edits import Configurations
-from .errors import is_integer
 from .generation import Told, listen
 from .hooks import Hooks
+from .numbers import is_integer
 from .plan import ErrorTerm, Held, Plan, Reading, Rows, require_sae
 from .sae import SAE
 from .scopes import Scope, Scoped

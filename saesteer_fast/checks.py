@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .dtypes import FLOATS
+from .numbers import FLOATS
 
 
 def steer(

@@ -22,9 +22,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .dtypes import LARGEST
-from .errors import is_number, latent_of, named, nearest, nearest_file, one_of
+from .errors import named, nearest, nearest_file, one_of
 from .node import Node
+from .numbers import finite, latent_of
 from .tokens import Tokens
 
 Pool = Literal["max", "mean", "last"]
@@ -127,12 +127,8 @@ def active(latents: int | Mapping[int, float], above: float = 0.0) -> Active:
     """
     if isinstance(latents, Mapping):
         _require_unused(active, "the thresholds say it", {"above": above}, "above")
-    thresholds = latents if isinstance(latents, Mapping) else {latent_of("active", latents): above}
-    if not thresholds:
-        raise ValueError("active: no latent is given")
-    return Active(
-        {latent_of("active", f): _finite("active", value) for f, value in thresholds.items()}
-    )
+        return Active(_by_latent("latents", latents))
+    return Active({latent_of("latents", latents): finite("above: got", above)})
 
 
 def gate(
@@ -160,21 +156,28 @@ def gate(
     given = dict(bias=bias, threshold=threshold, pool=pool, latents=tuple(latents))
     if callable(by):
         _require_unused(gate, "a callable decides by itself", given, "bias", "threshold", "pool")
-        return Gate(tuple(latent_of("gate", f) for f in latents), by)
+        return Gate(tuple(latent_of("latents", f) for f in latents), by)
     if isinstance(by, (str, os.PathLike)):
         _require_unused(gate, "the file says it", given, *given)
         return _from_file(Path(by))
     if not isinstance(by, Mapping):
-        raise TypeError(f"gate: got {type(by).__name__}, a mapping, a path or a callable is needed")
-    if not by:
-        raise ValueError("gate: no latent is given")
+        raise TypeError(f"by: got {type(by).__name__}, a mapping, a path or a callable is needed")
+    weights = _by_latent("by", by)
     _require_unused(gate, "the weights name them", given, "latents")
     one_of("pool", pool, POOLS)
-    if not 0 < _finite("threshold", threshold) < 1:
+    if not 0 < finite("threshold: got", threshold) < 1:
         raise ValueError(f"threshold: got {threshold}, a probability between 0 and 1 is needed")
-    weights = tuple(_finite("gate", weight) for weight in by.values())
-    decide = Logistic(weights, _finite("bias", bias), float(threshold), pool)
-    return Gate(tuple(latent_of("gate", f) for f in by), decide)
+    bias = finite("bias: got", bias)
+    return Gate(tuple(weights), Logistic(tuple(weights.values()), bias, float(threshold), pool))
+
+
+def _by_latent(argument: str, given: Mapping[int, float]) -> dict[int, float]:
+    if not given:
+        raise ValueError(f"{argument}: got no latent, one or more are needed")
+    return {
+        latent_of(argument, latent): finite(f"{argument}: latent {latent} is given", value)
+        for latent, value in given.items()
+    }
 
 
 Condition = Active | Gate
@@ -344,11 +347,3 @@ def _require_unused(of: Callable, why: str, given: Mapping[str, object], *names:
     for name in names:
         if given[name] != parameters[name].default:
             raise ValueError(f"{name}: got {given[name]!r}, but {why}")
-
-
-def _finite(name: str, value: object) -> float:
-    if not is_number(value):
-        raise TypeError(f"{name}: got {value!r}, a number is needed")
-    if not abs(value) <= LARGEST:
-        raise ValueError(f"{name}: got {value}, a number that is finite in fp32 is needed")
-    return float(value)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dtypes import LARGEST
-from .errors import is_integer, is_number, latent_of, nearest, one_of
+from .errors import nearest, one_of
+from .numbers import finite, is_integer, latent_of
 
 # Each gives a' - a for activations a and strengths v; NaN in a must come out as NaN.
 _AMOUNTS = {
@@ -271,11 +271,7 @@ def _number(what: str, value: float | Tensor) -> float | Tensor:
         return value.reshape(())
     if isinstance(value, Tensor):
         raise TypeError(f"{what} {value!r}, a number or a floating-point tensor of one is needed")
-    if not is_number(value):
-        raise TypeError(f"{what} {value!r}, a number is needed")
-    if not abs(value) <= LARGEST:
-        raise ValueError(f"{what} {value}, which is not finite in fp32")
-    return float(value)
+    return finite(what, value)
 
 
 def _plain(value: float | Tensor) -> float:

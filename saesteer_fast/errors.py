@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from numbers import Integral, Real
 from pathlib import Path
 
 
@@ -19,24 +18,6 @@ def among(got: object, accepted: Collection[str], like: str | None = None) -> st
     """What is there in place of one of the accepted, as an error goes on after "got" or "is"."""
     hint = nearest(str(got) if like is None else like, accepted)
     return f"{got!r}, accepted are {', '.join(accepted)}{hint}"
-
-
-def is_integer(value: object) -> bool:
-    """Of Python or another library; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Of Python or another library; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def latent_of(argument: str, given: object) -> int:
-    """The latent that an argument names; TypeError for what is no integer."""
-    if not is_integer(given):
-        hint = f"; {int(given)} is one" if isinstance(given, str) and given.isdecimal() else ""
-        raise TypeError(f"{argument}: latent {given!r} is no integer{hint}")
-    return int(given)
 
 
 def nearest(name: str, choices: Iterable[str], ask: str = "did you mean") -> str:

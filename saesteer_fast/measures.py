@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .dtypes import FLOATS, TINY
 from .errors import one_of
+from .numbers import FLOATS, TINY
 from .weights import Weights, constants, row_norms
 
 TOKENS = 1024

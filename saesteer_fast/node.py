@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import NoReturn
 
-from .dtypes import LARGEST
 from .errors import nearest
+from .numbers import is_finite, is_integer, is_number
 
 _LATENT = re.compile("0|[1-9][0-9]{0,17}")
 
@@ -59,15 +59,15 @@ class Node:
         return [Node(value, f"{self.place}[{place}]") for place, value in enumerate(self.value)]
 
     def number(self) -> float:
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+        if not is_number(self.value):
             self.refuse("a number is needed")
-        if not abs(self.value) <= LARGEST:
+        if not is_finite(self.value):
             self.refuse("a number that is finite in fp32 is needed")
         return float(self.value)
 
     def integer(self, least: int = -(2**63)) -> int:
         integral = isinstance(self.value, float) and self.value.is_integer()
-        if isinstance(self.value, bool) or not (integral or isinstance(self.value, int)):
+        if not (integral or is_integer(self.value)):
             self.refuse("an integer is needed")
         if not least <= self.value < 2**63:
             self.refuse(f"an integer from {least} to {2**63 - 1} is needed")

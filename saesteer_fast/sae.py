@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import measures
-from .dtypes import TINY
+from .numbers import TINY
 from .weights import Weights, constants
 
 

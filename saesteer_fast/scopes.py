@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import is_integer, nearest
+from .errors import nearest
+from .numbers import is_integer
 from .tokens import Tokens
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from . import hookpoints
-from .dtypes import FLOATS
-from .errors import is_integer, nearest
+from .errors import nearest
+from .numbers import FLOATS, is_integer
 from .sae import SAE
 
 # What torch.compile, FSDP and activation checkpoints put into the names of what they wrap, a model

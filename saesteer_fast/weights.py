@@ -13,8 +13,8 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from .dtypes import FLOATS
-from .errors import is_integer, is_number, one_of
+from .errors import one_of
+from .numbers import FLOATS, is_integer, is_number
 
 Measure = Literal["topk", "groupmax", "threshold", "relu", "gated"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)

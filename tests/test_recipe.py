@@ -298,7 +298,10 @@ def test_what_a_program_makes_is_saved(folder):
             r"steerings\[0\]\.when\.gate: is decided by a callable",
         ),
         (lambda sae: sf.Steering("a/b", {"7": {3: 1.0}}), r'edits\["7"\]'),
-        (lambda sae: sf.Steering("a/b", {3: float("nan")}), "not finite"),
+        (
+            lambda sae: sf.Steering("a/b", {3: float("nan")}),
+            "a number that is finite in fp32 is needed",
+        ),
         (lambda sae: sf.Steering("a/b", {3: torch.tensor(float("inf"))}), r'edits\["3"\]: got Inf'),
         (
             lambda sae: sf.Steering("a/b", {3: 1.0}, scope=["prompt", "generated"]),

@@ -184,8 +184,15 @@ WRONG = {
     "latent": (["sparsify,add,saes,layers.1,128,6,,,,"], "feature_index: got 128, .* 0 to 127"),
     "half a latent": (["sparsify,add,saes,layers.1,3.5,6,,,,"], "got '3.5', a latent is needed"),
     "negative latent": (["sparsify,add,saes,layers.1,-1,6,,,,"], "got '-1', a latent is needed"),
-    "NaN": (["sparsify,add,saes,layers.1,3,nan,,,,"], "steering_coefficient: got 'nan', a finite"),
-    "overflow": (["sparsify,add,saes,layers.1,3,1e39,,,,"], "not finite in fp32"),
+    "NaN": (
+        ["sparsify,add,saes,layers.1,3,nan,,,,"],
+        "steering_coefficient: got nan, a number that is finite",
+    ),
+    "overflow": (["sparsify,add,saes,layers.1,3,1e39,,,,"], "is finite in fp32"),
+    "clamped to an overflow": (
+        ["sparsify,clamp,saes,layers.1,3,1e39,,,,"],
+        "steering_coefficient: got 1e.39, a number that is finite in fp32",
+    ),
     "word": (["sparsify,add,saes,layers.1,3,x,,,,"], "steering_coefficient: got 'x', a number"),
     "short": (["sparsify,add,saes,layers.1,3"], "steering_coefficient: got '', a number"),
     "long": (["sparsify,add,saes,layers.1,3,6,,,,,x"], "line 2: has more cells than"),
@@ -299,7 +306,7 @@ VECTOR = {"steering_vector": torch.ones(4), "action": "clamp"}
         ({"a": VECTOR | {"steering_vector": torch.ones(4) / 0}}, "holds NaN or infinity"),
         ({"a": VECTOR | {"bias": torch.ones(3)}}, "bias: is for width 3, steering_vector for 4"),
         ({"a": VECTOR | {"steering_coefficient": "much"}}, "got 'much', a number is needed"),
-        ({"a": VECTOR | {"steering_coefficient": float("inf")}}, "a finite number is needed"),
+        ({"a": VECTOR | {"steering_coefficient": float("inf")}}, "finite in fp32 is needed"),
     ],
 )
 def test_wrong_vectors_are_named(tmp_path, monkeypatch, content, message):

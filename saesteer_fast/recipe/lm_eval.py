@@ -24,7 +24,6 @@ which the formula ignores; and releases of sae_lens, names of which only it know
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +34,7 @@ from torch import Tensor
 from ..edits import add
 from ..errors import named, nearest, one_of
 from ..formats import files
+from ..numbers import finite
 from ..sae import SAE
 from . import Recipe, Steering, load_sae
 
@@ -214,9 +214,7 @@ def _number(name: str, value: object) -> float:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{name}: got {value!r}, a number is needed") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: got {value!r}, a finite number is needed")
-    return number
+    return finite(f"{name}: got", number)
 
 
 def _known(what: str, names: list, needed: tuple[str, ...], optional: tuple[str, ...]) -> None:
