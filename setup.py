@@ -59,6 +59,14 @@ def cmake_architecture(arch: str) -> str:
     return f"{major}{minor}" if ptx else f"{major}{minor}-real"
 
 
+def cmake_architectures(listed: list[str]) -> list[str]:
+    names = [cmake_architecture(arch) for arch in listed]
+    if "90a-real" in names:
+        # Which of both a Hopper GPU would load is said nowhere, and 9.0's has no wgmma.
+        names = ["90-virtual" if name == "90" else name for name in names if name != "90-real"]
+    return names
+
+
 def cuda_options() -> list[str]:
     """The CUDA part is built wherever nvcc is, GPU or not."""
 
@@ -84,7 +92,7 @@ def cuda_options() -> list[str]:
         return without(f"{nvcc} knows none of {', '.join(DEFAULT_ARCHITECTURES)}")
     return [
         f"-DSAESTEER_CUDA={' '.join(architectures)}",
-        f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(map(cmake_architecture, architectures))}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(cmake_architectures(architectures))}",
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
         "-DSAESTEER_NO_CUDA_REASON=",
     ]

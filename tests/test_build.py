@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,21 @@ def test_bad_architecture_is_named(tmp_path):
     )
     assert "TORCH_CUDA_ARCH_LIST: got 'Hopper'" in message
     assert "10.0+PTX" in message
+
+
+@pytest.mark.parametrize(
+    ("listed", "given"),
+    [
+        ("8.0 9.0a 10.0+PTX", "80-real 90a-real 100"),
+        ("9.0", "90-real"),
+        ("8.0 9.0 9.0a", "80-real 90a-real"),
+        ("9.0+PTX 9.0a", "90-virtual 90a-real"),
+    ],
+)
+def test_hopper_has_one_code(listed, given):
+    """Which of two a driver would load, nobody says."""
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    assert build["cmake_architectures"](listed.split()) == given.split()
 
 
 @pytest.mark.parametrize("is_source", [True, False])
