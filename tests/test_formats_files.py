@@ -594,7 +594,7 @@ SETTINGS = {
         lambda f, w: saelens(f, w, "standard", normalize_activations="covariance_whitening"),
         "normalize_activations is 'covariance_whitening', accepted are none, layer_norm",
     ),
-    "saelens-k": (lambda f, w: saelens(f, w, "topk"), "cfg.json: lacks k, an integer"),
+    "saelens-k": (lambda f, w: saelens(f, w, "topk"), "cfg.json: lacks k$"),
     "saelens-k-text": (lambda f, w: saelens(f, w, "topk", k="4"), "k is '4', an integer"),
     "saelens-k-large": (
         lambda f, w: saelens(f, w, "topk", k=25),
@@ -667,7 +667,7 @@ SETTINGS = {
     "gemma-2-affine": (lambda f, w: gemma_2(f, w, affine_connection=True), TRANSCODER),
     "gemma-2-architecture": (
         lambda f, w: gemma_2(f, w, architecture="topk"),
-        "architecture is 'topk', accepted is 'jump_relu'",
+        "architecture is 'topk', accepted are jump_relu",
     ),
     "llama-transcoder": (
         lambda f, w: llama(f, w, hook_point_out="blocks.19.hook_mlp_out"),
@@ -689,8 +689,13 @@ SETTINGS = {
     ),
     "llama-threshold": (
         lambda f, w: llama(f, w, jump_relu_threshold=0.0),
-        "jump_relu_threshold is 0.0, which must be positive",
+        "jump_relu_threshold is 0.0, a positive number is needed",
     ),
+    "llama-threshold-flag": (
+        lambda f, w: llama(f, w, jump_relu_threshold=True),
+        "jump_relu_threshold is True, a positive number is needed",
+    ),
+    "llama-size": (lambda f, w: llama(f, w, d_sae=0), "d_sae is 0, an integer of at least 1"),
     "llama-glu": (lambda f, w: llama(f, w, use_glu_encoder=True), "use_glu_encoder is True"),
     "llama-flag": (
         lambda f, w: llama(f, w, sparsity_include_decoder_norm="false"),
@@ -702,7 +707,7 @@ SETTINGS = {
     ),
     "openai-identity": (
         lambda f, w: openai(f, w, postact="Identity"),
-        "postact_fn is 'Identity', accepted is 'ReLU': another lets negative",
+        "postact_fn is 'Identity', accepted are ReLU; another lets negative",
     ),
     "openai-activation": (lambda f, w: openai(f, w, "GELU"), "activation is 'GELU', accepted are"),
 }

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import among
 from ..weights import row_norms
+from . import settings
 from .files import read_json, read_weights, require_files
 from .protocol import Fields
 from .zips import Torch
@@ -69,13 +69,12 @@ def load(folder: Path) -> Fields:
     trainer = config.get("trainer")
     if not isinstance(trainer, dict):
         raise ValueError(f"{source}: trainer is {trainer!r}, an object is needed")
-    name = trainer.get("dict_class")
-    if name not in _CLASSES:
-        raise ValueError(f"{source}: dict_class is {among(name, _CLASSES)}")
+    name = settings.one_of(source, trainer, "dict_class", _CLASSES)
     measure, layout, buffers = _CLASSES[name]
     tensors = Torch(folder / "ae.pt")
     own = _buffers(tensors, buffers, measure, source, trainer)
-    weights = read_weights(tensors, layout, _sizes(source, trainer))
+    N, d = (settings.integer(source, trainer, key) for key in ("dict_size", "activation_dim"))
+    weights = read_weights(tensors, layout, {"N": N, "d": d})
     if "threshold" in own:
         own["threshold"] = torch.full_like(weights["b_enc"], own["threshold"], dtype=torch.float32)
     return dict(
@@ -111,14 +110,6 @@ def _buffers(
             )
         return {"threshold": found["threshold"]}
     return {}
-
-
-def _sizes(source: Path, trainer: dict[str, object]) -> dict[str, int]:
-    sizes = {"N": trainer.get("dict_size"), "d": trainer.get("activation_dim")}
-    for key, size in zip(("dict_size", "activation_dim"), sizes.values(), strict=True):
-        if type(size) is not int:
-            raise ValueError(f"{source}: {key} is {size!r}, an integer is needed")
-    return sizes
 
 
 def _unit(rows: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from .. import hookpoints
+from . import settings
 from .files import Safetensors, Tensors, read_json, read_weights
 from .protocol import Fields
 from .zips import Numpy
@@ -65,10 +66,8 @@ def _site(folder: Path) -> str:
 def _load_2(folder: Path) -> Fields:
     source = folder / "config.json"
     config = read_json(source) if source.is_file() else {}
-    if config.get("architecture", "jump_relu") != "jump_relu":
-        raise ValueError(
-            f"{source}: architecture is {config['architecture']!r}, accepted is 'jump_relu'"
-        )
+    said = {"architecture": "jump_relu"} | config
+    settings.one_of(source, said, "architecture", ("jump_relu",))
     out, into = config.get("hf_hook_point_out"), config.get("hf_hook_point_in")
     if config.get("affine_connection") or out not in (None, into):
         raise ValueError(f"{source}: is a transcoder: its output is not its input's stream")

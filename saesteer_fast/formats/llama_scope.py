@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from .. import hookpoints
+from ..numbers import is_number
+from . import settings
 from .files import Safetensors, read_json, read_weights, require_files
 from .protocol import Fields
 
@@ -80,15 +82,12 @@ def _check_config(source: Path, config: dict[str, object]) -> None:
     if config.get("hook_point_out", config.get("hook_point_in")) != config.get("hook_point_in"):
         raise ValueError(f"{source}: is a transcoder: its output is not its input's stream")
     for key in ("d_model", "d_sae"):
-        if type(config.get(key)) is not int:
-            raise ValueError(f"{source}: {key} is {config.get(key)!r}, an integer is needed")
-    threshold = config.get("jump_relu_threshold")
-    if not isinstance(threshold, int | float) or not threshold > 0:
-        raise ValueError(f"{source}: jump_relu_threshold is {threshold!r}, which must be positive")
+        settings.integer(source, config, key)
+    settings.positive(source, config, "jump_relu_threshold")
     norms = config.get("dataset_average_activation_norm")
     if config["norm_activation"] == "dataset-wise":
         inside = norms.get("in") if isinstance(norms, dict) else None
-        if not isinstance(inside, int | float) or not inside > 0 or norms.get("out") != inside:
+        if not is_number(inside) or not inside > 0 or norms.get("out") != inside:
             raise ValueError(
                 f"{source}: dataset_average_activation_norm is {norms!r}, "
                 '{"in": a positive number, "out": the same} is needed'

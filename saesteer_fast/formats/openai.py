@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import qwen_scope
+from . import qwen_scope, settings
 from .files import read_weights
 from .protocol import Fields
 from .zips import Torch
@@ -33,11 +33,7 @@ def recognises(path: Path) -> bool:
 
 def load(path: Path) -> Fields:
     tensors = Torch(_file(path))
-    activation = tensors.settings.get("activation")
-    if activation not in ("TopK", "ReLU"):
-        raise ValueError(
-            f"{tensors.path}: activation is {activation!r}, accepted are 'TopK', 'ReLU'"
-        )
+    activation = settings.one_of(tensors.path, tensors.settings, "activation", ("TopK", "ReLU"))
     for name in _STATISTICS:
         tensors.shapes.pop(name, None)
     topk = _topk(tensors) if activation == "TopK" else {"measure": "relu"}
@@ -46,11 +42,8 @@ def load(path: Path) -> Fields:
 
 def _topk(tensors: Torch) -> dict[str, object]:
     state = tensors.settings.get("activation_state_dict") or {}
-    if state.get("postact_fn") != "ReLU":
-        raise ValueError(
-            f"{tensors.path}: postact_fn is {state.get('postact_fn')!r}, accepted is 'ReLU': "
-            "another lets negative activations live"
-        )
+    why = "; another lets negative activations live"
+    settings.one_of(tensors.path, state, "postact_fn", ("ReLU",), why)
     return {"k": state.get("k"), "normalize": "layer_norm"}
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 
 from .. import hookpoints
-from ..errors import nearest
 from ..weights import Weights
-from . import order
+from . import order, settings
 from .files import (
     FOLD,
     Safetensors,
@@ -81,19 +80,22 @@ def load(folder: Path) -> Fields:
     require_files(folder, FILES[:2])
     source = folder / "cfg.json"
     config = _modern(source, read_json(source))
-    architecture = _one_of(source, config, "architecture", _MEASURES)
+    is_transcoder = "transcoder" in str(config.get("architecture"))
+    why = "; a transcoder's output is not its input's stream" if is_transcoder else ""
+    architecture = settings.one_of(source, config, "architecture", _MEASURES, why)
     layout = _COMMON | _OWN[architecture]
     tensors = Safetensors(folder / "sae_weights.safetensors")
     _drop_scaling(tensors)
-    sizes = {"N": _size(source, config, "d_sae"), "d": _size(source, config, "d_in")}
+    N, d = (settings.integer(source, config, key) for key in ("d_sae", "d_in"))
+    normalize = settings.one_of(source, config, "normalize_activations", _NORMALIZE)
     metadata = config.get("metadata") or {}
     return dict(
-        **read_weights(tensors, layout, sizes),
-        k=_size(source, config, "k") if architecture == "topk" else None,
+        **read_weights(tensors, layout, {"N": N, "d": d}),
+        k=settings.integer(source, config, "k") if architecture == "topk" else None,
         measure=_MEASURES[architecture],
-        subtract_b_dec=_flag(source, config, "apply_b_dec_to_input", True),
-        decoder_norm=_flag(source, config, "rescale_acts_by_decoder_norm", False),
-        normalize=_NORMALIZE[_one_of(source, config, "normalize_activations", _NORMALIZE)],
+        subtract_b_dec=settings.flag(source, config, "apply_b_dec_to_input", True),
+        decoder_norm=settings.flag(source, config, "rescale_acts_by_decoder_norm", False),
+        normalize=_NORMALIZE[normalize],
         scale=_scale(source, config),
         hookpoint=hookpoints.of_transformer_lens(metadata.get("hook_name"))
         or hookpoints.of_folder(folder),
@@ -168,9 +170,8 @@ def _modern(source: Path, config: dict[str, object]) -> dict[str, object]:
             warnings.warn(f"{source}: {key} is not known and ignored", stacklevel=3)
         return {"normalize_activations": "none"} | config
     config = {_RENAMED.get(key, key): value for key, value in config.items()}
-    activation = config.get("activation_fn") or "relu"
-    if activation not in ("relu", "topk"):
-        raise ValueError(f"{source}: activation_fn is {activation!r}, accepted are relu, topk")
+    said = {"activation_fn": config.get("activation_fn") or "relu"}
+    activation = settings.one_of(source, said, "activation_fn", ("relu", "topk"))
     config.setdefault("architecture", "standard")
     if activation == "topk":
         config["architecture"] = "topk"
@@ -180,32 +181,6 @@ def _modern(source: Path, config: dict[str, object]) -> dict[str, object]:
         normalize = "expected_average_only_in" if normalize else "none"
     metadata = {key: config[key] for key in _METADATA if key in config}
     return config | {"normalize_activations": normalize, "metadata": metadata}
-
-
-def _one_of(source: Path, config: dict[str, object], key: str, choices: dict) -> str:
-    value = config.get(key)
-    if not isinstance(value, str) or value not in choices:
-        hint = "; a transcoder's output is not its input's stream" * ("transcoder" in str(value))
-        raise ValueError(
-            f"{source}: {key} is {value!r}, accepted are {', '.join(choices)}"
-            f"{hint or nearest(str(value), choices)}"
-        )
-    return value
-
-
-def _size(source: Path, config: dict[str, object], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < 1:
-        what = f"{key} is {value!r}" if key in config else f"lacks {key}"
-        raise ValueError(f"{source}: {what}, an integer of at least 1 is needed")
-    return value
-
-
-def _flag(source: Path, config: dict[str, object], key: str, default: bool) -> bool:
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"{source}: {key} is {value!r}, true or false is needed")
-    return value
 
 
 def _scale(source: Path, config: dict[str, object]) -> float:
@@ -219,10 +194,7 @@ def _scale(source: Path, config: dict[str, object]) -> float:
             "activation_scaler.json to say by how much; fold the factor in with SAELens, or write "
             'it there as {"scaling_factor": ...}'
         )
-    scale = read_json(path).get("scaling_factor")
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
-        raise ValueError(f"{path}: scaling_factor is {scale!r}, a number is needed")
-    return float(scale)
+    return settings.positive(path, read_json(path), "scaling_factor")
 
 
 def _drop_scaling(tensors: Safetensors) -> None:

@@ -14,9 +14,8 @@ import warnings
 from pathlib import Path
 
 from .. import hookpoints
-from ..errors import among, nearest
 from ..weights import Weights
-from . import order
+from . import order, settings
 from .files import (
     FOLD,
     Safetensors,
@@ -110,34 +109,21 @@ def _num_latents(config: dict[str, object]) -> int:
 
 def _check_config(source: Path, config: dict[str, object]) -> dict[str, int]:
     """N and d, of a configuration that describes an SAE."""
-    activation = config.get("activation", "topk")
-    if activation not in _MEASURES:
-        raise ValueError(f"{source}: activation is {among(activation, _MEASURES)}")
+    config = {"activation": "topk", "num_latents": 0} | config
+    settings.one_of(source, config, "activation", _MEASURES)
     for key, why in _NEED_FALSE.items():
         if config.get(key, False) is not False:
             raise ValueError(f"{source}: {key} is {config[key]!r}, accepted is false: {why}")
-    unknown = sorted(config.keys() - _DEFAULTS.keys() - _NEED_FALSE.keys())
-    for key in unknown:
+    for key in sorted(config.keys() - _DEFAULTS.keys() - _NEED_FALSE.keys()):
         warnings.warn(f"{source}: {key} is not known and ignored", stacklevel=2)
     sizes = {
-        "k": _integer(source, config, "k", unknown, least=1),
-        "d_in": _integer(source, config, "d_in", unknown, least=1),
-        "num_latents": _integer(source, {"num_latents": 0} | config, "num_latents", unknown),
+        "k": settings.integer(source, config, "k"),
+        "d_in": settings.integer(source, config, "d_in"),
+        "num_latents": settings.integer(source, config, "num_latents", least=0),
     }
     if not sizes["num_latents"]:
-        sizes["expansion_factor"] = _integer(source, config, "expansion_factor", unknown, least=1)
+        sizes["expansion_factor"] = settings.integer(source, config, "expansion_factor")
     N = _num_latents(sizes)
     if sizes["k"] > N:
         raise ValueError(f"{source}: k is {sizes['k']}, more than the {N} latents")
     return {"N": N, "d": sizes["d_in"]}
-
-
-def _integer(
-    source: Path, config: dict[str, object], key: str, unknown: list[str], least: int = 0
-) -> int:
-    if key not in config:
-        raise ValueError(f"{source}: lacks {key}{nearest(key, unknown, 'is it called')}")
-    value = config[key]
-    if type(value) is not int or value < least:
-        raise ValueError(f"{source}: {key} is {value!r}, an integer of at least {least} is needed")
-    return value

@@ -1,0 +1,49 @@
+"""Settings of a configuration file, by key; ValueError names the file, the key, what is there and
+what is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from ..errors import nearest
+from ..numbers import is_number
+
+Config = Mapping[str, object]
+
+
+def integer(source: Path, config: Config, key: str, least: int = 1) -> int:
+    value = _needed(source, config, key)
+    if type(value) is not int or value < least:
+        raise ValueError(f"{source}: {key} is {value!r}, an integer of at least {least} is needed")
+    return value
+
+
+def positive(source: Path, config: Config, key: str) -> float:
+    value = _needed(source, config, key)
+    if not is_number(value) or not value > 0:
+        raise ValueError(f"{source}: {key} is {value!r}, a positive number is needed")
+    return float(value)
+
+
+def flag(source: Path, config: Config, key: str, default: bool) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{source}: {key} is {value!r}, true or false is needed")
+    return value
+
+
+def one_of(source: Path, config: Config, key: str, choices: Collection[str], why: str = "") -> str:
+    """`why` is said of what is none of them, in place of the nearest choice."""
+    value = config.get(key)
+    if not isinstance(value, str) or value not in choices:
+        hint = why or nearest(str(value), choices)
+        raise ValueError(f"{source}: {key} is {value!r}, accepted are {', '.join(choices)}{hint}")
+    return value
+
+
+def _needed(source: Path, config: Config, key: str) -> object:
+    if key not in config:
+        raise ValueError(f"{source}: lacks {key}{nearest(key, config, 'is it called')}")
+    return config[key]
