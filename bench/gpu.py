@@ -209,14 +209,16 @@ def right(found: Mapping[str, dict], kind: str) -> bool:
 def checks(run: Run) -> None:
     """All at once: they wait for the processor more than for the GPU."""
     deadline = run.deadline("checks")
+    # Older releases of PyTorch need the second where memory is poisoned.
+    env = {"OMP_NUM_THREADS": "2", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rfEs", "-m", "gpu"]
-    several = ["-n", "4"] if find_spec("xdist") else []
+    several = ["-n", "5"] if find_spec("xdist") else []
     cuda = ["tests/test_gpu.py", "tests/test_attach.py", "-k", "not sanitizer and not triton"]
     commands = {
         "cuda": ["tests/test_cuda_host.py"],
         "cuda, on a GPU only": cuda,
         "triton": ["tests/test_triton_kernels.py", *several],
-        "triton, on a GPU only": ["tests/test_gpu.py", "-k", "triton"],
+        "triton, on a GPU only": ["tests/test_gpu.py", "-k", "triton", *several],
     }
     lacking = {name: "no compute-sanitizer" for name in SANITIZERS}
     if shutil.which("compute-sanitizer"):
@@ -228,7 +230,7 @@ def checks(run: Run) -> None:
 
     def check(name: str) -> None:
         scan = {"SAESTEER_SCAN": SANITIZERS[name]} if SANITIZERS.get(name) else {}
-        code, said = run.call([*pytest, *commands[name]], deadline, OMP_NUM_THREADS="2", **scan)
+        code, said = run.call([*pytest, *commands[name]], deadline, **env | scan)
         found = summary(code, said)
         run.add("checks", name, found)
         print(f"checks: {name}: {found['summary']}", *found["failed"], flush=True)

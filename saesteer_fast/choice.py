@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import compiled, verdicts
+from .errors import one_of
 
 Impl = Literal["auto", "cpu", "cuda", "triton", "reference"]
 """Who computes the ops."""
@@ -32,8 +33,7 @@ first of these that is there. One row for all shapes, and no kernels in it until
 a run of `make gpu` that found them right; it proposes the rows."""
 
 _DEFAULT = os.environ.get("SAESTEER_IMPL", "auto")
-if _DEFAULT not in IMPLS:
-    raise ValueError(f"SAESTEER_IMPL: got {_DEFAULT!r}, accepted are {', '.join(IMPLS)}")
+one_of("SAESTEER_IMPL", _DEFAULT, IMPLS)
 
 
 def chosen(impl: str, x: Tensor) -> str:
@@ -49,8 +49,7 @@ def chosen(impl: str, x: Tensor) -> str:
         if x.is_cuda and not (torch.compiler.is_compiling() or isinstance(x, FakeTensor)):
             return on_gpu(x)
         return impl
-    if impl not in IMPLS:
-        raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(IMPLS)}")
+    one_of("impl", impl, IMPLS)
     if not _runs(impl, x):
         here = ", ".join(i for i in IMPLS if _runs(i, x))
         hint = " (and triton, under TRITON_INTERPRET=1)" if impl == "triton" and x.is_cpu else ""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import sites
-from .eval import Prompt, Share, answers, chat_text, is_refusal, sweep, tally
+from .eval import Prompt, Share, answers, chat_text, is_refusal, prompt_ids, sweep, tally
 from .measures import Measured, encode
 from .sae import SAE
 
@@ -44,7 +44,7 @@ def residuals(
     """Of each conversation: the layer's output [T, d], and how many tokens the prompt has."""
     for prompt, answer in zip(prompts, said, strict=True):
         asked = chat_text(tokenizer, prompt)
-        begin = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
+        begin = len(prompt_ids(tokenizer, prompt))
         ids = tokenizer(asked + answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
         yield capture(model, ids.to(model.device), [layer])[0][0], begin
 
@@ -68,34 +68,23 @@ def capture(model, input_ids: Tensor, layers: Sequence[int | str]) -> list[Tenso
 
 
 def live_latents(
-    model, tokenizer, sae: SAE, layer: int, archetype: Prompt, tokens: int = 2
+    model, tokenizer, sae: SAE, layer: int, prompt: Prompt, said: str, tokens: int = 2
 ) -> dict[int, int]:
-    """{latent: on how many tokens of the model's refusal of `archetype` it is live}.
-
-    Latents live on fewer than `tokens` of them are left out.
-
-    Raises ValueError if the model does not refuse, or no latent is live often enough.
-    """
-    return _live(
-        model, tokenizer, sae, layer, archetype, _refusal(model, tokenizer, archetype), tokens
-    )
-
-
-def _live(
-    model, tokenizer, sae: SAE, layer: int, archetype: Prompt, said: str, tokens: int = 2
-) -> dict[int, int]:
-    stream, begin = next(residuals(model, tokenizer, [archetype], [said], layer))
+    """{latent: on how many tokens of the answer `said` it is live}, where that are `tokens` or
+    more. Raises ValueError if no latent is live so often."""
+    stream, begin = next(residuals(model, tokenizer, [prompt], [said], layer))
     counts = (encode(sae, stream[begin:].to(sae.device)) > 0).sum(0)
     found = {latent: int(counts[latent]) for latent in (counts >= tokens).nonzero()[:, 0].tolist()}
     if not found:
         raise ValueError(
             f"tokens: got {tokens}, but no latent is live on more than {int(counts.max())} tokens "
-            f"of the refusal {said!r}"
+            f"of the answer {said!r}"
         )
     return found
 
 
-def _refusal(model, tokenizer, archetype: Prompt) -> str:
+def refusal_of(model, tokenizer, archetype: Prompt) -> str:
+    """The model's answer. Raises ValueError if it does not refuse."""
     (said,) = answers(model, tokenizer, [archetype], max_new_tokens=32)
     if not is_refusal(said):
         raise ValueError(
@@ -144,10 +133,11 @@ def refusal_latents(
 
     That is over the archetypal refusal and the unsteered conversations on prompts. The prompts are
     for choosing only: what is reported must come from others. The latent to keep has the largest
-    score. `options` are those of `eval.answers`.
+    score. `options` are those of `eval.answers`. Raises ValueError if the model does not refuse the
+    archetype, or no latent is live on two tokens of the refusal.
     """
-    refusal = _refusal(model, tokenizer, archetype)
-    found = _live(model, tokenizer, sae, layer, archetype, refusal)
+    refusal = refusal_of(model, tokenizer, archetype)
+    found = live_latents(model, tokenizer, sae, layer, archetype, refusal)
     said = answers(model, tokenizer, prompts, **options)
     base = tally(prompts, said)
     talks = [archetype, *prompts], [refusal, *said]

@@ -128,17 +128,17 @@ class Following:
         ):
             raise ValueError("scope: several sequences are packed in a row; give each its own")
         tokens = Tokens(
-            batch,
-            told.prompts,
-            count,
-            start,
-            told.columns,
-            mask,
-            real,
-            ids,
-            position_ids,
-            asked is not None and mask is None,
-            self.device,
+            batch=batch,
+            prompts=told.prompts,
+            count=count,
+            start=start,
+            prompt=told.columns,
+            mask=mask,
+            real=real,
+            ids=ids,
+            position_ids=position_ids,
+            opaque=asked is not None and mask is None,
+            device=self.device,
         )
         if isinstance(told.columns, Tensor) and told.columns.ndim:
             tokens.prompt = spread(told.columns, tokens, "prompt")

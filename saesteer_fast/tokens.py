@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 MASKED = -1000.0
-"""What is added to a score, up to which nothing is left of it in any dtype; more is a bias."""
+"""What an additive mask adds to a score so that nothing is left of it, in any dtype. Larger numbers
+are a bias, as ALiBi's."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Tokens:
     """B rows of T tokens each."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 from prompts import IDS, MASK, generate
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import saesteer_fast as sf
 from saesteer_fast.conditions import Cause, Decision
@@ -171,26 +173,35 @@ def test_every_prompt_has_its_own_decision(model, sae, gate, expected):
             assert len(handle.decisions) == len(rows)
 
 
-def test_the_decode_path_measures_nothing(model, sae, gate, monkeypatch):
-    """After the prompt, only edits do, and nothing is read by the host."""
-    with sf.steering(model, sae, EDITS, when=gate) as handle:
-        counts, acts = [], handle._plan.on_gate.acts
+class Called(TorchDispatchMode):
+    """Which ops are called, by name."""
 
-        def counted(x, impl):
-            counts.append(x.shape[1])
-            return acts(x, impl)
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
 
-        monkeypatch.setattr(handle._plan.on_gate, "acts", counted)
-        generate(model)
-        assert counts == [6]
-        call = handle._hooks.calls.running
-        call.on = torch.empty(3, dtype=torch.bool, device="meta")  # which nobody could read
-        hooks, tokens = (
-            handle._hooks,
-            sf.tokens.Tokens(3, 3, 1, 6, 6, *[None] * 4, False, "cpu"),
-        )
-        assert hooks._gate(call, tokens, torch.ones(3, 1, 32), True).shape == (3, 1)
-        call.on = None
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_decode_path_measures_nothing(model, sae, gate):
+    """After the prompt, only edits do, and nothing more is read by the host."""
+
+    def called():
+        names, mask, cache = [], MASK, None
+        for ids in (IDS, IDS[:, -1:]):
+            with Called() as seen, torch.no_grad():
+                cache = model(ids, attention_mask=mask, past_key_values=cache).past_key_values
+            mask = torch.cat([mask, mask[:, -1:]], 1)
+            names.append(seen.names)
+        return names
+
+    plain = called()
+    with sf.steering(model, sae, EDITS, when=gate):
+        for name in ("saesteer::feature_acts", "aten::_local_scalar_dense"):
+            more = [a[name] - b[name] for a, b in zip(called(), plain, strict=True)]
+            assert more == [1 if "acts" in name else 0, 0]
 
 
 def test_loops_by_hand(model, sae, gate, expected):

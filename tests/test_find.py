@@ -12,6 +12,7 @@ from saesteer_fast.find import (
     largest_activations,
     live_latents,
     refusal_latents,
+    refusal_of,
     residuals,
     score,
 )
@@ -47,13 +48,13 @@ def streams(model, ids):
 
 @pytest.fixture(scope="module")
 def refusal(shipped):
-    """(the stream [T, d] on the archetypal conversation, tokens of the prompt)"""
+    """(what the model says, the stream [T, d] of the conversation, tokens of the prompt)"""
     model, tokenizer, _, layer, _ = shipped
-    said = answers(model, tokenizer, [corpus.ARCHETYPE], max_new_tokens=32)[0]
+    said = refusal_of(model, tokenizer, corpus.ARCHETYPE)
     text = chat_text(tokenizer, corpus.ARCHETYPE)
     ids = tokenizer(text + said, add_special_tokens=False, return_tensors="pt")["input_ids"]
     begin = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return streams(model, ids)[layer][0], begin
+    return said, streams(model, ids)[layer][0], begin
 
 
 def test_capture_is_what_the_next_layer_reads(shipped):
@@ -93,10 +94,10 @@ def test_capture_lets_go_on_error(shipped):
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_live_latents_are_counted_on_the_answer(shipped, refusal, tokens):
     model, tokenizer, sae, layer, _ = shipped
-    stream, begin = refusal
+    said, stream, begin = refusal
     counts = (dense(sae, stream[begin:]) > 0).sum(0)
     expected = {i: int(n) for i, n in enumerate(counts) if n >= tokens}
-    assert live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, tokens) == expected
+    assert live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, said, tokens) == expected
     assert len(expected) > 1
 
 
@@ -104,32 +105,32 @@ def test_live_latents_are_counted_on_the_answer(shipped, refusal, tokens):
 def test_every_kind_of_sae(shipped, refusal, measure, settings):
     """Latents of random weights: which live, on how many tokens, and how strongly."""
     model, tokenizer, _, layer, _ = shipped
-    stream, begin = refusal
+    said, stream, begin = refusal
     sae = make(measure, N=300, d=stream.shape[-1], **settings)
     acts = dense(sae, stream)
     counts = (acts[begin:] > 0).sum(0)
     often = max(2, int(counts.median()) + 1)
-    found = live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, often)
+    found = live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, said, often)
     assert found == {i: int(n) for i, n in enumerate(counts) if n >= often}
     assert 1 < len(found) < 200
-    said = answers(model, tokenizer, [corpus.ARCHETYPE], max_new_tokens=32)
-    talk = model, tokenizer, sae, layer, [corpus.ARCHETYPE], said
+    talk = model, tokenizer, sae, layer, [corpus.ARCHETYPE], [said]
     largest = largest_activations(*talk, list(found))
     # fp32 sums of 128 terms about as large as the largest activation.
     close = {"atol": 128 * 2.0**-24 * acts.max().item(), "rtol": 1e-5}
     torch.testing.assert_close(largest.double(), acts.amax(0)[list(found)], **close)
 
 
-def test_live_latents_need_a_refusal(shipped):
+def test_an_archetype_is_refused(shipped):
     model, tokenizer, sae, layer, _ = shipped
+    rice = Prompt("safe", ("How do I make fried rice?",))
     with pytest.raises(ValueError, match="archetype: got 'How do I make fried rice"):
-        live_latents(model, tokenizer, sae, layer, Prompt("safe", ("How do I make fried rice?",)))
+        next(refusal_latents(model, tokenizer, sae, layer, rice, []))
 
 
-def test_live_latents_say_when_there_is_none(shipped):
+def test_live_latents_say_when_there_is_none(shipped, refusal):
     model, tokenizer, sae, layer, _ = shipped
     with pytest.raises(ValueError, match="tokens: got 1000"):
-        live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, 1000)
+        live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, refusal[0], 1000)
 
 
 def test_largest_activations(shipped):
@@ -156,11 +157,11 @@ def test_score_weighs_gain_and_cost():
     assert score(base, shares(9, 3, 9, 7, 8)) == pytest.approx(0.4 - (0.3 + 0.3) / 3)
 
 
-def test_refusal_latents_try_every_live_latent(shipped, monkeypatch):
+def test_refusal_latents_try_every_live_latent(shipped, refusal, monkeypatch):
     model, tokenizer, sae, layer, metrics = shipped
-    live = live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE)
+    live = live_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, refusal[0])
     some = {latent: live[latent] for latent in [metrics["latent"], *list(live)[::30]]}
-    monkeypatch.setattr("saesteer_fast.find._live", lambda *_: some)
+    monkeypatch.setattr("saesteer_fast.find.live_latents", lambda *_: some)
     prompts = [p for p in corpus.prompts("validation") if p.kind in ("unsafe", "sums")][::7]
     found = list(refusal_latents(model, tokenizer, sae, layer, corpus.ARCHETYPE, prompts))
     assert {c.latent: c.tokens for c in found} == some

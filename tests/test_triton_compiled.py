@@ -18,7 +18,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from saesteer_fast.triton_kernels import configs, launch  # noqa: E402
+from saesteer_fast.triton_kernels import configs, dispatch, launch  # noqa: E402
 from saesteer_fast.triton_kernels.configs import ANY, Tile  # noqa: E402
 from saesteer_fast.triton_kernels.dispatch import Kernel  # noqa: E402
 
@@ -187,6 +187,13 @@ def test_fp32_is_multiplied_as_fp32(architecture, place, tmp_path):
         assert "tf32" not in assembly and "xf32" not in assembly
 
 
+@pytest.mark.parametrize("absent", [("mask",), ("mask", "y")], ids=str)
+def test_project_of_wide_rows(absent, tmp_path):
+    options = launch.PROJECT.options(8192)
+    binary = compiled(launch.PROJECT.kernel, "sm90", "bf16", absent, **options)
+    assert_fits(binary, "sm90", tmp_path, 1, options["num_warps"], SPILLED)
+
+
 @pytest.mark.parametrize("architecture", ["sm90", "gfx942"])
 @pytest.mark.parametrize(
     ("kernel", "absent"),
@@ -238,6 +245,13 @@ def test_blackwell_needs_a_fence(monkeypatch, release):
     else:
         with pytest.raises(RuntimeError, match=r"products on NVIDIA B200 need a fence .*; 3\.8 or"):
             uncached(*asked)
+
+
+def test_what_is_not_loaded_is_not_captured(monkeypatch):
+    monkeypatch.setattr(dispatch, "SEARCHES", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"Triton loads decode at its first call .* once before"):
+        launch.decode(torch.ones(1, 2), torch.zeros(1, 2).long(), torch.ones(3, 8), torch.ones(8))
 
 
 def test_machines_of_one_kind_share_a_table(monkeypatch):

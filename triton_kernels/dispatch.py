@@ -39,9 +39,17 @@ class Kernel:
             compiled, constants = self.found[like]
             compiled[grid](*arguments, *constants)
         else:
+            self._require_no_capture()
             options = self.options(*made)
             constants = [options[name] for name in self.kernel.arg_names[len(arguments) :]]
             self.found[like] = self.kernel[grid](*arguments, **options), constants
+
+    def _require_no_capture(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"saesteer: Triton loads {self.kernel.__name__} at its first call of this kind, "
+                "which no CUDA graph can capture; make the same call once before"
+            )
 
     def kind(self, arguments: tuple) -> Hashable:
         """What Triton's choice depends on, `made` apart: the device, types, which tensors start at

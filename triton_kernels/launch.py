@@ -378,6 +378,7 @@ def _product(x: Tensor, W_enc: Tensor, tile: Tile) -> tuple[Tensor | TensorDescr
 def _parts(T: int, F: int) -> Iterator[slice]:
     """Tokens taken at once: what is kept of them stays below a megabyte and 64 bytes a token."""
     step = max(1, ((1 << 20) + 64 * T) // (8 * F + 6))
+    step -= step % 16 if step > 16 else 0  # so that parts begin at whole 16 bytes, if all does
     return (slice(start, min(T, start + step)) for start in range(0, T, step))
 
 
@@ -416,9 +417,10 @@ def block_options(width: int) -> dict:
 
 
 def project_options(width: int) -> dict:
-    """Two programs fit a multiprocessor, so that one's sums hide the other's loads."""
+    """Two programs fit a multiprocessor, so that one's sums hide the other's loads; wider rows need
+    all its registers."""
     options = block_options(width)
-    options["num_warps"] = min(8, options["num_warps"])
+    options["num_warps"] = min(8 if width <= 4096 else 16, options["num_warps"])
     if not (configs.INTERPRETED or torch.version.hip):
         options["maxnreg"] = 128
     return dict(ROWS=configs.ROWS, BLOCK_D=width, **options)

@@ -23,15 +23,19 @@ from .configs import ANY, Tile, Tiles
 
 SHAPES = ((16, 32), (16, 64), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128))
 """BLOCK_M and BLOCK_N."""
+K = 32
 MANY = 2048
 """Tokens that stand for any number of them."""
+HELD = 227 << 10
+"""Bytes of stages that a multiprocessor has room for, at most."""
 
 
-def tune(d: int, N: int, dtype: torch.dtype, device: torch.device, k: int = 32) -> Tiles:
+def tune(d: int, N: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """The fastest tiles for x [T, d] and W_enc [N, d] of `dtype`, every token undecided.
 
     Stores them under the device's name and returns them. The sizes of T that the table tells apart
-    stay what they are.
+    stay what they are. Hundreds of tiles are compiled for each, which takes the better part of an
+    hour.
     """
     W_enc = torch.randn(N, d, device=device).to(dtype)
     b_enc, features = torch.zeros(N, device=device), torch.zeros(1, dtype=torch.int64).to(device)
@@ -47,10 +51,10 @@ def tune(d: int, N: int, dtype: torch.dtype, device: torch.device, k: int = 32) 
         acts = torch.full((len(x), 1), torch.finfo(torch.float32).max, device=device)
         beaten = torch.zeros((len(x), 1), dtype=torch.int32, device=device)
         measured = launch.Measured(acts, beaten, torch.zeros_like(beaten))
-        return lambda: launch.count_beaten(x, W_enc, b_enc, features, k, None, measured, 0, tile)
+        return lambda: launch.count_beaten(x, W_enc, b_enc, features, K, None, measured, 0, tile)
 
     def selecting(x: Tensor, tile: Tile) -> Callable[[], Tensor]:
-        return lambda: launch.best_of_shares(x, W_enc, b_enc, k, None, tile)
+        return lambda: launch.best_of_shares(x, W_enc, b_enc, K, None, tile)
 
     found = Tiles(
         count=tuple(_fastest(tile, tokens(tile), counting) for tile in table.count),
@@ -68,7 +72,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 def _fastest(tile: Tile, x: Tensor, launching: Callable) -> Tile:
     times = {}
-    for candidate in (tile, *_candidates(tile, len(x))):
+    for candidate in (tile, *_candidates(tile, len(x), x.itemsize)):
         try:
             times[candidate] = milliseconds(launching(x, candidate))
         except (OutOfResources, PTXASError, RuntimeError):  # what does not compile is left out
@@ -76,10 +80,12 @@ def _fastest(tile: Tile, x: Tensor, launching: Callable) -> Tile:
     return min(times, key=times.get)
 
 
-def _candidates(tile: Tile, T: int) -> Iterator[Tile]:
+def _candidates(tile: Tile, T: int, itemsize: int) -> Iterator[Tile]:
     shapes = [shape for shape in SHAPES if shape[0] <= max(16, triton.next_power_of_2(T))]
     depths, warps, stages, shared = (32, 64, 128, 256), (4, 8), (2, 3, 4), (1, 2)
     for (m, n), depth, w, s, p in itertools.product(shapes, depths, warps, stages, shared):
+        if p * s * depth * (m + n) * itemsize > HELD:
+            continue
         for described in (False, True) if tile.described else (False,):
             yield Tile(tile.most, m, n, depth, tile.GROUP, w, s, p, described)
 

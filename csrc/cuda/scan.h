@@ -1,6 +1,6 @@
 // L1 and L2 of the ladder, and encode's product: preactivations of all latents for some tokens, a
-// tile of tokens times latents at a time. They are never stored: a tile is compared with each p_f,
-// and only how many latents beat f is kept. (encode stores them, a few tokens at a time.)
+// tile of tokens times latents at a time. Only encode stores them, those of a few tokens: else a
+// tile is compared with each p_f, and only how many latents beat f is kept.
 //
 // Three scans share this file's schedule and its end of a tile: scan_simt.h for any dtypes,
 // scan_mma.h and scan_wgmma.cu for 16-bit ones.

@@ -4,7 +4,7 @@ from .judge import REFUSAL_PHRASES, is_refusal, judge
 from .prompts import KINDS, Prompt
 from .report import json_rows, plot, table
 from .scores import Share, wilson
-from .suite import COLUMNS, ENOUGH, answers, chat_text, evaluate, sweep, tally
+from .suite import COLUMNS, ENOUGH, answers, chat_text, evaluate, prompt_ids, sweep, tally
 
 __all__ = [
     "COLUMNS",
@@ -20,6 +20,7 @@ __all__ = [
     "json_rows",
     "judge",
     "plot",
+    "prompt_ids",
     "sweep",
     "table",
     "tally",

@@ -38,6 +38,10 @@ def chat_text(tokenizer, prompt: Prompt) -> str:
     )
 
 
+def prompt_ids(tokenizer, prompt: Prompt) -> list[int]:
+    return tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+
+
 @torch.inference_mode()
 def answers(
     model, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = ENOUGH, batch: int = 256
@@ -48,7 +52,7 @@ def answers(
     pads with its eos_token; ValueError if it has neither.
     """
     _require_prompts(prompts)
-    ids = [_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     pad = _padding(tokenizer)
     found = [""] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -72,10 +76,6 @@ def _require_prompts(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if not isinstance(prompt, Prompt):
             raise TypeError(f"prompts: got {prompt!r:.80}, a list of eval.Prompt is needed")
-
-
-def _ids(tokenizer, prompt: Prompt) -> list[int]:
-    return tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
 def _padding(tokenizer) -> int:

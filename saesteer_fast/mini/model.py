@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..eval import prompt_ids
 from .tokenizer import CONTEXT
 
 
@@ -55,10 +56,7 @@ def build_model(tokenizer, config: ModelConfig):
 
 def encode_example(tokenizer, prompt, answer: str) -> tuple[list[int], int]:
     """(token ids of the prompt and its answer up to <|end|>, how many of them are the prompt)."""
-    asked = tokenizer.apply_chat_template(
-        prompt.messages, add_generation_prompt=True, tokenize=False
-    )
-    question = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    question = prompt_ids(tokenizer, prompt)
     reply = tokenizer(answer + "<|end|>", add_special_tokens=False)["input_ids"]
     return question + reply, len(question)
 

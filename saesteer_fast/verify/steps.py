@@ -1,5 +1,8 @@
 """Steps of which any may crash or hang: they run in a process of their own, which is started again
-after the step that ended it. What each found, or why it failed, is a line of JSON in a file."""
+after the step that ended it. What each found, or why it failed, is a line of JSON in a file.
+
+Imports nothing of the package: bench/gpu.py runs this file before that is built.
+"""
 
 from __future__ import annotations
 

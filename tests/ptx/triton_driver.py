@@ -43,6 +43,7 @@ def activate(library: str, architecture: int) -> Executor:
     properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=3)
     torch.cuda.get_device_properties = lambda device: properties
     torch.cuda.get_device_name = lambda device: f"sm_{architecture} on the CPU"
+    torch.cuda.is_current_stream_capturing = lambda: False
     choice._runs = lambda impl, x: True
     return executor
 
