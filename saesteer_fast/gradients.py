@@ -1,26 +1,36 @@
-"""The ops' gradients: in the stream, and in what is written to it. Anything else that requires one
-raises NotImplementedError. What is live is a constant, as in torch.topk.
+"""The ops' gradients: in the stream, and in what is written to it.
+
+What is live is a constant, as in torch.topk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def of(ops: torch._ops._OpNamespace) -> dict[str, tuple[Callable, Callable]]:
-    """What each op keeps for its gradient, and the gradient: setup_context and backward of a
-    torch.autograd.Function. Whichever kernels a namespace stands for decide backward too."""
+class Gradient(NamedTuple):
+    of: tuple[str, ...]
+    """The arguments that have one."""
+    save: Callable
+    """setup_context of a torch.autograd.Function: keeps what `backward` needs."""
+    backward: Callable
+
+
+def of(ops: torch._ops._OpNamespace) -> dict[str, Gradient]:
+    """Of each op. Whichever kernels a namespace stands for decide backward too."""
+    backward = partial(_steer_backward, ops.feature_acts)
     return {
-        "steer": (_save_steer, partial(_steer_backward, ops.feature_acts)),
-        "feature_acts": (_save_feature_acts, _feature_acts_backward),
-        "project": (_save_project, _project_backward),
-        "add_directions": (_save_add_directions, _add_directions_backward),
-        "encode": (_save_encode, _encode_backward),
-        "decode": (_save_decode, _decode_backward),
+        "steer": Gradient(("x", "values"), _save_steer, backward),
+        "feature_acts": Gradient(("x",), _save_feature_acts, _feature_acts_backward),
+        "project": Gradient(("x",), _save_project, _project_backward),
+        "add_directions": Gradient(("x", "coef"), _save_add_directions, _add_directions_backward),
+        "encode": Gradient(("x",), _save_encode, _encode_backward),
+        "decode": Gradient(("values",), _save_decode, _decode_backward),
     }
 
 
@@ -33,18 +43,7 @@ def _sum_to(slope: Tensor, shared: bool) -> Tensor:
     return slope.sum(tuple(range(slope.dim() - 1))) if shared else slope
 
 
-def _require_constant(ctx, op: str, names: tuple[str, ...], differentiable: set[str]) -> None:
-    for name, needed in zip(names, ctx.needs_input_grad, strict=False):
-        if needed and name not in differentiable:
-            raise NotImplementedError(
-                f"saesteer::{op}: no gradient for {name}, only for "
-                f"{' and '.join(sorted(differentiable))}; detach it"
-            )
-
-
 def _save_steer(ctx, inputs, output):
-    names = ("x", "W_enc", "b_enc", "directions", "features", "values", "k", "mask", "order")
-    _require_constant(ctx, "steer", names, {"x", "values"})
     x, W_enc, b_enc, directions, features, values, ctx.k, mask, order = inputs
     ctx.shared = _shared(x, values)
     ctx.save_for_backward(x, W_enc, b_enc, directions, features, mask, order)
@@ -66,7 +65,6 @@ def _steer_backward(feature_acts, ctx, grad):
 
 
 def _save_feature_acts(ctx, inputs, output):
-    _require_constant(ctx, "feature_acts", ("x", "W_enc", "b_enc"), {"x"})
     x, W_enc, _, features, _, _ = inputs
     ctx.dtype = x.dtype
     ctx.save_for_backward(output, W_enc, features)
@@ -79,7 +77,6 @@ def _feature_acts_backward(ctx, grad):
 
 
 def _save_project(ctx, inputs, output):
-    _require_constant(ctx, "project", ("x", "W_enc", "b_enc"), {"x"})
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(inputs[1])
 
@@ -90,7 +87,6 @@ def _project_backward(ctx, grad):
 
 
 def _save_add_directions(ctx, inputs, output):
-    _require_constant(ctx, "add_directions", ("x", "directions", "coef"), {"x", "coef"})
     x, directions, coef = inputs
     ctx.shared = _shared(x, coef)
     ctx.save_for_backward(directions)
@@ -102,7 +98,6 @@ def _add_directions_backward(ctx, grad):
 
 
 def _save_encode(ctx, inputs, output):
-    _require_constant(ctx, "encode", ("x", "W_enc", "b_enc"), {"x"})
     ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output, inputs[1])
@@ -115,7 +110,6 @@ def _encode_backward(ctx, grad, _):
 
 
 def _save_decode(ctx, inputs, output):
-    _require_constant(ctx, "decode", ("values", "indices", "W_dec", "b_dec"), {"values"})
     ctx.save_for_backward(inputs[1], inputs[2])
 
 

@@ -44,27 +44,29 @@ for _name in _NAMES:
 
 
 _LATENTS = {
-    "steer": ("features", 4, 1),
-    "steer_": ("features", 4, 1),
-    "feature_acts": ("features", 3, 1),
-    "decode": ("indices", 1, 2),
+    "steer": ("features", "W_enc"),
+    "steer_": ("features", "W_enc"),
+    "feature_acts": ("features", "W_enc"),
+    "decode": ("indices", "W_dec"),
 }
-"""The argument that names latents, its place, and that of the matrix with a row for each."""
+"""The argument that names latents, and the matrix with a row for each."""
 
 
 def _by_reference(name: str) -> Callable:
     """The reference, which takes and refuses what the op does."""
     check, compute = getattr(checks, name), getattr(reference, name)
+    names = [argument.name for argument in getattr(_OPS, name).default._schema.arguments]
 
     def run(*args):
         if name == "steer_" and not torch.compiler.is_compiling():
             transforms.require_untracked(_OPS.steer_.default, *args)
         check(*args)
         if name in _LATENTS:
-            argument, *places = _LATENTS[name]
-            indices, matrix = (args[place] for place in places)
+            argument, matrix = _LATENTS[name]
+            given = dict(zip(names, args, strict=False))  # what has a default may be left out
+            indices = given[argument]
             if indices.is_cpu and reference.may_read(indices):
-                checks.elements(name, argument, indices, matrix.shape[0])
+                checks.elements(name, argument, indices, given[matrix].shape[0])
         return compute(*args)
 
     return run
@@ -277,6 +279,6 @@ for _name in _NAMES:
     torch.library.impl(f"saesteer::{_name}", "cuda", _best_on_gpu(_name))
 
 for _space in (_OPS, _TRITON, _BY_CUDA):
-    for _name, (_save, _backward) in gradients.of(_space).items():
-        transforms.register(getattr(_space, _name).default, _save, _backward)
+    for _name, _gradient in gradients.of(_space).items():
+        transforms.register(getattr(_space, _name).default, _gradient)
     transforms.register_in_place(_space.steer_.default)

@@ -11,26 +11,64 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .gradients import Gradient
+
 _TOKENWISE = {"x", "values", "coef", "mask", "indices"}
 """Arguments with leading sizes, which take one more at no cost."""
 _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
-def register(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> None:
-    """Make an op differentiable, as an autograd.Function of these two would be.
+def register(op: torch._ops.OpOverload, gradient: Gradient) -> None:
+    """Make an op differentiable.
 
     grad, vjp, jacrev and vmap of torch.func compose with it. Forward mode raises
-    NotImplementedError; the dispatcher on its own would answer 0.
+    NotImplementedError, where the dispatcher on its own would answer 0, and so does an argument
+    that has no gradient and requires one.
     """
-    name = op._schema.name
-    space, short = name.split("::")
-    names = [argument.name for argument in op._schema.arguments]
+    function, arguments = _function(op, gradient), len(op._schema.arguments)
 
-    class Gradient(torch.autograd.Function):
+    def applied(*args):
+        # The dispatcher leaves out what equals its default.
+        return function.apply(*args, *[None] * (arguments - len(args)))
+
+    def autograd(keyset, *args):
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if wanted or forward_ad._current_level >= 0:
+            return applied(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    space, short = op._schema.name.split("::")
+    library = _LIBRARIES.setdefault(space, torch.library.Library(space, "FRAGMENT"))
+    library.impl(short, autograd, "Autograd", with_keyset=True)
+    # Where torch.func comes in, before any of its transforms: they all know what a Function is.
+    library.impl(short, applied, "FuncTorchDynamicLayerFrontMode")
+
+
+def _function(op: torch._ops.OpOverload, gradient: Gradient) -> type[torch.autograd.Function]:
+    """The op as an autograd.Function."""
+    name, names = op._schema.name, [argument.name for argument in op._schema.arguments]
+
+    class Function(torch.autograd.Function):
         @staticmethod
         def forward(*args):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            for argument, needed in zip(names, ctx.needs_input_grad, strict=True):
+                if needed and argument not in gradient.of:
+                    raise NotImplementedError(
+                        f"{name}: no gradient for {argument}, only for "
+                        f"{' and '.join(gradient.of)}; detach it"
+                    )
+            gradient.save(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            with _without_autocast(grads[0].device):
+                return gradient.backward(ctx, *grads)
 
         @staticmethod
         def jvp(ctx, *tangents):
@@ -48,27 +86,7 @@ def register(op: torch._ops.OpOverload, setup_context: Callable, backward: Calla
                 found = _stacked([op(*each) for each in _each(info.batch_size, in_dims, args)])
             return found, (0,) * len(found) if isinstance(found, tuple) else 0
 
-    def gradient(ctx, *grads):
-        with _without_autocast(grads[0].device):
-            return backward(ctx, *grads)
-
-    Gradient.setup_context, Gradient.backward = staticmethod(setup_context), staticmethod(gradient)
-
-    def applied(*args):
-        # The dispatcher leaves out what equals its default.
-        return Gradient.apply(*args, *[None] * (len(names) - len(args)))
-
-    def autograd(keyset, *args):
-        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if wanted or forward_ad._current_level >= 0:
-            return applied(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    library = _LIBRARIES.setdefault(space, torch.library.Library(space, "FRAGMENT"))
-    library.impl(short, autograd, "Autograd", with_keyset=True)
-    # Where torch.func comes in, before any of its transforms: they all know what a Function is.
-    library.impl(short, applied, "FuncTorchDynamicLayerFrontMode")
+    return Function
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
