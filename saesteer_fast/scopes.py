@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -77,42 +77,73 @@ Scope = Named | Positions | NotTokens | Tensor | Sequence["Scope"]
 """Which tokens: the first lines of this file say what each means."""
 
 
-class Scoped:
-    """A scope, checked, on one device: call it with `Tokens` for what is steered."""
+CPU = torch.device("cpu")
 
-    def __init__(self, scope: Scope, device: torch.device):
-        given = parts(scope)
+
+class Placed(Protocol):
+    """What scopes ask of tokens, [B or 1, T]: a batch's are `tokens.Tokens`, those of many requests
+    in one row `serve.requests.Packed`."""
+
+    positions: Tensor
+    """int64: how many real tokens stand before each in its row."""
+    prompt_lengths: Tensor
+    """int64, or [B or 1, 1]: how many real tokens the row's prompt has."""
+    ids: Tensor | None
+
+    def generated(self) -> bool | Tensor: ...
+
+
+class Scoped:
+    """A scope, checked, on one device: call it with tokens for what is steered."""
+
+    def __init__(self, scope: Scope, device: torch.device = CPU):
+        given = _parts(scope)
         if not given:
             raise ValueError(
                 f"scope: got {scope!r}, one scope or more is needed; 'all' is any token"
             )
-        inside = [_part(part, device) for part in given]
-        if any(isinstance(part, str) and part == "generated" for part in given):
-            for part in filter(_of_the_prompt, given):
-                raise ValueError(
-                    f"scope: got 'generated' and {part!r}, and no token is in both; accepted are "
-                    "'all', for any token, or one of them"
-                )
-        self.parts = [part for part in inside if part is not None]
-
-    @property
-    def everything(self) -> bool:
-        return not self.parts
+        self.parts = [_part(each, device) for each in given]
+        self.everything = all(isinstance(part, _All) for part in self.parts)
+        shut_out = [each for each, part in zip(given, self.parts, strict=True) if part.in_prompt]
+        if self.begins_late and shut_out:
+            raise ValueError(
+                f"scope: got 'generated' and {shut_out[0]!r}, and no token is in both; give one of "
+                "the two, or 'all'"
+            )
 
     @property
     def begins_late(self) -> bool:
         """Whether it has what only a second token can show: tokens that were generated before."""
-        return _generated in self.parts
+        return any(isinstance(part, _Generated) for part in self.parts)
+
+    @property
+    def reads_ids(self) -> bool:
+        return any(isinstance(part, _Except) for part in self.parts)
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """The tensors [B, S] in it."""
+        return [part.steered for part in self.parts if isinstance(part, _Mask)]
 
     @property
     def mask(self) -> Tensor:
-        """The tensor [B, S] of the scope, which may change in place."""
-        masks = [part.steered for part in self.parts if isinstance(part, _Mask)]
-        if len(masks) != 1:
-            raise ValueError(f"scope: it holds {len(masks)} masks, where one is needed")
-        return masks[0]
+        """The only one, which may change in place."""
+        if len(self.masks) != 1:
+            raise ValueError(f"scope: it holds {len(self.masks)} masks, where one is needed")
+        return self.masks[0]
 
-    def __call__(self, tokens: Tokens) -> bool | Tensor:
+    @property
+    def turn(self) -> int | None:
+        """The first place, counted from the end of the prompt, that depends on where that is: 0 for
+        "prompt" and "generated", -3 for positions(-3, -1); None if none does."""
+        return min((part.turn for part in self.parts if part.turn is not None), default=None)
+
+    @property
+    def starts_at_turn(self) -> bool:
+        """Whether no token before that is in it."""
+        return any(part.starts_at_turn for part in self.parts)
+
+    def __call__(self, tokens: Placed) -> bool | Tensor:
         """[B or 1, T] bool; True where all tokens are in, False where none is."""
         inside: bool | Tensor = True
         for part in self.parts:
@@ -131,27 +162,52 @@ def both(one: bool | Tensor | None, other: bool | Tensor) -> bool | Tensor:
     return one & other
 
 
-def _generated(tokens: Tokens) -> bool | Tensor:
-    return tokens.generated()
+class _Part:
+    """A scope that is no list."""
+
+    turn: int | None = None
+    starts_at_turn = False
+    in_prompt = False
+    """Whether none of its tokens can be a generated one."""
+
+    def __call__(self, tokens: Placed) -> bool | Tensor:
+        raise NotImplementedError
 
 
-def _prompt(tokens: Tokens) -> bool | Tensor:
-    generated = tokens.generated()
-    return not generated if isinstance(generated, bool) else ~generated
+class _All(_Part):
+    def __call__(self, tokens: Placed) -> bool:
+        return True
 
 
-NAMED = {"all": None, "prompt": _prompt, "generated": _generated}
+class _Generated(_Part):
+    turn, starts_at_turn = 0, True
+
+    def __call__(self, tokens: Placed) -> bool | Tensor:
+        return tokens.generated()
 
 
-class _At:
+class _Prompt(_Part):
+    turn, in_prompt = 0, True
+
+    def __call__(self, tokens: Placed) -> bool | Tensor:
+        generated = tokens.generated()
+        return not generated if isinstance(generated, bool) else ~generated
+
+
+NAMED = {"all": _All(), "prompt": _Prompt(), "generated": _Generated()}
+
+
+class _At(_Part):
     def __init__(self, places: tuple[int, ...], device: torch.device):
         self.first = [place for place in places if place >= 0]
         self.last = [place for place in places if place < 0]
+        self.turn = min(self.last, default=None)
+        self.starts_at_turn = self.in_prompt = not self.first
         with torch.inference_mode(False):
             self.from_start = torch.tensor(self.first, dtype=torch.int64, device=device)
             self.from_end = torch.tensor(self.last, dtype=torch.int64, device=device)
 
-    def __call__(self, tokens: Tokens) -> bool | Tensor:
+    def __call__(self, tokens: Placed) -> bool | Tensor:
         last = self.last and tokens.generated() is not True
         if not self.first and not last:
             return False
@@ -163,12 +219,12 @@ class _At:
         return inside
 
 
-class _Except:
+class _Except(_Part):
     def __init__(self, ids: tuple[int, ...], device: torch.device):
         with torch.inference_mode(False):
             self.ids = torch.tensor(ids, dtype=torch.int64, device=device)
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: Placed) -> Tensor:
         if tokens.ids is None:
             raise ValueError(
                 "scope: not_tokens needs input_ids, and the decoder was given embeddings; "
@@ -177,7 +233,9 @@ class _Except:
         return (tokens.ids.to(self.ids.device)[..., None] != self.ids).all(-1)
 
 
-class _Mask:
+class _Mask(_Part):
+    """For the tokens of a batch alone: those of requests have no rows of their own."""
+
     def __init__(self, steered: Tensor, device: torch.device):
         self.steered = steered.to(device)
 
@@ -201,48 +259,14 @@ def spread(rows: Tensor, tokens: Tokens, name: str) -> Tensor:
     )
 
 
-def parts(scope: Scope) -> list:
+def _parts(scope: Scope) -> list:
     """The scopes in it that are no lists."""
     if isinstance(scope, Sequence) and not isinstance(scope, str):
-        return [part for inner in scope for part in parts(inner)]
+        return [part for inner in scope for part in _parts(inner)]
     return [scope]
 
 
-def follows_prompts(scope: Scope) -> bool:
-    """Whether it depends on where a prompt ends."""
-    return turn(scope) is not None
-
-
-def turn(scope: Scope) -> int | None:
-    """From which place on it depends on where a prompt ends, counted from there."""
-    turns = [place for part in parts(scope) if (place := _turn(part)) is not None]
-    return min(turns, default=None)
-
-
-def starts_at_turn(scope: Scope) -> bool:
-    """Whether no token before that is in it."""
-    return any(
-        max(part.places) < 0
-        if isinstance(part, Positions)
-        else isinstance(part, str) and part == "generated"
-        for part in parts(scope)
-    )
-
-
-def _turn(part) -> int | None:
-    if isinstance(part, Positions):
-        return min(part.places) if min(part.places) < 0 else None
-    return 0 if isinstance(part, str) and part != "all" else None
-
-
-def _of_the_prompt(part) -> bool:
-    """Whether none of its tokens can be a generated one."""
-    if isinstance(part, Positions):
-        return max(part.places) < 0
-    return isinstance(part, str) and part == "prompt"
-
-
-def _part(part, device: torch.device):
+def _part(part, device: torch.device) -> _Part:
     if isinstance(part, str) and part in NAMED:
         return NAMED[part]
     if isinstance(part, Positions):

@@ -352,7 +352,7 @@ def test_where_all_or_none_are_in_no_mask_is_made(model, sae, monkeypatch):
     [
         ("prompts", "scope: got 'prompts', accepted are 'all', .*did you mean 'prompt'"),
         (["all", "generate"], "did you mean 'generated'"),
-        (["prompt", "generated"], "scope: got 'generated' and 'prompt', .* accepted are 'all'"),
+        (["prompt", "generated"], "scope: got 'generated' and 'prompt', .* give one of the two"),
         (["generated", sf.positions(-2, -1)], "got 'generated' and Positions.*and no token is in"),
         (["generated", [sf.positions(0), ["prompt"]]], "no token is in both"),
         (None, "scope: got None, accepted are"),

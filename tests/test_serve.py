@@ -328,7 +328,7 @@ def test_what_is_told_alike_is_steered_alike(sae, scope):
     given = given | SCOPES
     made = recipe(sae, TABLE, scope=given.get(scope, scope))
     ids = torch.randint(0, VOCABULARY, (12,), generator=torch.Generator().manual_seed(1))
-    inside = Scoped(made.steerings[0].scope, torch.device("cpu"))
+    inside = Scoped(made.steerings[0].scope)
     requests = [*itertools.product(range(len(TABLE)), range(1, 12))]
     shared = 0
     for (one, first), (other, second) in itertools.combinations(requests, 2):

@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
 
 from ..conditions import split
 from ..recipe import Recipe, load_steering
-from ..scopes import follows_prompts
+from ..scopes import Scoped
 
 
 @register_model("saesteer")
@@ -74,7 +74,7 @@ def _of_a_batch(recipe: Recipe) -> Iterator[str]:
 def _of_prompts(recipe: Recipe) -> Iterator[str]:
     """What needs to know where a prompt ends, by its place."""
     for place, step in enumerate(recipe.steerings):
-        if follows_prompts(step.scope):
+        if Scoped(step.scope).turn is not None:
             yield f"steerings[{place}].scope"
         if split(step.when)[1]:
             yield f"steerings[{place}].when"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..attach import Handle, steering
 from ..choice import Impl
@@ -18,7 +18,7 @@ from ..edits import Configurations
 from ..errors import named, nearest_file
 from ..plan import ErrorTerm, Reading, Rows
 from ..sae import SAE
-from ..scopes import Scope, parts
+from ..scopes import Scope, Scoped
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Steering:
             yield "rows"
         if not isinstance(self.edits, Mapping):
             yield "edits"
-        if any(isinstance(part, Tensor) for part in parts(self.scope)):
+        if Scoped(self.scope).masks:
             yield "scope"
 
 

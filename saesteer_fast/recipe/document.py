@@ -141,7 +141,7 @@ def _edit(node: Node) -> Edit:
 def _whole_scope(node: Node) -> Scope:
     scope = _scope(node)
     with named(node.place.removesuffix("scope")):
-        Scoped(scope, torch.device("cpu"))
+        Scoped(scope)
     return scope
 
 

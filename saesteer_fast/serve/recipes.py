@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..conditions import split
 from ..errors import named
 from ..recipe import Recipe, Steering
-from ..scopes import NotTokens, parts, starts_at_turn, turn
+from ..scopes import Scoped
 
 
 class Prefixes(NamedTuple):
@@ -56,13 +56,15 @@ def names(recipe: Recipe) -> tuple[str, ...]:
 
 def tells_tokens_apart(recipe: Recipe) -> bool:
     """Whether a token's place or its request matters, not its stream alone."""
-    return any(step.is_table or set(parts(step.scope)) != {"all"} for step in recipe.steerings)
+    return any(step.is_table or not Scoped(step.scope).everything for step in recipe.steerings)
 
 
 def prefixes(recipe: Recipe) -> Prefixes:
     """A condition on latents reads the stream alone, which those tokens have in common."""
-    early = any(step.is_table and not starts_at_turn(step.scope) for step in recipe.steerings)
-    turns = [place for step in recipe.steerings if (place := turn(step.scope)) is not None]
+    early = any(
+        step.is_table and not Scoped(step.scope).starts_at_turn for step in recipe.steerings
+    )
+    turns = [turn for step in recipe.steerings if (turn := Scoped(step.scope).turn) is not None]
     return Prefixes(early, min(turns, default=None))
 
 
@@ -70,14 +72,14 @@ def begins_late(recipe: Recipe, name: str) -> bool:
     """Whether it steers, under this configuration, what only a second token can show: tokens that
     were generated before."""
     return any(
-        "generated" in parts(step.scope) and (step.edits[name] if step.is_table else step.edits)
+        Scoped(step.scope).begins_late and (step.edits[name] if step.is_table else step.edits)
         for step in recipe.steerings
     )
 
 
 def reads_ids(recipe: Recipe) -> bool:
     """Whether the ids of tokens matter, which a model that is given embeddings has not."""
-    return any(isinstance(p, NotTokens) for step in recipe.steerings for p in parts(step.scope))
+    return any(Scoped(step.scope).reads_ids for step in recipe.steerings)
 
 
 def _refused(step: Steering) -> Iterator[str]:

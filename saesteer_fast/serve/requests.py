@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
 @dataclass
 class Packed:
-    """T tokens of many requests in one row: what scopes ask of `tokens.Tokens`."""
+    """T tokens of many requests in one row, as scopes ask of them: a `scopes.Placed`."""
 
     positions: Tensor
     """[1, T] int64: how many tokens of its request stand before each."""
