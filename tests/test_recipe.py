@@ -303,10 +303,6 @@ def test_what_a_program_makes_is_saved(folder):
             "a number that is finite in fp32 is needed",
         ),
         (lambda sae: sf.Steering("a/b", {3: torch.tensor(float("inf"))}), r'edits\["3"\]: got Inf'),
-        (
-            lambda sae: sf.Steering("a/b", {3: 1.0}, scope=["prompt", "generated"]),
-            r"steerings\[0\]\.scope: got 'generated' and 'prompt'",
-        ),
     ],
 )
 def test_what_is_no_data_is_not_saved(tmp_path, sae, step, message):
@@ -315,6 +311,20 @@ def test_what_is_no_data_is_not_saved(tmp_path, sae, step, message):
         sf.Recipe([step(sae)]).save(tmp_path / "kept.json")
     assert (tmp_path / "kept.json").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((3, {}), TypeError, "sae: got int, an sf.SAE or a path is needed"),
+        (("a/b", 3), TypeError, "edits: got int, a mapping or a list of mappings is needed"),
+        (("a/b", {}, None, "promt"), ValueError, "scope: got 'promt', .* mean 'prompt'"),
+        (("a/b", {}, 6, ["prompt", "generated"]), ValueError, "scope: got 'generated' and 'pr"),
+    ],
+)
+def test_what_is_no_steering_is_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        sf.Steering(*arguments)
 
 
 def test_what_could_not_be_read_back_by_its_name_is_not_written(tmp_path):

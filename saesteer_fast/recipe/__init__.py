@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
 
@@ -20,12 +21,18 @@ from ..plan import ErrorTerm, Reading, Rows
 from ..sae import SAE
 from ..scopes import Scope, Scoped
 
+Made = TypeVar("Made")
+
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """The arguments of sf.steering, less the model, as data."""
+    """The arguments of sf.steering, less the model, as data.
 
-    sae: SAE | str
+    Raises TypeError for an SAE or edits of another kind, ValueError for a scope that is none; the
+    rest is looked at where the recipe is attached.
+    """
+
+    sae: SAE | str | os.PathLike[str]
     """An SAE, or where one lies, as SAE.load takes it."""
     edits: Configurations
     layer: int | str | None = None
@@ -35,6 +42,14 @@ class Steering:
     error: ErrorTerm = "keep"
     measure: Reading | None = None
     impl: Impl = "auto"
+
+    def __post_init__(self):
+        if not isinstance(self.sae, SAE | str | os.PathLike):
+            raise TypeError(f"sae: got {type(self.sae).__name__}, an sf.SAE or a path is needed")
+        if not isinstance(self.edits, Mapping | Sequence):
+            kind = type(self.edits).__name__
+            raise TypeError(f"edits: got {kind}, a mapping or a list of mappings is needed")
+        Scoped(self.scope)
 
     def arguments(self) -> dict[str, object]:
         """Of sf.steering, by keyword: all but the model, the SAE and the edits."""
@@ -84,14 +99,23 @@ class Recipe:
         An SAE that several steerings name is read once. Raises what SAE.load and sf.steering do,
         the place in the file before the argument's name.
         """
-        load, handles = cache(load_sae), []
         with ExitStack() as undo:
-            for place, step in enumerate(self.steerings):
-                with named(f"steerings[{place}]."):
-                    handle = steering(model, load(step.sae), step.edits, **step.arguments())
+
+            def attach(step: Steering, sae: SAE) -> Handle:
+                handle = steering(model, sae, step.edits, **step.arguments())
                 undo.push(handle)
-                handles.append(handle)
-            return Handles(handles, undo.pop_all())
+                return handle
+
+            return Handles(self.each(attach), undo.pop_all())
+
+    def each(self, do: Callable[[Steering, SAE], Made]) -> list[Made]:
+        """What `do` makes of every steering and its SAE, which is read once; errors inside begin
+        with the place."""
+        load, made = cache(load_sae), []
+        for place, step in enumerate(self.steerings):
+            with named(f"steerings[{place}]."):
+                made.append(do(step, load(step.sae)))
+        return made
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a steering file that load_steering reads; it takes `path`'s place when complete.

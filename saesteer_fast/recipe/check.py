@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from ..plan import Plan
 from ..sae import SAE
 from ..scopes import NotTokens, Positions, Scope, Scoped
 from ..sites import Site
-from . import Steering, load_sae, load_steering
+from . import Steering, load_steering
 
 _SEMANTICS = {
     ("set", "activation", "keep"): "set, error kept: SAELens hooks with the error term, AxBench",
@@ -36,12 +35,10 @@ def report(path: str | os.PathLike[str], model: str | None = None) -> str:
     """
     recipe = load_steering(path)
     body = None if model is None else _without_weights(model)
-    load, lines = lru_cache(1)(load_sae), [f"{path}: for {recipe.model or 'any model'}"]
-    for place, step in enumerate(recipe.steerings):
+    lines = [f"{path}: for {recipe.model or 'any model'}"]
+    for place, facts in enumerate(recipe.each(lambda step, sae: [*_facts(step, sae, body)])):
         lines.append(f"steerings[{place}]")
-        with named(f"steerings[{place}]."):
-            for name, fact in _facts(step, load(step.sae), body):
-                lines.append(f"  {name:<9}{fact}")
+        lines += (f"  {name:<9}{fact}" for name, fact in facts)
     return "\n".join(lines)
 
 
@@ -55,7 +52,7 @@ def _facts(step: Steering, sae: SAE, body: nn.Module | None) -> Iterator[tuple[s
     if step.rows is not None or not step.is_table:
         plan.choose(step.rows)
     plan.require_ready()
-    if site is not None:
+    if site is not None:  # which raises where the model cannot be followed as the scope needs
         Hooks(site, plan, Scoped(step.scope, plan.device))
     yield "measure", _measured(plan.measured.measure)
     yield from _edits(step, plan)

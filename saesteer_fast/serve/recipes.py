@@ -61,10 +61,9 @@ def tells_tokens_apart(recipe: Recipe) -> bool:
 
 def prefixes(recipe: Recipe) -> Prefixes:
     """A condition on latents reads the stream alone, which those tokens have in common."""
-    early = any(
-        step.is_table and not Scoped(step.scope).starts_at_turn for step in recipe.steerings
-    )
-    turns = [turn for step in recipe.steerings if (turn := Scoped(step.scope).turn) is not None]
+    scopes = [(step, Scoped(step.scope)) for step in recipe.steerings]
+    early = any(step.is_table and not scope.starts_at_turn for step, scope in scopes)
+    turns = [scope.turn for _, scope in scopes if scope.turn is not None]
     return Prefixes(early, min(turns, default=None))
 
 

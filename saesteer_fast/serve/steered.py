@@ -11,15 +11,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from .. import sites
-from ..errors import named
 from ..plan import Plan
-from ..recipe import Recipe, Steering, load_sae
+from ..recipe import Recipe, Steering
 from ..scopes import Scoped, both
 from . import recipes
 from .requests import Packed, Requests, Span
@@ -51,11 +49,8 @@ class Steered:
     def __init__(self, recipe: Recipe, model: nn.Module, size: int):
         self.requests = Requests(recipes.names(recipe))
         self.tells_tokens_apart = recipes.tells_tokens_apart(recipe)
-        load, self.layers = cache(load_sae), []
-        for place, step in enumerate(recipe.steerings):
-            with named(f"steerings[{place}]."):
-                layer = _Layer(step, load(step.sae), model, size, self.requests.names)
-            self.layers.append(layer)
+        names = self.requests.names
+        self.layers = recipe.each(lambda step, sae: _Layer(step, sae, model, size, names))
         for layer in self.layers:
             layer.attach()
 
