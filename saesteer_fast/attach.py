@@ -58,14 +58,17 @@ def steering(
 
     scope says which tokens: "all", "prompt", "generated", sf.positions, sf.not_tokens, a bool
     tensor [B, S], or a list, all of which must hold; padding never. when, one sf.active and one
-    sf.gate or either, asks the SAE's own activations. The prompt is what model.generate is given; a
-    reference to that method taken before attaching does not tell. Any other call without a cache or
-    with an empty one is of a prompt, what is called onto a cache is generated, and `handle.prompt`
-    says otherwise. Rows of the batch that generate repeats, for beams or several answers, share
-    what was given for their prompt. The last token of an answer is never read, so that "generated"
-    and one new token raise ValueError. Encoder-decoders, caches and recurrent states without a
-    length, virtual tokens (prompt tuning), and guidance, which reads a second prompt, do not tell
-    where a prompt ends: there all but scope "all" of one configuration raises ValueError.
+    sf.gate or either, asks the SAE's own activations.
+
+    The prompt is what model.generate is given; a reference to that method taken before attaching
+    does not tell. Any other call without a cache, or with an empty one, is of a prompt; what is
+    called onto a cache is generated; `handle.prompt` says otherwise. Rows that generate repeats,
+    for beams or several answers, share what was given for their prompt.
+
+    ValueError is raised for "generated" where generate is asked for one new token, since the last
+    token of an answer is never read; and for all but scope "all" of one configuration where nothing
+    tells where a prompt ends: encoder-decoders, caches and recurrent states without a length,
+    virtual tokens (prompt tuning), and guidance, which reads a second prompt.
 
     Padding is left alone where the decoder is given an attention_mask of [B, past + T], or the
     4-D one that generate makes for a static cache. Without one nothing says what is padding, and
@@ -100,7 +103,8 @@ def steerings(model: nn.Module) -> list[Handle]:
         for handle in sf.steerings(model):
             handle.remove()
 
-    A copy of a steered model is steered for good, and has none.
+    A copy of a steered model is steered for good, and has none. Raises TypeError for what is no
+    torch.nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed")
@@ -121,13 +125,15 @@ class Handle(Held):
 
     @property
     def mask(self) -> Tensor:
-        """[B, S] bool: the mask in the scope, read at every call, so it may change in place."""
+        """[B, S] bool: the mask in the scope, read at every call, so it may change in place. Raises
+        ValueError where the scope has none, or several."""
         return self._hooks.scope.mask
 
     @property
     def decisions(self) -> list[Decision]:
         """What `when` said last, and why: of each row, the sf.active of the model's latest call,
-        and the sf.gate of its latest prompt. Reading waits for the device."""
+        and the sf.gate of its latest prompt. Reading waits for the device. Raises ValueError for a
+        steering without a condition."""
         return self._hooks.decisions()
 
     def set(self, edits: Configurations) -> None:

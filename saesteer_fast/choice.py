@@ -69,9 +69,9 @@ def on_gpu(x: Tensor) -> str:
 
 def implementations() -> dict[str, str]:
     """What impl="auto" runs for a tensor on each kind of device, and why."""
-    isa, why = compiled.instruction_set()
+    isa, _ = compiled.instruction_set()
     said = [f"impl={impl!r}: {reason or 'is there'}" for impl, reason in MISSING.items()]
-    found = {"cpu": f"cpu: {isa} kernels, {why}", "cuda": "; ".join([_said(ON_GPU), *said])}
+    found = {"cpu": f"{isa} kernels", "cuda": "; ".join([_said(ON_GPU), *said])}
     for i in range(torch.cuda.device_count()):
         rows = verdicts.read(torch.device("cuda", i))
         tried = _said(rows) if rows else "`saesteer verify` has not tried the kernels on it"

@@ -34,7 +34,9 @@ _NONE = len(KINDS)
 class Edit:
     """What becomes of one activation: `kind` is one of `KINDS`, `value` its strength.
 
-    The value is a finite number, or a tensor of one, through which gradients flow.
+    The value is a finite number, or a tensor of one, through which gradients flow. Raises
+    ValueError for another kind and for what is not finite in fp32, TypeError for no number; so do
+    `add`, `scale`, `set_if_active`, `at_least` and `at_most`.
     """
 
     kind: str

@@ -90,6 +90,9 @@ class Prepared(Held):
     """One steering of tensors; `prepare` makes it. It keeps of the SAE what `steering` does."""
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x' [..., d] in x's dtype, for x [..., d] fp32, bf16 or fp16, on the SAE's device; mask,
+        bool [...] = x.shape[:-1], is True where tokens are steered. Raises TypeError or ValueError,
+        naming the argument."""
         return _steered(self._plan, x, mask)
 
     def __repr__(self) -> str:

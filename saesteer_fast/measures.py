@@ -150,6 +150,8 @@ def hot_first(sae: Weights, x: Tensor | Iterable[Tensor]) -> Tensor:
         raise ValueError(f"calibrate: only topk ranks latents, this SAE has {sae.measure}")
     live = torch.zeros(sae.num_latents, dtype=torch.int64, device=sae.device)
     tokens = 0
+    if not isinstance(x, Iterable):
+        raise TypeError(f"x: got {type(x).__name__}, a tensor is needed, or several")
     for batch in (x,) if isinstance(x, Tensor) else x:
         require_stream(batch, sae.d)
         for rows in batch.reshape(-1, sae.d).split(TOKENS):

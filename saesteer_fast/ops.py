@@ -160,8 +160,8 @@ def feature_acts(
     order [N] int64, contiguous, a permutation: which latent each row of W_enc is, where they are
     not stored by number; j and f, and so `features`, are rows. Rows that are live most often, put
     first, end the counting soonest; the activations are the same. That order is a permutation is
-    not checked, and decides ties alone. NaN where p_f is not finite. Other arguments as for
-    `steer`; differentiable in x.
+    not checked, and decides ties alone. NaN where p_f is not finite. Other arguments and errors as
+    for `steer`; differentiable in x.
     """
     return _BY[chosen(impl, x)].feature_acts(x, W_enc, b_enc, features, k, order)
 
@@ -170,7 +170,7 @@ def project(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, impl: str = "auto") -> T
     """p = W_enc x + b_enc for a few rows, summed in fp32: [..., F] fp32.
 
     x [..., d], W_enc [F, d], both fp32, bf16 or fp16; b_enc [F] fp32. A row's p is bit for bit what
-    `feature_acts` gives of it where it is live. Differentiable in x.
+    `feature_acts` gives of it where it is live. Differentiable in x. Errors as for `steer`.
     """
     return _BY[chosen(impl, x)].project(x, W_enc, b_enc)
 
@@ -179,7 +179,8 @@ def add_directions(x: Tensor, directions: Tensor, coef: Tensor, *, impl: str = "
     """x' = x + sum_f coef_f directions_f, summed in fp32, rounded once to x's dtype.
 
     x [..., d], directions [F, d], both fp32, bf16 or fp16; coef [F] or [..., F] fp32. Tokens whose
-    coefficients are all zero come out bit-identical. Differentiable in x and coef.
+    coefficients are all zero come out bit-identical. Differentiable in x and coef. Errors as for
+    `steer`.
     """
     return _BY[chosen(impl, x)].add_directions(x, directions, coef)
 
@@ -190,7 +191,7 @@ def encode(
     """The k largest pre-activations, descending, ties to the lower index, negative ones as 0.
 
     Values [..., k] fp32 and indices [..., k] int64; NaN counts as the largest, as in torch.topk.
-    Arguments as for `steer`; differentiable in x.
+    Arguments and errors as for `steer`; differentiable in x.
     """
     return _BY[chosen(impl, x)].encode(x, W_enc, b_enc, k)
 
@@ -201,7 +202,8 @@ def decode(
     """recon = b_dec + sum_i values_i W_dec[indices_i], summed in fp32 and rounded once: [..., d].
 
     values [..., k] fp32, indices [..., k] int64; W_dec [N, d] and b_dec [d] fp32, bf16 or fp16.
-    recon has their dtype, or fp32 where they differ. Differentiable in values.
+    recon has their dtype, or fp32 where they differ. Differentiable in values. Errors as for
+    `steer`.
     """
     return _BY[chosen(impl, values)].decode(values, indices, W_dec, b_dec)
 

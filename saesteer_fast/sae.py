@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import measures
-from .numbers import TINY
+from .numbers import FLOATS, TINY
 from .weights import Weights, constants
 
 
@@ -54,7 +54,7 @@ class SAE(Weights):
         or several such; some ten thousand tokens are plenty. Steering with the SAE returned reads
         less of W_enc before it knows that a latent is not among the k largest, and gives the same
         result; ties still go to the lower latent. For topk. Raises ValueError for another measure,
-        and where x holds no token or has another width.
+        and where x holds no token or has another width, TypeError for what is no such tensor.
         """
         return replace(self, order=measures.hot_first(self, x))
 
@@ -77,9 +77,12 @@ class SAE(Weights):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SAE:
         """This SAE on another device, or rounded to another dtype (which is another SAE); where
-        both are what they were, itself."""
+        both are what they were, itself. Raises TypeError for another dtype than fp32, bf16 or fp16,
+        RuntimeError, which is torch's, for a device that is not there."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device: got {device}, a device is needed; dtype={device} rounds")
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"dtype: got {dtype}, accepted are {', '.join(map(str, FLOATS))}")
         moved = {name: getattr(self, name).to(device, dtype) for name in self._shapes()}
         if all(tensor is getattr(self, name) for name, tensor in moved.items()):
             return self

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .compiled import CUDA_LIBRARY
+from .writing import write_whole
 
 Rows = tuple[tuple[int, tuple[str, ...]], ...]
 """From so many tokens on, the implementations in the order in which they are wanted."""
@@ -52,9 +53,7 @@ def write(device: torch.device, rows: Rows) -> None:
     table = _stored()
     table[torch.cuda.get_device_name(device)] = {"kernels": kernels(), "rows": rows}
     store().parent.mkdir(parents=True, exist_ok=True)
-    part = store().with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(table, indent=1) + "\n")
-    part.replace(store())
+    write_whole(store(), json.dumps(table, indent=1).encode() + b"\n")
     read.cache_clear()
 
 

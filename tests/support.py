@@ -1,5 +1,5 @@
 """What steering supports, measure by edit by error mode by implementation: the truth of each point
-in fp64, and README's table of them. test_support.py runs every cell of it.
+in fp64, and docs/usage.md's table of them. test_support.py runs every cell of it.
 """
 
 from __future__ import annotations
@@ -106,25 +106,22 @@ def assert_rounded(y: Tensor, expected: Tensor, roundings=1) -> None:
 
 
 def support_table(on_gpu: str) -> str:
-    """README's table: for each measure and edit, who computes it, error kept / dropped; `on_gpu`
-    says how those fared that run on a GPU."""
-    letters = {impl: impl[0].upper() for impl in IMPLEMENTATIONS} | {"cuda": "G"}
-    every = "".join(letters.values())
+    """The table of docs/usage.md: for each measure, who computes it, the error kept or dropped;
+    `on_gpu` says how those fared that run on a GPU."""
+    every = ", ".join(IMPLEMENTATIONS)
 
-    def cell(measure: str) -> str:
-        return " / ".join("–" if (measure, error) in REFUSED else every for error in ERRORS)
+    def cell(measure: str, error: str) -> str:
+        return "–" if (measure, error) in REFUSED else every
 
-    rows = [["measure", *EDITED], ["---"] * (len(EDITED) + 1)]
-    rows += [[measure, *[cell(measure)] * len(EDITED)] for measure in MEASURES]
-    legend = ", ".join(f"{letter} `{impl}`" for impl, letter in letters.items())
-    refused = ", ".join(f'`error="{error}"` with {measure}' for measure, error in REFUSED)
+    rows = [["measure", *(f'`error="{error}"`' for error in ERRORS)], ["---"] * (1 + len(ERRORS))]
+    rows += [[measure, *(cell(measure, error) for error in ERRORS)] for measure in MEASURES]
     return "\n".join(
         [
             *(f"| {' | '.join(row)} |" for row in rows),
             "",
-            f"{legend}: with the error kept / dropped, each in fp32, bf16 and fp16. – is refused "
-            f"by name: {refused}. Every cell is run against an fp64 truth by "
-            "`tests/test_support.py`; `triton` in Triton's interpreter, `cuda` as PTX that a CPU "
+            f"Which implementations compute it: each of the edits {', '.join(EDITED)}, in fp32, "
+            "bf16 and fp16. – is refused by name. Every cell is run against an fp64 truth by "
+            "`tests/test_support.py`; triton in Triton's interpreter, cuda as PTX that a CPU "
             f"runs: {on_gpu}.",
         ]
     )

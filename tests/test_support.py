@@ -1,4 +1,4 @@
-"""Every cell of README's table of what is supported, against the truth."""
+"""Every cell of the table of what is supported, in docs/usage.md, against the truth."""
 
 from __future__ import annotations
 

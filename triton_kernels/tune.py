@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from .. import verdicts
+from ..writing import write_whole
 from . import configs, launch
 from .configs import ANY, Tile, Tiles
 
@@ -96,7 +97,7 @@ def _store(name: str, found: Tiles) -> None:
         field: [tile._asdict() for tile in getattr(found, field)] for field in found._fields
     }
     verdicts.tiles().parent.mkdir(parents=True, exist_ok=True)
-    verdicts.tiles().write_text(json.dumps(table, indent=2) + "\n")
+    write_whole(verdicts.tiles(), json.dumps(table, indent=2).encode() + b"\n")
 
 
 def main() -> None:

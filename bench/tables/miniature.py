@@ -1,5 +1,5 @@
-"""README's tables of the miniature: what the demo printed when it was recorded, and how the shipped
-model and SAE came out of their build."""
+"""Tables of the miniature: what the demo printed when it was recorded, for README, and how the
+shipped model and SAE came out of their build, for docs/miniature.md."""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ from ..plan import ERRORS
 from ..sae import SAE
 from ..scopes import NAMED, NotTokens, Positions, Scope, Scoped, not_tokens, positions
 from ..weights import MEASURES
+from ..writing import write_whole
 from . import Recipe, Steering
 
 FORMAT, VERSION = "saesteer-steering", 1
@@ -208,15 +209,7 @@ def write(recipe: Recipe, path: Path) -> None:
     text = json.dumps(content | {"steerings": steerings}, indent=2).encode() + b"\n"
     # What cannot be read back is refused before it takes another file's place.
     _parse(text, path.parent)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_whole(path, text)
 
 
 def _written(step: Steering, folder: Path) -> dict[str, object]:
