@@ -79,11 +79,11 @@ def steering(
     fp32 where the SAE has decoder_norm, and W_enc is there once more in its `order`. The model's
     dtype may change later, its device may not. Adapters may come and go, but where one is put
     around the steered module itself, calls raise RuntimeError: attach after that. Steering belongs
-    to the model, whichever thread calls it, so attach while none does; a deep copy or a pickle of
-    the model is steered too, and save_pretrained writes the weights as they are, unsteered. A model
-    may be compiled before or after; attaching makes torch.compile forget all it compiled, for it
-    looks for no new hooks by itself, whereas strengths, masks and choices change in place. A CUDA
-    graph that was captured replays what it captured.
+    to the model, whichever thread calls it, so attach and remove while none does; a deep copy or a
+    pickle of the model is steered too, and save_pretrained writes the weights as they are,
+    unsteered. A model may be compiled before or after; attaching makes torch.compile forget all it
+    compiled, for it looks for no new hooks by itself, whereas strengths, masks and choices change
+    in place. A CUDA graph replays what it captured, and an exported program what it was made of.
     """
     require_sae(sae)
     _require_transformers(model)
@@ -94,7 +94,9 @@ def steering(
     plan.choose(rows)
     plan.require_ready()
     _warn_of_another(site, plan)
-    return Handle(site, Hooks(site, plan, Scoped(scope, device)))
+    hooks = Hooks(site, plan, Scoped(scope, device))
+    _warn_of_guesses(site, hooks)
+    return Handle(site, hooks)
 
 
 def steerings(model: nn.Module) -> list[Handle]:
@@ -159,7 +161,8 @@ class Handle(Held):
     def remove(self) -> None:
         """Stop steering. Removing twice does no harm.
 
-        Raises RuntimeError where somebody else had removed its hooks before.
+        Raises RuntimeError where somebody else had removed its hooks before, and where another
+        thread is seen in the middle of a call.
         """
         self.__exit__(None, None, None)
 
@@ -173,9 +176,16 @@ class Handle(Held):
             module = its()
             if module is not None and key not in getattr(module, kind):
                 raise RuntimeError(
-                    f"{self._name}: somebody removed this steering's hooks, as by clearing all "
-                    "hooks of a module; calls since then were not steered"
+                    f"{self._name}: somebody removed hooks of this steering, as by clearing all of "
+                    "a module; calls since then were not steered, or with their padding"
                 )
+
+    def _require_no_other_thread(self) -> None:
+        if self._hooks.calls.elsewhere():
+            raise RuntimeError(
+                f"{self._name}: another thread is in the middle of a call of the model, whose rest "
+                "is not steered; join it before the steering is removed"
+            )
 
     def __enter__(self) -> Handle:
         self._require_attached()
@@ -189,6 +199,7 @@ class Handle(Held):
         with self._undo:
             if attached and error is None:
                 self._require_hooks()
+                self._require_no_other_thread()
 
     def __reduce__(self):
         raise TypeError(
@@ -282,6 +293,18 @@ def _warn_of_another(site: Site, plan: Plan) -> None:
                 "sf.steerings(model) lists what is attached",
                 stacklevel=3,
             )
+
+
+def _warn_of_guesses(site: Site, hooks: Hooks) -> None:
+    """As of the decoder alone, where the model around it generates without a cache."""
+    asks = hooks.scope.turn is not None or hooks.plan.gate is not None
+    if asks and not any(hasattr(module, "generate") for module in site.model.modules()):
+        warnings.warn(
+            f"scope: {type(site.model).__name__} has no generate that says where a prompt ends: "
+            "calls without a cache are taken for prompts, those onto one for what is generated; "
+            "attach to the model that generates, or say it by handle.prompt",
+            stacklevel=3,
+        )
 
 
 def _moves_alike(latent: int, plan: Plan, other: Plan) -> bool:

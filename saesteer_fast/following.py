@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,10 @@ class Call:
 
     def __init__(self):
         self.tokens: Tokens | None = None
+        self.running = False
+        """Whether the decoder is."""
         self.awaited_by: nn.Module | None = None
+        """The decoder, until it calls the steered module."""
         self.told: Told | None = None
         self.begin()
 
@@ -38,7 +42,7 @@ class Call:
     def follow(self, start: int | Tensor, count: int, embedded: bool, cached: bool) -> int | Tensor:
         """Notice that sequences begin, and how much of their prompts has been read; the start."""
         told = self.told
-        if isinstance(start, int):
+        if not isinstance(start, Tensor):
             if told is not None and told.once:
                 self._compare(start, count, embedded)
             if start == 0 and not (told is not None and told.once and self.on is not None):
@@ -76,11 +80,22 @@ class Calls(threading.local):
     Set once and changed inside, because Dynamo loses writes to the attributes of a thread's local.
     """
 
-    def __init__(self):
+    def __init__(self, everyones: weakref.WeakSet[Call]):
         self.running = Call()
+        self._everyones = everyones
+        everyones.add(self.running)
+
+    @classmethod
+    def new(cls) -> Calls:
+        return cls(weakref.WeakSet())
 
     def __reduce__(self):
-        return Calls, ()
+        return Calls.new, ()
+
+    def elsewhere(self) -> bool:
+        """Whether another thread is in a call, or in a generation."""
+        others = [call for call in self._everyones if call is not self.running]
+        return any(call.running or call.told is not None for call in others)
 
 
 class Following:
@@ -173,7 +188,7 @@ class Following:
 
 def _guessed(start: int | Tensor, count: int) -> int | Tensor:
     """Columns of the prompt where nobody says."""
-    if isinstance(start, int):
+    if not isinstance(start, Tensor):
         return start or count
     if count == 1:
         return start.reshape(()).clamp(min=1)

@@ -114,7 +114,12 @@ def _require_one_prompt(guidance: float | None) -> None:
 def _told(asked: Callable, inputs: Tensor | None = None, *args, **kwargs) -> Told:
     """From the arguments of generate."""
     given = (kwargs.get("inputs_embeds"), inputs, kwargs.get("inputs"), kwargs.get("input_ids"))
-    prompt = next((tensor for tensor in given if tensor is not None), None)
+    prompt = next((each for each in given if each is not None), None)
+    if not isinstance(prompt, Tensor | None):
+        raise ValueError(
+            f"scope: generate is given a {type(prompt).__name__}, which does not tell how many "
+            "tokens the prompt has; give their ids, [B, T]"
+        )
     batch, columns = (1, 1) if prompt is None else prompt.shape[:2]
     new, most = asked("max_new_tokens"), asked("max_length")
     if new is None and most is not None:

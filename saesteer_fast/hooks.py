@@ -27,7 +27,7 @@ class Hooks:
     def __init__(self, site: Site, plan: Plan, scope: Scoped):
         self.path, self.is_layer = site.path, site.is_layer
         self.plan, self.scope = plan, scope
-        self.calls = Calls()
+        self.calls = Calls.new()
         self.follows = not scope.everything or plan.gate is not None or plan.table.rowwise
         self.following = Following(site, plan.device, self.follows)
         self.active: tuple[Seen, Tensor] | None = None
@@ -40,14 +40,19 @@ class Hooks:
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         call = self.calls.running
-        call.awaited_by = decoder
         call.tokens = self.following.tokens(call, args, kwargs)
+        call.running, call.awaited_by = True, decoder
 
     def steer(self, module: nn.Module, args: tuple, output):
         hidden = output[0] if isinstance(output, tuple) else output
         self._require_stream(hidden)
         call = self.calls.running
         decoder, call.awaited_by = call.awaited_by, None
+        if decoder is None and call.running and self.is_layer:
+            raise RuntimeError(
+                f"{self.path} runs several times in a call of its decoder, so that it is no layer "
+                "of its own; a module inside of it can be named, and is steered each time"
+            )
         self._require_place(decoder, module)
         tokens = call.tokens
         lead = hidden.shape[:-1]
@@ -75,7 +80,7 @@ class Hooks:
     def after(self, decoder: nn.Module, args: tuple, output) -> None:
         call = self.calls.running
         passed_by = call.awaited_by is not None and output is not None
-        call.tokens, call.awaited_by = None, None
+        call.running, call.tokens, call.awaited_by = False, None, None
         # What a model drafts with its first layers, it reads again with all.
         drafts = call.told is not None and call.told.drafts
         if passed_by and not drafts:
@@ -188,7 +193,8 @@ class Hooks:
                 "the prompt first"
             )
         drafts = call.told is not None and call.told.drafts
-        if not (drafts or call.seen or (isinstance(tokens.start, int) and tokens.start == 0)):
+        begins = not isinstance(tokens.start, Tensor) and tokens.start == 0
+        if not (drafts or call.seen or begins):
             raise ValueError(
                 f"when: the gate is decided on the whole prompt, of which {tokens.start} columns "
                 "are in the cache already; call the model with all of it, without past_key_values"

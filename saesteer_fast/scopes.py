@@ -62,7 +62,7 @@ def not_tokens(ids: Iterable[int]) -> NotTokens:
     Raises TypeError for what is no list of integers and ValueError for an id below 0; calls of a
     decoder that is given embeddings in place of ids raise ValueError.
     """
-    if not isinstance(ids, Iterable) or isinstance(ids, str):
+    if not isinstance(ids, Iterable) or isinstance(ids, str) or getattr(ids, "ndim", 1) != 1:
         raise TypeError(f"not_tokens: got {ids!r}, a list of ids is needed: sf.not_tokens([3])")
     ids = ids.tolist() if isinstance(ids, Tensor) else ids
     ids = _integers("not_tokens", tuple(ids))
@@ -237,7 +237,8 @@ class _Mask(_Part):
     """For the tokens of a batch alone: those of requests have no rows of their own."""
 
     def __init__(self, steered: Tensor, device: torch.device):
-        self.steered = steered.to(device)
+        with torch.inference_mode(False):
+            self.steered = steered.to(device, copy=True)
 
     def __call__(self, tokens: Tokens) -> Tensor:
         width = self.steered.shape[1]

@@ -23,6 +23,8 @@ from .sae import SAE
 # or a part of one, and give as it is; and what DDP and PEFT put into those of whole models.
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WRAPPERS = (*_TRANSPARENT, "module", "base_model.model")
+_TOKENS_FIRST = ("XLNetModel",)
+"""Which no shape tells, where a batch has as many rows as columns."""
 
 
 class Site(NamedTuple):
@@ -91,6 +93,10 @@ def locate(model: nn.Module, layer: int | str | None) -> Site:
     else:
         path = _numbered(language, lists, stem, layer)
     module = decoder.get_submodule(path)
+    if type(decoder).__name__ in _TOKENS_FIRST:
+        raise ValueError(
+            f"model: {type(decoder).__name__} keeps its stream as [T, B, d]; [B, T, d] is needed"
+        )
     if _is_list(module):
         raise ValueError(
             f"layer: {path} is a list of modules, which nobody calls; name one of them"
@@ -207,7 +213,8 @@ def _named(model: nn.Module, decoder: nn.Module, stem: str, name: str, lists: di
     canonical = _canonical(name, stem)
     if canonical in paths.values():
         return canonical
-    known = [*paths.values(), *(f"{prefix}.{path}" for path in paths.values() if prefix)]
+    named = [path for path in paths.values() if path not in lists]
+    known = [*named, *(f"{prefix}.{path}" for path in named if prefix)]
     hint = nearest(name, [path for path in known if _numberless(path) != _numberless(name)])
     number = re.search(r"(?<![-\d])\d+$", name)
     if not hint and number and f"{stem}.{int(number[0])}" in known:

@@ -55,7 +55,7 @@ class Tokens:
             # Else they tell how tokens are rotated, not what stands before them.
             if self.position_ids is not None and self.position_ids.ndim == 2:
                 return self.position_ids.to(self.device)
-            if isinstance(self.start, int) and self.start == 0 and self.real is not None:
+            if not isinstance(self.start, Tensor) and self.start == 0 and self.real is not None:
                 return (self.real.cumsum(1) - 1).clamp(min=0)
             raise ValueError(
                 "scope: nothing says how much padding stands before these tokens; give the decoder "
@@ -66,7 +66,7 @@ class Tokens:
     @property
     def prompt_lengths(self) -> Tensor:
         """[B or 1, 1] or [B or 1, T] int64: how many real tokens a row's prompt has."""
-        begins = isinstance(self.start, int) and self.start == 0
+        begins = not isinstance(self.start, Tensor) and self.start == 0
         mask = self.real if self.mask is None and begins else self.mask
         if mask is None:
             return self.prompt - (self.columns - self.positions)
@@ -75,11 +75,11 @@ class Tokens:
         counted = ((mask != 0) & inside).sum(1, keepdim=True)
         # Columns still to come, in later chunks, are no padding: that stands on the left.
         to_come = self.prompt - width
-        return counted + (max(to_come, 0) if isinstance(to_come, int) else to_come.clamp(min=0))
+        return counted + (to_come.clamp(min=0) if isinstance(to_come, Tensor) else max(to_come, 0))
 
     def generated(self) -> bool | Tensor:
         """Which tokens are: [1 or B, T] bool, or True or False where all or none are."""
-        if isinstance(self.start, int) and isinstance(self.prompt, int):
+        if not isinstance(self.start, Tensor) and not isinstance(self.prompt, Tensor):
             if self.start >= self.prompt:
                 return True
             if self.start + self.count <= self.prompt:
@@ -96,7 +96,7 @@ class Tokens:
 
     @property
     def _start(self) -> int | Tensor:
-        if isinstance(self.start, int):
+        if not isinstance(self.start, Tensor):
             return self.start
         return self.start.to(self.device).reshape(())
 
@@ -111,9 +111,9 @@ def past_length(cache) -> int | Tensor:
         # A cache that counts in place would change what is kept of it.
         return past.clone()
     if past == 0:
-        # The first layer of some keeps no columns, but a state.
-        layers = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "keys")]
-        return max([0, *(layer.get_seq_length() for layer in layers)])
+        # The first layer of some keeps no columns, but a state, or nothing at all.
+        layers = [each for each in getattr(cache, "layers", ()) if hasattr(each, "get_seq_length")]
+        return max([0, *(each.get_seq_length() for each in layers if hasattr(each, "keys"))])
     return past
 
 
@@ -137,14 +137,14 @@ def padding(
         return None, None
     if not isinstance(mask, Tensor):
         return None, None
-    if mask.ndim == 2 and isinstance(start, int) and mask.shape[1] >= start + count:
+    if mask.ndim == 2 and not isinstance(start, Tensor) and mask.shape[1] >= start + count:
         mask = mask[:, : start + count]
         return mask, mask[:, start:] != 0
     if mask.ndim == 4 and count > 1 and mask.shape[2] == count:
         attended = (mask if mask.dtype == torch.bool else mask > MASKED)[:, 0]
         spare = attended.shape[2] - count  # keys of the past, and of a static cache's future
         ordered = spare == 0 or hasattr(cache, "get_seq_length")
-        if isinstance(start, int) and start <= spare and ordered:
+        if not isinstance(start, Tensor) and start <= spare and ordered:
             return None, attended.diagonal(start, 1, 2)
         return None, attended.any(-1)
     return None, None

@@ -287,6 +287,8 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.devi
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, {shape} is needed{hint}")
     if tensor.device != device:
         raise ValueError(f"{name}: is on {tensor.device}, W_enc on {device}")
+    if tensor.is_meta:
+        raise ValueError(f"{name}: is on meta, where there are no numbers; load the weights first")
     # The extremes are NaN or infinite if anything is, and need no copy of the weights.
     if not all(extreme.isfinite() for extreme in torch.aminmax(tensor.detach())):
         row = (~tensor.isfinite()).nonzero()[0, 0].item()

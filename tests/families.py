@@ -90,6 +90,19 @@ FAMILIES = (
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    Family(
+        "Gemma 4",
+        "Gemma4ForCausalLM",
+        "model.layers.1",
+        "layers that share keys",
+        {
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 1,
+            "global_head_dim": 8,
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 8,
+        },
+    ),
     Family("GPT-NeoX, Pythia", "GPTNeoXForCausalLM", "gpt_neox.layers.1", "parallel residual"),
     Family("GPT-2", "GPT2LMHeadModel", "transformer.h.1", "learned positions"),
     Family(

@@ -102,6 +102,8 @@ FAULTS = {
         84: "An attention mask of more columns than there are tokens, as for a static cache",
         85: "position_ids that say how tokens are rotated, not where they stand",
         86: "Hooks that somebody removes, or whose dicts somebody replaces",
+        87: "A steering that is removed while another thread is in the middle of a call",
+        88: "A layer that runs several times in a call, as where all are one",
     },
 }
 

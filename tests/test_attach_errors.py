@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from collections import OrderedDict
 
@@ -227,7 +228,7 @@ def replace(model):
 @pytest.mark.fault(86)
 @pytest.mark.parametrize("lose", [clear, clear_the_decoder, replace])
 def test_hooks_that_somebody_removed_are_missed(make_phi3, sae, lose):
-    lost = r"layers\.1: somebody removed this steering's hooks.*calls since then were not steered"
+    lost = r"layers\.1: somebody removed hooks of this steering.*calls since then were not steered"
     model = make_phi3()
     before = hooks(model)
     with pytest.raises(RuntimeError, match=lost):
@@ -267,6 +268,55 @@ def test_a_handle_does_not_keep_the_model(make_phi3, sae):
     gc.collect()
     assert kept() is None
     handle.remove()
+
+
+@pytest.mark.fault(87)
+@pytest.mark.parametrize("scope", ["all", "generated"])
+def test_a_thread_is_joined_before_the_steering_is_removed(make_phi3, sae, scope):
+    """As where a streamer is read after the `with` block."""
+    model = make_phi3()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(module, args, output):
+        inside.set()
+        assert go_on.wait(60)
+
+    def generating():
+        options = {"max_new_tokens": 3}
+        thread = threading.Thread(target=model.generate, args=(PROMPT,), kwargs=options)
+        thread.start()
+        return thread
+
+    foreign = model.model.layers[0].register_forward_hook(wait)
+    with pytest.raises(RuntimeError, match=r"layers\.1: another thread is in the middle of a call"):
+        with sf.steering(model, sae, EDITS, scope=scope):
+            thread = generating()
+            assert inside.wait(60)
+    go_on.set()
+    thread.join()
+    foreign.remove()
+    with sf.steering(model, sae, EDITS, scope=scope):
+        generating().join()
+
+
+@pytest.mark.fault(88)
+def test_a_layer_that_runs_several_times(make_sae):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, embedding_size=32, intermediate_size=48, num_attention_heads=4)
+    config = transformers.AlbertConfig(vocab_size=64, num_hidden_layers=3, **sizes)
+    model = transformers.AlbertModel(config).eval()
+    with sf.steering(model, make_sae(hookpoint=None), EDITS, layer=0):
+        with pytest.raises(RuntimeError, match="runs several times in a call of its decoder"):
+            model(PROMPT)
+
+
+@pytest.mark.fault(6)
+def test_a_stream_whose_first_size_is_of_tokens(make_sae):
+    """In a batch of as many rows as columns no shape tells."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    with pytest.raises(ValueError, match=r"XLNetModel keeps its stream as \[T, B, d\]"):
+        sf.steering(transformers.XLNetModel(config), make_sae(hookpoint=None), EDITS, layer=1)
 
 
 def test_strengths_that_are_tensors_are_finite(model, sae):

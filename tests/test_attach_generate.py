@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -96,6 +97,26 @@ def test_several_at_once(model, sae, order):
 
 
 @pytest.mark.fault(51)
+def test_text_does_not_tell_how_long_it_is(model, sae):
+    with sf.steering(model, sae, EDITS, scope="generated"):
+        with pytest.raises(ValueError, match=r"scope: generate is given a str, .* give their ids"):
+            model.generate("Hello")
+
+
+def test_a_decoder_alone_does_not_know_who_generates(model, sae):
+    """The model around it may, without a cache or in chunks: what is called onto a cache is taken
+    for generated, all else for prompts."""
+    with pytest.warns(UserWarning, match="scope: Phi3Model has no generate that says where"):
+        with sf.steering(model.model, sae, EDITS, scope="generated"):
+            pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with sf.steering(model, sae, EDITS, scope="generated"):
+            pass
+        with sf.steering(model.model, sae, EDITS, scope=sf.positions(0)):
+            pass
+
+
 def test_someone_elses_generate_is_called_and_kept(model, sae):
     calls, own = [], model.generate
 

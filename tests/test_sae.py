@@ -128,6 +128,11 @@ def test_copies():
         ({"b_enc": torch.randn(11)}, ValueError, r"b_enc: got shape \(11,\), \(12,\) is needed"),
         ({"b_dec": torch.randn(12)}, ValueError, r"b_dec: got shape \(12,\), \(5,\) is needed"),
         ({"b_dec": torch.empty(5, device="meta")}, ValueError, "b_dec: is on meta, W_enc on cpu"),
+        (
+            {"W_dec": torch.empty(12, 5, device="meta")},
+            ValueError,
+            "W_dec: is on meta, W_enc on cpu",
+        ),
         ({"W_dec": NAN}, ValueError, "W_dec: NaN or infinity in row 7"),
         ({"b_enc": INFINITE}, ValueError, "b_enc: NaN or infinity in row 4"),
         ({"k": 0}, ValueError, "k: got 0, accepted are 1 to 12"),
@@ -168,6 +173,13 @@ def test_bad_weights_are_named(changed, error, message):
 
 
 @pytest.mark.fault(38)
+def test_weights_without_numbers_are_named():
+    with torch.device("meta"):
+        empty = {name: torch.empty_like(t) for name, t in weights(k=None).items() if t is not None}
+    with pytest.raises(ValueError, match="W_enc: is on meta, where there are no numbers"):
+        sf.SAE(**empty, k=3)
+
+
 def test_dtypes_may_be_mixed(textbook):
     sae = sf.SAE(**weights(W_dec=torch.randn(12, 5).half(), b_enc=torch.randn(12).bfloat16()))
     x = torch.randn(9, 5)

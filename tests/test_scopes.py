@@ -321,6 +321,8 @@ def test_a_mask_changes_in_place(model, sae, textbook):
         plain = model(ids).logits
         handle.mask[0, 2] = True
         steered = model(ids).logits
+        mask[0, 1] = True  # the caller's own stays its own
+        assert torch.equal(model(ids).logits, steered)
         with pytest.raises(ValueError, match="scope: 1 rows are given for a batch of 3"):
             model(IDS)
     assert torch.equal(plain[:, :2], steered[:, :2])
@@ -376,6 +378,8 @@ def test_bad_places_are_named(model, sae):
         sf.positions([0, -1])
     with pytest.raises(TypeError, match=r"not_tokens: got 3, a list of ids is needed"):
         sf.not_tokens(3)
+    with pytest.raises(TypeError, match=r"not_tokens: got tensor\(3\), a list of ids is needed"):
+        sf.not_tokens(torch.tensor(3))
     with pytest.raises(TypeError, match="not_tokens: got 'ab', a list of ids is needed"):
         sf.not_tokens("ab")
     with pytest.raises(ValueError, match="not_tokens: got -1, ids start at 0"):

@@ -80,7 +80,9 @@ def _place(path: str | os.PathLike[str]) -> Path:
     if place.exists():
         return place
     if not (isinstance(path, str) and hub.is_id(path)):
-        hint = nearest(place.name, _names(place.parent))
+        hint = nearest(place.name, [name for name in _names(place.parent) if name != place.name])
+        if place.is_symlink():
+            hint = f"; the link leads to {os.readlink(place)}, which is not there"
         if "://" in os.fspath(path):
             hint = "; a repository on the Hub is named org/name"
         raise FileNotFoundError(f"path: no folder {place}{hint}")

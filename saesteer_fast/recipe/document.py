@@ -109,7 +109,7 @@ def _steering(node: Node, folder: Path) -> Steering:
 def _located(node: Node, folder: Path) -> str:
     text = node.text()
     with named(f"{node.place}: "):
-        place = files.absolute(folder / text)
+        place = files.absolute(folder / os.path.expanduser(text))
         return text if hub.is_id(text) and not place.exists() else str(place)
 
 
