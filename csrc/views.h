@@ -14,6 +14,13 @@ namespace saesteer {
 
 enum class Dtype { f32, bf16, f16 };
 
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
 SAESTEER_HD inline int64_t bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 // A contiguous matrix that is read: `width` elements a row.

@@ -170,7 +170,7 @@ def test_times_are_of_right_calls_alone(monkeypatch):
     monkeypatch.setattr(times, "TOKENS", (1, 70))
     found = {name: {"found": step()} for name, step in times.steps("cpu", "cpu").items()}
     assert times.by_tokens(found).keys() == {1, 70}
-    assert all(0 < each < 60 for seconds in times.by_tokens(found).values() for each in seconds)
+    assert all(each > 0 for seconds in times.by_tokens(found).values() for each in seconds)
     del found["T=70"]
     assert times.by_tokens(found).keys() == {1}
     right = ops.steer

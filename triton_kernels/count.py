@@ -7,6 +7,29 @@ from .preacts import preacts
 from .project import SETTLED
 
 
+@triton.jit
+def beating(p, p_f, feature, order, first, N, BLOCK_N: tl.constexpr):
+    """How many of the latents from `first` on, p [BLOCK_M, BLOCK_N], beat p_f [BLOCK_M] > 0."""
+    n = tl.arange(0, BLOCK_N)
+    f = feature - first
+    if order is not None:
+        latents = tl.load(order + first + n, mask=first + n < N, other=0)
+        known = (feature >= 0) & (feature < N)
+        latent = tl.load(order + feature, mask=known, other=0)
+        lower = (p == p_f[:, None]) & (latents < latent)[None, :]
+        beats = ~(p <= p_f[:, None]) | lower
+        number = tl.sum((beats & (n != f)[None, :]).to(tl.int32), 1)
+    elif (f >= 0) & (f < BLOCK_N):
+        beats = tl.where((n < f)[None, :], ~(p < p_f[:, None]), ~(p <= p_f[:, None]))
+        number = tl.sum((beats & (n != f)[None, :]).to(tl.int32), 1)
+    else:
+        # Where ties beat, p >= p_f is p > the number before p_f.
+        before = (p_f.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+        bar = tl.where(f >= BLOCK_N, before, p_f)
+        number = tl.sum((~(p <= bar[:, None])).to(tl.int32), 1)
+    return number
+
+
 @triton.jit(do_not_specialize=["T", "F", "k", "low", "high"])
 def count(
     x,  # [T, d]
@@ -47,7 +70,6 @@ def count(
     across = tl.cdiv(N, BLOCK_N)
     down = tl.cdiv(tokens, BLOCK_M)
     tiles = tl.where((tokens > low) & (tokens <= high), across * down, 0)
-    n = tl.arange(0, BLOCK_N)
 
     if waiting is None:
         # Mostly nobody is open. A count a thread: all of them learn the same.
@@ -84,22 +106,7 @@ def count(
             )
             # Count; a column past N is 0 and beats no p_f > 0
             for e in range(F):
-                f = tl.load(features + e) - first
                 p_f = tl.load(acts + t * F + e, mask=there, other=0)
-                if order is not None:
-                    latents = tl.load(order + first + n, mask=first + n < N, other=0)
-                    known = (f + first >= 0) & (f + first < N)
-                    latent = tl.load(order + first + f, mask=known, other=0)
-                    lower = (p == p_f[:, None]) & (latents < latent)[None, :]
-                    beats = ~(p <= p_f[:, None]) | lower
-                    number = tl.sum((beats & (n != f)[None, :]).to(tl.int32), 1)
-                elif (f >= 0) & (f < BLOCK_N):
-                    beats = tl.where((n < f)[None, :], ~(p < p_f[:, None]), ~(p <= p_f[:, None]))
-                    number = tl.sum((beats & (n != f)[None, :]).to(tl.int32), 1)
-                else:
-                    # Where ties beat, p >= p_f is p > the number before p_f, as p_f > 0.
-                    before = (p_f.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
-                    bar = tl.where(f >= BLOCK_N, before, p_f)
-                    number = tl.sum((~(p <= bar[:, None])).to(tl.int32), 1)
+                number = beating(p, p_f, tl.load(features + e), order, first, N, BLOCK_N)
                 found = (p_f > 0) & (number > 0)
                 tl.atomic_add(beaten + t * F + e, number, mask=found, sem="relaxed")

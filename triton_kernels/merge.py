@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .keys import latent_in, preact_in
+
 
 @triton.jit(do_not_specialize=["stride", "k", "count"])
 def merge(
@@ -20,12 +22,11 @@ def merge(
     i = tl.arange(0, BLOCK)
     lowest = -0x7FFFFFFFFFFFFFFF - 1
     left = tl.load(keys + t * count + i, mask=i < count, other=lowest)
-    key = tl.max(left, 0)
+    key = tl.max(left, 0)  # of the type that the loop gives it
     for place in range(k):
         key = tl.max(left, 0)
         left = tl.where(left == key, lowest, left)
-        bits = (key >> 32).to(tl.int32)
-        p = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        p = preact_in(key)
         tl.store(values + t * stride + place, tl.where(p <= 0, 0.0, p))
-        tl.store(indices + t * stride + place, 0xFFFFFFFF - (key & 0xFFFFFFFF))
+        tl.store(indices + t * stride + place, latent_in(key))
     tl.store(last + t, key)

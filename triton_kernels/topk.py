@@ -3,18 +3,8 @@
 import triton
 import triton.language as tl
 
+from .keys import NEVER, key_of, latent_in, order_in, order_of
 from .preacts import preacts
-
-NEVER = tl.constexpr(-(1 << 31))
-"""Order of what is no latent: below that of every number."""
-
-
-@triton.jit
-def order(p):
-    """An int32 that orders as p does; -0 as 0, NaN above every number."""
-    bits = (p + 0.0).to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(p == p, bits, 0x7FFFFFFF)
 
 
 @triton.jit(do_not_specialize=["T", "k", "shares"])
@@ -37,7 +27,7 @@ def topk(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """keys = the k largest of order(p_j) 2^32 + (2^32 - 1 - j): larger p first, then lower j.
+    """keys = the k largest of key_of(order_of(p_j), j).
 
     A latent is looked at only if it exceeds the k-th best so far, which only rises.
     """
@@ -55,8 +45,7 @@ def topk(
 
     if last is not None:
         ceiling = tl.load(last + t, mask=there, other=0)[:, None]
-        limit = (ceiling >> 32).to(tl.int32)
-        taken = 0xFFFFFFFF - (ceiling & 0xFFFFFFFF)
+        limit, taken = order_in(ceiling), latent_in(ceiling)
 
     tiles = tl.cdiv(N, BLOCK_N)
     for tile in range(tiles * share // shares, tiles * (share + 1) // shares):
@@ -64,21 +53,21 @@ def topk(
         p = preacts(
             x, t, there, W, b, first, N, d, DOT, DESCRIBED, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K
         )
-        s = tl.where((first + n < N)[None, :] & there[:, None], order(p), NEVER)
+        s = tl.where((first + n < N)[None, :] & there[:, None], order_of(p), NEVER)
         if last is not None:
             s = tl.where((s < limit) | ((s == limit) & ((first + n)[None, :] > taken)), s, NEVER)
         top = tl.max(s, 1)  # [BLOCK_M]
-        bar = (worst >> 32).to(tl.int32)
+        bar = order_in(worst)
         # Each row's largest takes the place of the worst, while any row has one.
         while tl.max((top > bar).to(tl.int32), 0) > 0:
             at = tl.min(tl.where(s == top[:, None], n[None, :], BLOCK_N), 1)
-            key = (top.to(tl.int64) << 32) | (0xFFFFFFFF - (first + at).to(tl.int64))
+            key = key_of(top, first + at)
             entering = (best == worst[:, None]) & (top > bar)[:, None]
             best = tl.where(entering, key[:, None], best)
             s = tl.where(n[None, :] == at[:, None], NEVER, s)
             top = tl.max(s, 1)
             worst = tl.min(best, 1)
-            bar = (worst >> 32).to(tl.int32)
+            bar = order_in(worst)
 
     row = keys + (t * shares + share) * k
     tl.store(row[:, None] + slot[None, :], best, mask=there[:, None] & (slot < k)[None, :])

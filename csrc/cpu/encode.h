@@ -1,7 +1,7 @@
 // The SAE's own two halves: the k largest activations of a token, and the sparse decode.
 #pragma once
 
-#include "types.h"
+#include "../views.h"
 
 namespace saesteer::cpu {
 

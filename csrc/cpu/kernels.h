@@ -4,7 +4,7 @@
 
 #include "isa.h"
 #include "parts.h"
-#include "types.h"
+#include "../views.h"
 
 namespace saesteer::cpu {
 

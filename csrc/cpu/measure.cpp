@@ -107,26 +107,26 @@ class Ranks {
     each_block(encoder_, pieces, [&](const Block& block) {
       open.erase(std::remove_if(open.begin(), open.end(), [this](size_t t) { return decided(t); }),
                  open.end());
-      panel_ ? count(block, open) : count(block, open, tile);
+      panel_ ? count_packed(block, open) : count_tiled(block, open, tile);
       return !open.empty();
     });
   }
 
-  void count(const Block& block, const std::vector<size_t>& open, Tokens& tile) {
+  void count_tiled(const Block& block, const std::vector<size_t>& open, Tokens& tile) {
     for (size_t first = 0; first < open.size(); first += kernels().tokens)
-      count(block, open.data() + first,
-            static_cast<int>(std::min<size_t>(kernels().tokens, open.size() - first)), tile,
-            first == 0);
+      count_tile(block, open.data() + first,
+                 static_cast<int>(std::min<size_t>(kernels().tokens, open.size() - first)), tile,
+                 first == 0);
   }
 
-  void count(const Block& block, const std::vector<size_t>& open) {
+  void count_packed(const Block& block, const std::vector<size_t>& open) {
     if (open.empty()) return;
     float p[Panel::kMost * kBlock];
     panel_->dots(block.rows, block.count, encoder_.bias + block.first, open, p);
-    for (const size_t t : open) count(block, t, p + t * kBlock);
+    for (const size_t t : open) tally(block, t, p + t * kBlock);
   }
 
-  void count(const Block& block, const size_t* open, int m, Tokens& tile, bool cold) {
+  void count_tile(const Block& block, const size_t* open, int m, Tokens& tile, bool cold) {
     int64_t tokens[Tokens::kCapacity];
     for (int i = 0; i < m; ++i) tokens[i] = tokens_[open[i]];
     // Where W_enc comes from memory, four or five tokens take longer than a full tile.
@@ -135,10 +135,10 @@ class Ranks {
     tile.load(tokens, filled);
     float p[Tokens::kCapacity * kBlock];
     tile.dots(block.rows, encoder_.W.dtype, block.count, encoder_.bias + block.first, p, cold);
-    for (int i = 0; i < m; ++i) count(block, open[i], p + i * kBlock);
+    for (int i = 0; i < m; ++i) tally(block, open[i], p + i * kBlock);
   }
 
-  void count(const Block& block, size_t t, const float* p) {
+  void tally(const Block& block, size_t t, const float* p) {
     for (int64_t f = 0; f < features_.count; ++f) {
       if (decided(t, f)) continue;
       const uint64_t bits = beaters(block, p, threshold(t, f), features_.index[f]);

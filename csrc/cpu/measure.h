@@ -11,7 +11,7 @@
 
 #include <functional>
 
-#include "types.h"
+#include "../views.h"
 
 namespace saesteer::cpu {
 

@@ -1,7 +1,7 @@
 // Plain products with a few rows: what elementwise SAEs and directions are measured by.
 #pragma once
 
-#include "types.h"
+#include "../views.h"
 
 namespace saesteer::cpu {
 

@@ -11,13 +11,6 @@ namespace saesteer::cuda {
 
 constexpr int kChunk = 8;
 
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-
 __device__ inline float to_f32(float v) { return v; }
 __device__ inline float to_f32(bf16 v) { return float_of(uint32_t{v.bits} << 16); }
 __device__ inline float to_f32(f16 v) { return f16_to_f32(v.bits); }

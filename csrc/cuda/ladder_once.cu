@@ -152,8 +152,9 @@ bool climb_once(const Ladder& c, const Scan& s, Dtype directions, Stream stream)
   }
   // More take so long without tensor cores that two more launches hardly show.
   if (s.slots > simt::Fewest::kTokens) return false;
-  return alike && s.x.dtype == Dtype::f32 ? run<Simt<simt::Fewest, 0>>(c, s, stream)
-                                          : run<Simt<simt::Fewest, -1>>(c, s, stream);
+  return alike && s.x.dtype == Dtype::f32
+             ? run<Simt<simt::Fewest, static_cast<int>(Dtype::f32)>>(c, s, stream)
+             : run<Simt<simt::Fewest, -1>>(c, s, stream);
 }
 
 }  // namespace saesteer::cuda

@@ -221,6 +221,15 @@ inline int64_t balanced(int64_t tiles, int64_t at_once) {
   return (tiles + rounds - 1) / rounds;
 }
 
+// A scan by a kernel whose blocks take the tiles of plan P.
+template <class P, class Kernel>
+void launch_tiles(Kernel* kernel, const Scan& s, Stream stream) {
+  const int64_t slots = s.most < s.slots ? s.most : s.slots;
+  const int64_t tiles = Tiles<P::kTokens, P::kLatents>(slots, s.encoder.count).count();
+  const int64_t blocks = balanced(tiles, P::kBlocks * device().multiprocessors);
+  launch(kernel, {blocks, P::kThreads, P::kShared}, stream, s);
+}
+
 // Enqueue a scan of at most s.slots slots. `scan` chooses; the others can be asked whether they
 // take such a scan.
 void scan(const Scan& s, Stream stream);

@@ -11,10 +11,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocks) scan_16bit(Scan s) {
 
 template <class P, bool kBf16>
 void run(const Scan& s, Stream stream) {
-  const int64_t slots = s.most < s.slots ? s.most : s.slots;
-  const int64_t tiles = Tiles<P::kTokens, P::kLatents>(slots, s.encoder.count).count();
-  const int64_t blocks = balanced(tiles, P::kBlocks * device().multiprocessors);
-  launch(scan_16bit<P, kBf16>, {blocks, P::kThreads, P::kShared}, stream, s);
+  launch_tiles<P>(scan_16bit<P, kBf16>, s, stream);
 }
 
 template <bool kBf16>
