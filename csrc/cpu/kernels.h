@@ -2,9 +2,9 @@
 // depends on neither the number of tokens nor of threads, so results do not depend on them either.
 #pragma once
 
+#include "../views.h"
 #include "isa.h"
 #include "parts.h"
-#include "../views.h"
 
 namespace saesteer::cpu {
 
