@@ -18,23 +18,13 @@ from pathlib import Path
 
 import torch
 
+from . import cache
 from .compiled import CUDA_LIBRARY
 from .writing import write_whole
 
 Rows = tuple[tuple[int, tuple[str, ...]], ...]
 """From so many tokens on, the implementations in the order in which they are wanted."""
 HERE = Path(__file__).parent
-
-
-def store() -> Path:
-    """The file, in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(cache) / "saesteer_fast" / "gpus.json"
-
-
-def tiles() -> Path:
-    """The file of Triton's tile sizes: SAESTEER_TILES, or one in the user's cache."""
-    return Path(os.environ.get("SAESTEER_TILES") or store().with_name("tiles.json"))
 
 
 @functools.cache
@@ -52,8 +42,8 @@ def write(device: torch.device, rows: Rows) -> None:
     """Stores the verdict on these kernels; `read` gives it from now on, in this process too."""
     table = _stored()
     table[torch.cuda.get_device_name(device)] = {"kernels": kernels(), "rows": rows}
-    store().parent.mkdir(parents=True, exist_ok=True)
-    write_whole(store(), json.dumps(table, indent=1).encode() + b"\n")
+    cache.gpus().parent.mkdir(parents=True, exist_ok=True)
+    write_whole(cache.gpus(), json.dumps(table, indent=1).encode() + b"\n")
     read.cache_clear()
 
 
@@ -77,7 +67,7 @@ def kernels() -> str:
     """A digest of all that decides which instructions a GPU is given."""
     digest = hashlib.sha256()
     files = [CUDA_LIBRARY, *sorted((HERE / "triton_kernels").glob("*.py"))]
-    for file in (*files, tiles()):
+    for file in (*files, cache.tiles()):
         if file.is_file():
             digest.update(file.read_bytes())
     try:
@@ -92,13 +82,13 @@ def kernels() -> str:
 def _stored() -> dict[str, dict]:
     """All verdicts; none where there is no cache to read."""
     try:
-        found = json.loads(store().read_text())
+        found = json.loads(cache.gpus().read_text())
         if not all(each["rows"] for each in found.values()):
             raise ValueError("a verdict without rows")
         return found
     except (OSError, RuntimeError):
         return {}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{store()} holds no verdicts; delete it and run `saesteer verify`") from (
-            error
-        )
+        raise ValueError(
+            f"{cache.gpus()} holds no verdicts; delete it and run `saesteer verify`"
+        ) from error

@@ -48,6 +48,16 @@ def classes(hint) -> Iterator[type]:
         yield from classes(inner)
 
 
+@pytest.mark.parametrize("name", sf.__all__)
+def test_what_is_public_is_explained(name):
+    thing = getattr(sf, name)
+    members = vars(thing).items() if inspect.isclass(thing) else ()
+    public = [getattr(thing, key) for key, _ in members if not key.startswith("_")]
+    explained = [each for each in (thing, *public) if inspect.isroutine(each) or each is thing]
+    is_alias = not (inspect.isfunction(thing) or inspect.isclass(thing))  # of types, or a string
+    assert is_alias or all(inspect.getdoc(each) for each in explained)
+
+
 def test_names_for_type_checkers_are_those_that_are_accepted():
     assert set(get_args(Named)) == set(NAMED)
     with pytest.raises(ValueError, match=f"accepted are {', '.join(get_args(Impl))};.*'cuda'"):

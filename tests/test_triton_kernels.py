@@ -22,7 +22,7 @@ from ops_cases import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saesteer_fast import ops, reference, verdicts
+from saesteer_fast import cache, ops, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 INTERPRETED = triton.knobs.runtime.interpret
@@ -545,7 +545,7 @@ def test_tuned_tiles_are_stored_and_used(monkeypatch, tmp_path):
         assert {(t.BLOCK_M, t.BLOCK_N) for t in found.count + found.topk} == {(16, 64)}
         assert [t.most for t in found.count] == [t.most for t in table.count]
         assert_right(here(random_case(18, 48, 129, 24, 2)))
-        verdicts.tiles().write_text("{")
+        cache.tiles().write_text("{")
         with pytest.raises(ValueError, match=r"tiles.json holds no tiles"):
             configs.stored()
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saesteer_fast import choice, ops, verdicts, verify
+from saesteer_fast import cache, choice, ops, verdicts, verify
 from saesteer_fast.verify import smoke, steps, times
 
 # ---- steps ----
@@ -267,7 +267,7 @@ def test_a_cache_that_cannot_be_read_holds_no_verdict(gpu, monkeypatch):
 
 def test_a_verdict_is_on_these_kernels_alone(gpu, monkeypatch):
     verdicts.write(GPU, ((0, ("cuda", "reference")),))
-    tiles = verdicts.tiles()
+    tiles = cache.tiles()
     tiles.write_text("{}")
     forget()
     assert verdicts.read(GPU) is None
@@ -285,8 +285,8 @@ def test_a_verdict_is_on_these_kernels_alone(gpu, monkeypatch):
     "text", ["{", "[]", "null", '{"A GPU": {}}', '{"A GPU": {"kernels": "", "rows": []}}']
 )
 def test_a_broken_file_is_named(gpu, text):
-    verdicts.store().parent.mkdir()
-    verdicts.store().write_text(text)
+    cache.gpus().parent.mkdir()
+    cache.gpus().write_text(text)
     with pytest.raises(ValueError, match=r"gpus\.json holds no verdicts; delete it"):
         verdicts.read(GPU)
 

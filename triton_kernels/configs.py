@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from .. import verdicts
+from .. import cache
 
 INTERPRETED = knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported."""
@@ -194,8 +194,8 @@ def key(device: torch.device, meets: torch.dtype) -> str:
 def stored() -> dict[str, dict[str, list[dict]]]:
     """What `tune` found so far: by `key`, then by the fields of Tiles and of Tile."""
     try:
-        return json.loads(verdicts.tiles().read_text())
+        return json.loads(cache.tiles().read_text())
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{verdicts.tiles()} holds no tiles; delete it, or tune again") from error
+        raise ValueError(f"{cache.tiles()} holds no tiles; delete it, or tune again") from error

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from .. import verdicts
+from .. import cache
 from ..writing import write_whole
 from . import configs, launch
 from .configs import ANY, Tile, Tiles
@@ -96,8 +96,8 @@ def _store(name: str, found: Tiles) -> None:
     table[name] = {
         field: [tile._asdict() for tile in getattr(found, field)] for field in found._fields
     }
-    verdicts.tiles().parent.mkdir(parents=True, exist_ok=True)
-    write_whole(verdicts.tiles(), json.dumps(table, indent=2).encode() + b"\n")
+    cache.tiles().parent.mkdir(parents=True, exist_ok=True)
+    write_whole(cache.tiles(), json.dumps(table, indent=2).encode() + b"\n")
 
 
 def main() -> None:
@@ -112,7 +112,7 @@ def main() -> None:
     for name, tiles in found._asdict().items():
         for tile in tiles:
             print(name, *tile)
-    print("stored in", verdicts.tiles())
+    print("stored in", cache.tiles())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .. import verdicts
+from .. import cache, verdicts
 from ..choice import MISSING
 from . import steps, times
 
@@ -85,6 +85,6 @@ def main() -> None:
         raise SystemExit("saesteer verify: this PyTorch sees no GPU")
     reports = [verify(device) for device in models.values()]
     print("\n\n".join(report for report, _ in reports))
-    print(f"\nstored in {verdicts.store()}")
+    print(f"\nstored in {cache.gpus()}")
     if not all(right for _, right in reports):
         raise SystemExit("saesteer verify: kernels that are not right are left out")
