@@ -61,7 +61,7 @@ def cmake_architecture(arch: str) -> str:
 
 def cmake_architectures(listed: list[str]) -> list[str]:
     names = [cmake_architecture(arch) for arch in listed]
-    if "90a-real" in names:
+    if {"90a-real", "90a"} & set(names):
         # Which of both a Hopper GPU would load is said nowhere, and 9.0's has no wgmma.
         names = ["90-virtual" if name == "90" else name for name in names if name != "90-real"]
     return names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -25,6 +26,9 @@ from .sites import Site
 
 OLDEST = (5, 9)
 """Of the releases of transformers that can be steered."""
+
+RETURNING = 0.1
+"""Seconds that a generation may take to return once it has streamed its last token."""
 
 Registered = tuple[weakref.ref[nn.Module], str, int]
 """A module, which of its dicts has a hook, and its key there."""
@@ -105,6 +109,7 @@ def steerings(model: nn.Module) -> list[Handle]:
         for handle in sf.steerings(model):
             handle.remove()
 
+    (`remove` raises where somebody has cleared hooks, when it is done; go on with the others then.)
     A copy of a steered model is steered for good, and has none. Raises TypeError for what is no
     torch.nn.Module.
     """
@@ -181,10 +186,15 @@ class Handle(Held):
                 )
 
     def _require_no_other_thread(self) -> None:
-        if self._hooks.calls.elsewhere():
+        others, end = self._hooks.calls.others(), time.monotonic() + RETURNING
+        while any(call.told for call in others) and not any(call.running for call in others):
+            if time.monotonic() > end:
+                break
+            time.sleep(1e-3)
+        if any(call.told or call.running for call in others):
             raise RuntimeError(
                 f"{self._name}: another thread is in the middle of a call of the model, whose rest "
-                "is not steered; join it before the steering is removed"
+                "is not steered, or was interrupted in one; join it before the steering is removed"
             )
 
     def __enter__(self) -> Handle:
@@ -297,10 +307,11 @@ def _warn_of_another(site: Site, plan: Plan) -> None:
 
 def _warn_of_guesses(site: Site, hooks: Hooks) -> None:
     """As of the decoder alone, where the model around it generates without a cache."""
-    asks = hooks.scope.turn is not None or hooks.plan.gate is not None
-    if asks and not any(hasattr(module, "generate") for module in site.model.modules()):
+    asks = "scope" if hooks.scope.turn is not None else "when" if hooks.plan.gate else None
+    alone = site.model is site.decoder and not hasattr(site.model, "generate")
+    if asks and alone and "past_key_values" in hooks.following.places:
         warnings.warn(
-            f"scope: {type(site.model).__name__} has no generate that says where a prompt ends: "
+            f"{asks}: {type(site.model).__name__} has no generate that says where a prompt ends: "
             "calls without a cache are taken for prompts, those onto one for what is generated; "
             "attach to the model that generates, or say it by handle.prompt",
             stacklevel=3,

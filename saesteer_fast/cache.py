@@ -1,4 +1,4 @@
-"""Where is kept what was found out on this machine: verdicts on its GPUs, and Triton's tiles."""
+"""Where findings on this machine are kept: the verdicts on its GPUs, and Triton's tiles."""
 
 from __future__ import annotations
 

@@ -324,8 +324,10 @@ def _tensors(path: Path) -> dict:
             f"has latents of {latents.dtype} and weights of {weights.dtype}, int64 and floating "
             "point are needed"
         )
-    if len(set(latents.tolist())) < len(latents):
-        raise ValueError("names a latent twice")
+    if not len(latents) or len(set(latents.tolist())) < len(latents):
+        raise ValueError("names a latent twice" if len(latents) else "names no latent")
+    if not weights.isfinite().all():
+        raise ValueError("has weights that are not finite")
     for name, value in given.items():
         if name not in ("bias", "threshold", "pool"):
             hint = nearest(name, ("bias", "threshold", "pool"))

@@ -20,8 +20,11 @@ def among(got: object, accepted: Collection[str], like: str | None = None) -> st
     return f"{got!r}, accepted are {', '.join(accepted)}{hint}"
 
 
-def nearest(name: str, choices: Iterable[str], ask: str = "did you mean") -> str:
-    close = get_close_matches(name, list(choices), n=1)
+def nearest(
+    name: str, choices: Iterable[str], ask: str = "did you mean", alike: float = 0.6
+) -> str:
+    """A hint at the choice that is most alike, of 0 to 1 at least so much; "" if none is."""
+    close = get_close_matches(name, list(choices), n=1, cutoff=alike)
     return f"; {ask} {close[0]!r}?" if close else ""
 
 

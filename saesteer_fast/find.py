@@ -70,7 +70,7 @@ def capture(model, input_ids: Tensor, layers: Sequence[int | str]) -> list[Tenso
 def live_latents(
     model, tokenizer, sae: SAE, layer: int, prompt: Prompt, said: str, tokens: int = 2
 ) -> dict[int, int]:
-    """{latent: on how many tokens of the answer `said` it is live}, where that are `tokens` or
+    """{latent: on how many tokens of the answer `said` it is live}, where that is `tokens` or
     more. Raises ValueError if no latent is live so often."""
     stream, begin = next(residuals(model, tokenizer, [prompt], [said], layer))
     counts = (encode(sae, stream[begin:].to(sae.device)) > 0).sum(0)

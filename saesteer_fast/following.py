@@ -80,22 +80,23 @@ class Calls(threading.local):
     Set once and changed inside, because Dynamo loses writes to the attributes of a thread's local.
     """
 
-    def __init__(self, everyones: weakref.WeakSet[Call]):
+    def __init__(self, everyones: weakref.WeakSet[Call], lock: threading.Lock):
         self.running = Call()
-        self._everyones = everyones
-        everyones.add(self.running)
+        self._everyones, self._lock = everyones, lock
+        with lock:
+            everyones.add(self.running)
 
     @classmethod
     def new(cls) -> Calls:
-        return cls(weakref.WeakSet())
+        return cls(weakref.WeakSet(), threading.Lock())
 
     def __reduce__(self):
         return Calls.new, ()
 
-    def elsewhere(self) -> bool:
-        """Whether another thread is in a call, or in a generation."""
-        others = [call for call in self._everyones if call is not self.running]
-        return any(call.running or call.told is not None for call in others)
+    def others(self) -> list[Call]:
+        """Those of other threads."""
+        with self._lock:
+            return [call for call in self._everyones if call is not self.running]
 
 
 class Following:

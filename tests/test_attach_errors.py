@@ -299,6 +299,28 @@ def test_a_thread_is_joined_before_the_steering_is_removed(make_phi3, sae, scope
         generating().join()
 
 
+@pytest.mark.fault(87)
+def test_a_stream_that_was_read_to_its_end_is_over(make_phi3, sae):
+    """generate returns a moment later."""
+    model, ended = make_phi3(), threading.Event()
+
+    class Streamer:
+        def put(self, ids):
+            pass
+
+        def end(self):
+            ended.set()
+
+    options = {"max_new_tokens": 3, "streamer": Streamer()}
+    for _ in range(20):
+        ended.clear()
+        with sf.steering(model, sae, EDITS, scope="generated"):
+            thread = threading.Thread(target=model.generate, args=(PROMPT,), kwargs=options)
+            thread.start()
+            assert ended.wait(60)
+        thread.join()
+
+
 @pytest.mark.fault(88)
 def test_a_layer_that_runs_several_times(make_sae):
     transformers = pytest.importorskip("transformers")

@@ -163,6 +163,7 @@ def test_bad_architecture_is_named(tmp_path):
         ("9.0", "90-real"),
         ("8.0 9.0 9.0a", "80-real 90a-real"),
         ("9.0+PTX 9.0a", "90-virtual 90a-real"),
+        ("9.0 9.0a+PTX", "90a"),
     ],
 )
 def test_hopper_has_one_code(listed, given):

@@ -95,10 +95,9 @@ def trained(folder: Path, w: dict, name: str, state: dict, **trainer) -> Path:
     """dictionary_learning's two files."""
     N, d = w["W_enc"].shape
     sizes = {"dict_class": name, "activation_dim": d, "dict_size": N, "layer": 6}
-    dump(
-        folder / "config.json",
-        {"trainer": sizes | {"submodule_name": "resid_post_layer_6"} | trainer},
-    )
+    settings = sizes | {"submodule_name": "resid_post_layer_6"} | trainer
+    there = {key: value for key, value in settings.items() if value is not ...}
+    dump(folder / "config.json", {"trainer": there})
     torch.save(state, folder / "ae.pt")
     return folder
 
@@ -650,6 +649,10 @@ SETTINGS = {
         ),
         "k is 5, but 4 in ae.pt",
     ),
+    "dictionary-no-size": (
+        lambda f, w: trained(f, w, "AutoEncoder", linear(w), dict_size=...),
+        "lacks dict_size$",
+    ),
     "dictionary-size": (
         lambda f, w: trained(f, w, "AutoEncoder", linear(w), dict_size="24"),
         "dict_size is '24', an integer",
@@ -667,7 +670,7 @@ SETTINGS = {
     "gemma-2-affine": (lambda f, w: gemma_2(f, w, affine_connection=True), TRANSCODER),
     "gemma-2-architecture": (
         lambda f, w: gemma_2(f, w, architecture="topk"),
-        "architecture is 'topk', accepted are jump_relu",
+        "architecture is 'topk', accepted is jump_relu",
     ),
     "llama-transcoder": (
         lambda f, w: llama(f, w, hook_point_out="blocks.19.hook_mlp_out"),
@@ -707,7 +710,7 @@ SETTINGS = {
     ),
     "openai-identity": (
         lambda f, w: openai(f, w, postact="Identity"),
-        "postact_fn is 'Identity', accepted are ReLU; another lets negative",
+        "postact_fn is 'Identity', accepted is ReLU; another lets negative",
     ),
     "openai-activation": (lambda f, w: openai(f, w, "GELU"), "activation is 'GELU', accepted are"),
 }

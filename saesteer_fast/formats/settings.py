@@ -39,11 +39,12 @@ def one_of(source: Path, config: Config, key: str, choices: Collection[str], why
     value = config.get(key)
     if not isinstance(value, str) or value not in choices:
         hint = why or nearest(str(value), choices)
-        raise ValueError(f"{source}: {key} is {value!r}, accepted are {', '.join(choices)}{hint}")
+        accepted = f"accepted {'is' if len(choices) == 1 else 'are'} {', '.join(choices)}"
+        raise ValueError(f"{source}: {key} is {value!r}, {accepted}{hint}")
     return value
 
 
 def _needed(source: Path, config: Config, key: str) -> object:
     if key not in config:
-        raise ValueError(f"{source}: lacks {key}{nearest(key, config, 'is it called')}")
+        raise ValueError(f"{source}: lacks {key}{nearest(key, config, 'is it called', 0.75)}")
     return config[key]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -96,7 +96,7 @@ class Recipe:
             with sf.load_steering("refuse.json").attach(model) as (handle,):
                 model.generate(...)
 
-        An SAE that several steerings name is read once. Raises what SAE.load and sf.steering do,
+        An SAE that steerings in a row name is read once. Raises what SAE.load and sf.steering do,
         the place in the file before the argument's name.
         """
         with ExitStack() as undo:
@@ -109,9 +109,8 @@ class Recipe:
             return Handles(self.each(attach), undo.pop_all())
 
     def each(self, do: Callable[[Steering, SAE], Made]) -> list[Made]:
-        """What `do` makes of every steering and its SAE, which is read once; errors inside begin
-        with the place."""
-        load, made = cache(load_sae), []
+        """What `do` makes of every steering and its SAE; errors inside begin with the place."""
+        load, made = lru_cache(1)(load_sae), []
         for place, step in enumerate(self.steerings):
             with named(f"steerings[{place}]."):
                 made.append(do(step, load(step.sae)))
