@@ -25,8 +25,8 @@ N, K = 600, 20
 FULL = Size(3072, 24576)
 """Of the SAE of Phi-3 Mini."""
 TOKENS = {"few": (1, 9, 50), "many": (65, 150), "most": (400, 2200)}
-"""Up to 64 tokens other kernels scan than beyond; up to 384, other tiles; beyond 2,048, tiles come in
-several groups."""
+"""Up to 64 tokens other kernels scan than beyond; up to 384, other tiles. Beyond 2,048, tiles come
+in groups."""
 WIDTHS = {"one panel": 64, "half a panel more": 96, "more panels than stages": 712}
 """Of x and W_enc; the scans take 64 columns at a time."""
 
