@@ -25,8 +25,9 @@ struct Cpu {
 
   const Features& checked(const char* op, const Features& features, int64_t N) const {
     check_indices(op, "features", features.index, features.count, N);
+    if (features.count == 1) return features;
     std::unordered_set<int64_t> seen;
-    for (int64_t f = 0; features.count > 1 && f < features.count; ++f)
+    for (int64_t f = 0; f < features.count; ++f)
       check(seen.insert(features.index[f]).second, op, "features holds ", features.index[f],
             " twice; a latent can be edited once");
     return features;

@@ -6,7 +6,6 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 
 import torch
@@ -29,9 +28,6 @@ OLDEST = (5, 9)
 
 RETURNING = 0.1
 """Seconds that a generation may take to return once it has streamed its last token."""
-
-Registered = tuple[weakref.ref[nn.Module], str, int]
-"""A module, which of its dicts has a hook, and its key there."""
 
 
 def steering(
@@ -127,7 +123,8 @@ class Handle(Held):
         super().__init__(hooks.plan)
         self._name, self._hooks = site.path, hooks
         hooks.handle = self
-        self._undo, self._registered = _install(site, hooks)
+        self._module, self._decoder = weakref.ref(site.module), weakref.ref(site.decoder)
+        self._undo = _install(site, hooks)
         self._attached, self._entered = True, False
 
     @property
@@ -177,19 +174,26 @@ class Handle(Held):
         self._require_hooks()
 
     def _require_hooks(self) -> None:
-        for its, kind, key in self._registered:
-            module = its()
-            if module is not None and key not in getattr(module, kind):
-                raise RuntimeError(
-                    f"{self._name}: somebody removed hooks of this steering, as by clearing all of "
-                    "a module; calls since then were not steered, or with their padding"
-                )
+        module, decoder, hooks = self._module(), self._decoder(), self._hooks
+        if module is None or decoder is None:  # and nobody calls them
+            return
+        if not (
+            hooks.steer in module._forward_hooks.values()
+            and hooks.after in decoder._forward_hooks.values()
+            and hooks.before in decoder._forward_pre_hooks.values()
+        ):
+            raise RuntimeError(
+                f"{self._name}: somebody removed hooks of this steering, as by clearing all of a "
+                "module; calls since then were not steered, or with their padding"
+            )
 
     def _require_no_other_thread(self) -> None:
         others, end = self._hooks.calls.others(), time.monotonic() + RETURNING
-        while any(call.told for call in others) and not any(call.running for call in others):
-            if time.monotonic() > end:
-                break
+        while (
+            any(call.told for call in others)
+            and not any(call.running for call in others)
+            and time.monotonic() < end
+        ):
             time.sleep(1e-3)
         if any(call.told or call.running for call in others):
             raise RuntimeError(
@@ -272,25 +276,22 @@ def _told_by_hand(columns: int | Tensor, device: torch.device) -> Told:
     return Told(columns, max(ends, default=0))
 
 
-def _install(site: Site, hooks: Hooks) -> tuple[ExitStack, list[Registered]]:
-    """Register all hooks or none; closing the stack removes them."""
-    registered = []
+def _install(site: Site, hooks: Hooks) -> ExitStack:
+    """Register all hooks or none; closing what is returned removes them."""
     with ExitStack() as undo:
 
-        def register(module: nn.Module, kind: str, hook: Callable, **options: bool) -> None:
-            handle = getattr(module, f"register{kind}")(hook, **options)
+        def register(handle: torch.utils.hooks.RemovableHandle) -> None:
             undo.callback(handle.remove)
-            registered.append((weakref.ref(module), f"{kind}s", handle.id))
 
-        register(site.module, "_forward_hook", hooks.steer)
+        register(site.module.register_forward_hook(hooks.steer))
         _put_first(site.module)
-        register(site.decoder, "_forward_hook", hooks.after, always_call=True)
+        register(site.decoder.register_forward_hook(hooks.after, always_call=True))
         # Last, and so removed first: no other thread's call awaits a hook that is not there.
-        register(site.decoder, "_forward_pre_hook", hooks.before, with_kwargs=True)
+        register(site.decoder.register_forward_pre_hook(hooks.before, with_kwargs=True))
         if hooks.follows:
             undo.callback(listen(site.model, hooks))
         _recompile()
-        return undo.pop_all(), registered
+        return undo.pop_all()
 
 
 def _warn_of_another(site: Site, plan: Plan) -> None:

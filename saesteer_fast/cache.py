@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+
+from .writing import write_whole
 
 
 def gpus() -> Path:
@@ -15,3 +18,8 @@ def gpus() -> Path:
 def tiles() -> Path:
     """The file of Triton's tile sizes: SAESTEER_TILES, or one beside the verdicts."""
     return Path(os.environ.get("SAESTEER_TILES") or gpus().with_name("tiles.json"))
+
+
+def store(path: Path, table: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(table, indent=1).encode() + b"\n")

@@ -17,7 +17,7 @@ def one_of(argument: str, got: object, accepted: Collection[str], like: str | No
 def among(got: object, accepted: Collection[str], like: str | None = None) -> str:
     """What is there in place of one of the accepted, as an error goes on after "got" or "is"."""
     hint = nearest(str(got) if like is None else like, accepted)
-    return f"{got!r}, accepted are {', '.join(accepted)}{hint}"
+    return f"{got!r}, accepted {'is' if len(accepted) == 1 else 'are'} {', '.join(accepted)}{hint}"
 
 
 def nearest(

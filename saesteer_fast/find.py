@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import sites
-from .eval import Prompt, Share, answers, chat_text, is_refusal, prompt_ids, sweep, tally
+from .eval import Prompt, Share, answers, chat_text, is_refusal, sweep, tally
 from .measures import Measured, encode
 from .sae import SAE
 
@@ -44,7 +44,7 @@ def residuals(
     """Of each conversation: the layer's output [T, d], and how many tokens the prompt has."""
     for prompt, answer in zip(prompts, said, strict=True):
         asked = chat_text(tokenizer, prompt)
-        begin = len(prompt_ids(tokenizer, prompt))
+        begin = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
         ids = tokenizer(asked + answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
         yield capture(model, ids.to(model.device), [layer])[0][0], begin
 

@@ -193,8 +193,7 @@ class Hooks:
                 "the prompt first"
             )
         drafts = call.told is not None and call.told.drafts
-        begins = not isinstance(tokens.start, Tensor) and tokens.start == 0
-        if not (drafts or call.seen or begins):
+        if not (drafts or call.seen or tokens.begins):
             raise ValueError(
                 f"when: the gate is decided on the whole prompt, of which {tokens.start} columns "
                 "are in the cache already; call the model with all of it, without past_key_values"

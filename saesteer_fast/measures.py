@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import one_of
-from .numbers import FLOATS, TINY
+from .numbers import TINY, require_float
 from .weights import Weights, constants, row_norms
 
 TOKENS = 1024
@@ -227,8 +227,7 @@ def reconstruct(
 def require_stream(x: Tensor, d: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: got {type(x).__name__}, a tensor is needed")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"x: got {x.dtype}, accepted are {', '.join(map(str, FLOATS))}")
+    require_float("x", x.dtype)
     if x.shape[-1:] != (d,):
         raise ValueError(f"x: got shape {tuple(x.shape)}, the SAE is for [..., {d}]")
 

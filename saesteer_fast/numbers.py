@@ -15,6 +15,11 @@ TINY = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float32).max
 
 
+def require_float(argument: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"{argument}: got {dtype}, accepted are {', '.join(map(str, FLOATS))}")
+
+
 def is_integer(value: object) -> bool:
     """Of Python or another library; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import measures
-from .numbers import FLOATS, TINY
+from .numbers import TINY, require_float
 from .weights import Weights, constants
 
 
@@ -81,8 +81,8 @@ class SAE(Weights):
         RuntimeError, which is torch's, for a device that is not there."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device: got {device}, a device is needed; dtype={device} rounds")
-        if dtype is not None and dtype not in FLOATS:
-            raise TypeError(f"dtype: got {dtype}, accepted are {', '.join(map(str, FLOATS))}")
+        if dtype is not None:
+            require_float("dtype", dtype)
         moved = {name: getattr(self, name).to(device, dtype) for name in self._shapes()}
         if all(tensor is getattr(self, name) for name, tensor in moved.items()):
             return self

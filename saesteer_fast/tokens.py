@@ -42,6 +42,11 @@ class Tokens:
     device: torch.device
 
     @property
+    def begins(self) -> bool:
+        """Whether they are known to be the first of their sequences."""
+        return not isinstance(self.start, Tensor) and self.start == 0
+
+    @property
     def columns(self) -> Tensor:
         """[T] int64."""
         return torch.arange(self.count, device=self.device) + self._start
@@ -55,7 +60,7 @@ class Tokens:
             # Else they tell how tokens are rotated, not what stands before them.
             if self.position_ids is not None and self.position_ids.ndim == 2:
                 return self.position_ids.to(self.device)
-            if not isinstance(self.start, Tensor) and self.start == 0 and self.real is not None:
+            if self.begins and self.real is not None:
                 return (self.real.cumsum(1) - 1).clamp(min=0)
             raise ValueError(
                 "scope: nothing says how much padding stands before these tokens; give the decoder "
@@ -66,8 +71,7 @@ class Tokens:
     @property
     def prompt_lengths(self) -> Tensor:
         """[B or 1, 1] or [B or 1, T] int64: how many real tokens a row's prompt has."""
-        begins = not isinstance(self.start, Tensor) and self.start == 0
-        mask = self.real if self.mask is None and begins else self.mask
+        mask = self.real if self.mask is None and self.begins else self.mask
         if mask is None:
             return self.prompt - (self.columns - self.positions)
         width = mask.shape[1]

@@ -20,7 +20,6 @@ import torch
 
 from . import cache
 from .compiled import CUDA_LIBRARY
-from .writing import write_whole
 
 Rows = tuple[tuple[int, tuple[str, ...]], ...]
 """From so many tokens on, the implementations in the order in which they are wanted."""
@@ -42,8 +41,7 @@ def write(device: torch.device, rows: Rows) -> None:
     """Stores the verdict on these kernels; `read` gives it from now on, in this process too."""
     table = _stored()
     table[torch.cuda.get_device_name(device)] = {"kernels": kernels(), "rows": rows}
-    cache.gpus().parent.mkdir(parents=True, exist_ok=True)
-    write_whole(cache.gpus(), json.dumps(table, indent=1).encode() + b"\n")
+    cache.store(cache.gpus(), table)
     read.cache_clear()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import one_of
-from .numbers import FLOATS, is_integer, is_number
+from .numbers import is_integer, is_number, require_float
 
 Measure = Literal["topk", "groupmax", "threshold", "relu", "gated"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
@@ -279,8 +279,7 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, a tensor is needed")
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name}: got {tensor.dtype}, accepted are {', '.join(map(str, FLOATS))}")
+    require_float(name, tensor.dtype)
     if tensor.shape != shape:
         turned = len(shape) == 2 and tensor.shape == shape[::-1]
         hint = "; it looks transposed" if turned else ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from .. import cache
-from ..writing import write_whole
 from . import configs, launch
 from .configs import ANY, Tile, Tiles
 
@@ -96,8 +94,7 @@ def _store(name: str, found: Tiles) -> None:
     table[name] = {
         field: [tile._asdict() for tile in getattr(found, field)] for field in found._fields
     }
-    cache.tiles().parent.mkdir(parents=True, exist_ok=True)
-    write_whole(cache.tiles(), json.dumps(table, indent=2).encode() + b"\n")
+    cache.store(cache.tiles(), table)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from ..errors import nearest
+from ..errors import among, nearest
 from ..numbers import is_number
 
 Config = Mapping[str, object]
@@ -35,12 +35,10 @@ def flag(source: Path, config: Config, key: str, default: bool) -> bool:
 
 
 def one_of(source: Path, config: Config, key: str, choices: Collection[str], why: str = "") -> str:
-    """`why` is said of what is none of them, in place of the nearest choice."""
+    """`why` ends what is said of a value that is none of them."""
     value = config.get(key)
     if not isinstance(value, str) or value not in choices:
-        hint = why or nearest(str(value), choices)
-        accepted = f"accepted {'is' if len(choices) == 1 else 'are'} {', '.join(choices)}"
-        raise ValueError(f"{source}: {key} is {value!r}, {accepted}{hint}")
+        raise ValueError(f"{source}: {key} is {among(value, choices)}{why}")
     return value
 
 

@@ -56,7 +56,7 @@ from ..formats import files, hub
 from ..node import Node
 from ..plan import ERRORS
 from ..sae import SAE
-from ..scopes import NAMED, NotTokens, Positions, Scope, Scoped, not_tokens, positions
+from ..scopes import NAMED, NotTokens, Positions, Scope, not_tokens, positions
 from ..weights import MEASURES
 from ..writing import write_whole
 from . import Recipe, Steering
@@ -96,14 +96,16 @@ def _steering(node: Node, folder: Path) -> Steering:
         "sae": lambda node: _located(node, folder),
         "edits": _edits,
         "layer": _name,
-        "scope": _whole_scope,
+        "scope": _scope,
         "rows": lambda node: [_name(row) for row in node.items("a list of configurations")],
         "when": lambda node: _when(node, folder),
         "error": lambda node: node.one_of(ERRORS),
         "measure": lambda node: node.one_of((*MEASURES, "projection")),
         "impl": lambda node: node.one_of(IMPLS),
     }
-    return Steering(**node.read("a steering", readers, ("sae", "edits")))
+    given = node.read("a steering", readers, ("sae", "edits"))
+    with named(f"{node.place}."):
+        return Steering(**given)
 
 
 def _located(node: Node, folder: Path) -> str:
@@ -137,13 +139,6 @@ def _edit(node: Node) -> Edit:
         return Edit("set", node.number())
     readers = {"kind": lambda node: node.one_of(KINDS), "value": Node.number}
     return Edit(**node.read("an edit", readers, ("kind", "value")))
-
-
-def _whole_scope(node: Node) -> Scope:
-    scope = _scope(node)
-    with named(node.place.removesuffix("scope")):
-        Scoped(scope)
-    return scope
 
 
 def _scope(node: Node) -> Scope:
