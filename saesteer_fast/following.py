@@ -45,7 +45,7 @@ class Call:
         if not isinstance(start, Tensor):
             if told is not None and told.once:
                 self._compare(start, count, embedded)
-            if start == 0 and not (told is not None and told.once and self.on is not None):
+            elif start == 0:
                 self.begin()
             self.read = start
         elif told is not None and self.read < told.end:
@@ -181,8 +181,8 @@ class Following:
         return tensor.to(self.device)
 
     def _argument(self, name: str, args: tuple, kwargs: dict):
-        if name in kwargs or not args:
-            return kwargs.get(name)
+        if name in kwargs:
+            return kwargs[name]
         place = self.places.get(name, len(args))
         return args[place] if place < len(args) else None
 

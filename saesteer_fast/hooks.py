@@ -102,7 +102,7 @@ class Hooks:
                 "scope: 'generated' would steer nothing, since generate is asked for one new "
                 "token, which is not read again; accepted are 2 and more (max_new_tokens)"
             )
-        before, found = dict(vars(call)), (self.active, self.gated)
+        before, gated = dict(vars(call)), self.gated
         call.told = told
         call.begin()
         try:
@@ -111,8 +111,8 @@ class Hooks:
             vars(call).update(before)
             if call.told is None or not call.told.once:
                 call.begin()
-            elif call.on is not None:  # a generate within one, which drafts its candidates
-                self.active, self.gated = found
+            else:  # a generate within one, which drafts its candidates
+                self.gated = gated
 
     def decisions(self) -> list[Decision]:
         plan, found = self.plan, []
@@ -161,7 +161,7 @@ class Hooks:
 
     def _mask(self, call: Call, tokens: Tokens | None, hidden: Tensor) -> bool | Tensor:
         """Which tokens are steered: [B or 1, T] bool, or True or False for all or none."""
-        mask = True if self.scope.everything else self.scope(tokens)
+        mask = self.scope(tokens)
         if self.plan.gate is not None:
             mask = both(mask, self._gate(call, tokens, hidden, mask))
         if self.plan.active is not None and mask is not False:
@@ -169,7 +169,7 @@ class Hooks:
             mask = both(mask, on)
             if tokens is not None:
                 self.active = Seen(acts, tokens, generated=True), on
-        if mask is not False and tokens is not None and tokens.real is not None:
+        if tokens is not None and tokens.real is not None:
             mask = both(mask, tokens.real)
         return mask
 
@@ -187,7 +187,7 @@ class Hooks:
 
     def _decide(self, call: Call, tokens: Tokens, hidden: Tensor, mask: bool | Tensor) -> None:
         plan = self.plan
-        if not call.seen and tokens.generated() is True:
+        if tokens.generated() is True:
             raise RuntimeError(
                 "when: the gate has seen no prompt, only what comes after one; call the model with "
                 "the prompt first"
@@ -207,7 +207,7 @@ class Hooks:
         call.seen = (*call.seen, Seen(acts, tokens, generated=False))
         if call.told is None or call.read >= call.told.end:
             call.on = decided(plan.gate, call.seen)
-            self.gated, call.seen = (call.seen, call.on), ()
+            self.gated = call.seen, call.on
         elif mask is not False:
             raise RuntimeError(
                 "when: the prompt comes in chunks, and the gate is decided by its last one; only "
