@@ -207,9 +207,10 @@ def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, T
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """b_dec + sum_i values_i W_dec[indices_i], NaN where an index is no latent's; [..., d] of what
-    W_dec's and b_dec's promote to."""
+    """b_dec + sum_i values_i W_dec[indices_i] over values that are not 0, NaN where an index is no
+    latent's; [..., d] of what W_dec's and b_dec's promote to."""
     known, indices = _known(indices, W_dec)
-    weights = torch.where(known, values.double(), torch.nan)
-    recon = (weights[..., None] * W_dec[indices].double()).sum(-2) + b_dec.double()
+    weights = torch.where(known, values.double(), torch.nan)[..., None]
+    parts = torch.where(weights != 0, weights * W_dec[indices].double(), 0)
+    recon = parts.sum(-2) + b_dec.double()
     return recon.to(torch.promote_types(W_dec.dtype, b_dec.dtype))

@@ -159,6 +159,32 @@ def integer_case(
     )
 
 
+def apart(t: Tensor) -> Tensor:
+    """The same numbers, every other one of a wider tensor."""
+    return torch.stack([t, t.flip(0)], -1)[..., 0]
+
+
+def calls_of_numbers_apart(case: Case, impl: str = "auto") -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of each argument that may have gaps: what the op gives with them, and without."""
+    few = case.W_enc[:3].contiguous(), case.b_enc[:3]
+    for op, given, places in (
+        (ops.steer, case.edit, (0, 3, 4, 5)),
+        (ops.feature_acts, (*case.encoder, case.features, case.k), (0, 3)),
+        (ops.project, (case.x, *few), (0,)),
+        (ops.add_directions, (case.x, case.directions, case.values), (0, 1, 2)),
+        (ops.decode, (*case.encode(impl), case.W_dec, case.b_dec), (0, 1, 3)),
+    ):
+        expected = op(*given, impl=impl)
+        for place in places:
+            changed = [*given]
+            changed[place] = apart(changed[place])
+            yield f"{op.__name__}, argument {place}", op(*changed, impl=impl), expected
+    masked = case.but(mask=apart(case.mask))
+    yield "steer, mask", masked.steer(impl), case.steer(impl)
+    shared = case.but(values=case.values[0])
+    yield "values", shared.but(values=apart(shared.values)).steer(impl), shared.steer(impl)
+
+
 def bits(t: Tensor) -> Tensor:
     """t as integers, so that equal means the same bits: -0 is not 0, and NaN is itself."""
     return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])

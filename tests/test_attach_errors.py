@@ -220,13 +220,17 @@ def clear_the_decoder(model):
     model.model._forward_pre_hooks.clear()
 
 
+def clear_what_looks_after_calls(model):
+    model.model._forward_hooks.clear()
+
+
 def replace(model):
     for module in model.modules():
         module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
 
 
 @pytest.mark.fault(86)
-@pytest.mark.parametrize("lose", [clear, clear_the_decoder, replace])
+@pytest.mark.parametrize("lose", [clear, clear_the_decoder, clear_what_looks_after_calls, replace])
 def test_hooks_that_somebody_removed_are_missed(make_phi3, sae, lose):
     lost = r"layers\.1: somebody removed hooks of this steering.*calls since then were not steered"
     model = make_phi3()
@@ -268,6 +272,15 @@ def test_a_handle_does_not_keep_the_model(make_phi3, sae):
     gc.collect()
     assert kept() is None
     handle.remove()
+
+
+def test_a_layer_outlives_its_decoder(make_phi3, sae):
+    model = make_phi3()
+    handle, layer = sf.steering(model, sae, EDITS), model.model.layers[1]
+    del model
+    gc.collect()
+    handle.remove()
+    assert not layer._forward_hooks
 
 
 @pytest.mark.fault(87)

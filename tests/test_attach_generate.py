@@ -96,6 +96,13 @@ def test_several_at_once(model, sae, order):
     assert len({tuple(ids[0].tolist()) for ids in (plain, both, left)}) == 3
 
 
+def test_removing_one_leaves_the_other_told(model, sae):
+    with sf.steering(model, sae, EDITS, scope="generated"):
+        expected = generate(model, use_cache=False)
+        sf.steering(model, sae, {5: 4.0}, scope="prompt").remove()
+        assert torch.equal(generate(model, use_cache=False), expected)
+
+
 def test_text_does_not_tell_how_long_it_is(model, sae):
     with sf.steering(model, sae, EDITS, scope="generated"):
         with pytest.raises(ValueError, match=r"scope: generate is given a str, .* give their ids"):

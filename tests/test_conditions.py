@@ -164,6 +164,18 @@ def test_a_gate_waits_for_the_last_chunk(model, sae, gate, expected, options):
         assert torch.equal(generate(model), whole)
 
 
+def test_a_gate_waits_for_the_last_chunk_by_hand(model, sae, acts):
+    early, whole = (acts[1, :width].amax(0) for width in (4, 6))
+    latent = int((whole - early).argmax())
+    when = sf.gate({latent: 1.0}, -float(early[latent] + whole[latent]) / 2)
+    with sf.steering(model, sae, EDITS, scope="generated", when=when) as handle, torch.no_grad():
+        with handle.prompt(6):
+            cache = model(IDS[1:2, :4], use_cache=True).past_key_values
+            assert handle.decisions == []
+            model(IDS[1:2, 4:], past_key_values=cache)
+        assert [decision.on for decision in handle.decisions] == [True]
+
+
 def test_every_prompt_has_its_own_decision(model, sae, gate, expected):
     whole = expected()
     with sf.steering(model, sae, EDITS, when=gate) as handle:
@@ -171,6 +183,28 @@ def test_every_prompt_has_its_own_decision(model, sae, gate, expected):
             ids = IDS[rows]
             assert torch.equal(generate(model, ids), whole[rows])
             assert len(handle.decisions) == len(rows)
+
+
+def test_a_gate_decides_once_and_keeps_no_graph(model, sae):
+    asked = []
+    when = sf.gate(lambda prompt: asked.append(prompt) or prompt.real.any(1), latents=[5])
+    with sf.steering(model, sae, EDITS, when=when):
+        model(IDS, attention_mask=MASK)
+        assert not asked.pop().acts.requires_grad
+        generate(model, use_cache=False)
+    assert len(asked) == 1
+
+
+def test_a_gate_forgets_what_came_before_generate(model, sae, gate):
+    def went_on(cache):
+        generate(model, IDS[1:2])
+        with pytest.raises(RuntimeError, match="the gate has seen no prompt"):
+            model(IDS[:, -1:], past_key_values=cache)
+
+    with sf.steering(model, sae, EDITS, when=gate) as handle, torch.no_grad():
+        went_on(model(IDS, attention_mask=MASK).past_key_values)
+        with handle.prompt(6):
+            went_on(model(IDS, attention_mask=MASK).past_key_values)
 
 
 class Called(TorchDispatchMode):
@@ -230,11 +264,12 @@ def test_loops_by_hand(model, sae, gate, expected):
             model(ids[:1, -1:], past_key_values=cache)
 
 
-def test_texts_that_are_scored(model, sae, acts, telling):
+def test_texts_that_are_scored(model, sae, acts):
     """Only the prompt decides: what follows in the same call is not looked at."""
-    latent = telling[0]
-    ends = torch.tensor([4, 4, 4])
-    on = acts[:, :4, latent].amax(1) > 0.15
+    ends, live = torch.tensor([4, 4, 4]), acts > 0.15
+    on, later = live[:, :4].any(1), live.any(1)
+    latent = int(((on != later).any(0) & (on[0] != on[1])).nonzero()[0])
+    on = on[:, latent]
     with sf.steering(model, sae, EDITS, when=sf.gate({latent: 1.0}, -0.15)) as handle:
         with handle.prompt(ends):
             layer_output(model, IDS, attention_mask=MASK)
@@ -348,6 +383,12 @@ def test_both_conditions_must_hold(model, sae, gate, telling):
     assert torch.equal((y != x).any(-1), on) and on.any()
 
 
+def test_two_gates_are_refused(model, sae):
+    one = sf.gate({3: 1.0})
+    with pytest.raises(ValueError, match=r"when: one sf\.active .* and one sf\.gate are accepted"):
+        sf.steering(model, sae, EDITS, when=[one, one])
+
+
 def test_where_no_one_asked(model, sae):
     with sf.steering(model, sae, EDITS) as handle:
         with pytest.raises(ValueError, match="when: this steering has no condition"):
@@ -385,6 +426,28 @@ def test_a_gate_counts_no_padding(model, sae, gate):
         assert handle.decisions == without != with_padding
         with pytest.raises(ValueError, match="when: nothing says which of the prompt's tokens are"):
             model(IDS, attention_mask=MASK[:, 1:])
+
+
+@pytest.fixture
+def padded_latent(model, sae):
+    """Live on the padding of the first prompt, and on no other of its tokens."""
+    live = sae.encode(layer_output(model, IDS, attention_mask=MASK))[0] > 0
+    real = MASK[0].bool()
+    return int((live[~real].any(0) & ~live[real].any(0)).nonzero()[0])
+
+
+@pytest.mark.parametrize("pool", ["max", "mean", "last"])
+def test_gates_pool_no_padding(model, sae, padded_latent, pool):
+    with sf.steering(model, sae, EDITS, when=sf.gate({padded_latent: 1.0}, 0.5, pool=pool)) as held:
+        layer_output(model, IDS, attention_mask=MASK)
+        assert held.decisions[0].score == 0.5
+
+
+def test_decisions_count_no_padding(model, sae, padded_latent):
+    with sf.steering(model, sae, EDITS, when=sf.active(padded_latent)) as handle:
+        layer_output(model, IDS, attention_mask=MASK)
+        decision = handle.decisions[0]
+    assert not decision.on and not decision.causes
 
 
 def test_one_encoder_serves_edits_and_conditions(model, sae):

@@ -379,6 +379,7 @@ def test_a_context_that_has_a_part_of_the_device(cuda_machine):
         before = cuda_machine.settle(multiprocessors=5, usable=0).launches()
         assert same_bits(cuda_machine.steer(*case.edit), y)
         assert cuda_machine.launches() == before + 3
+        assert cuda_machine.pure("cudaGetLastError", ctypes.c_int) == 0
 
 
 def test_a_context_that_nothing_was_asked_of(cuda_machine):
@@ -393,6 +394,7 @@ def test_a_context_that_nothing_was_asked_of(cuda_machine):
                 assert same_bits(cuda_machine.steer(*case.edit), y)
             assert cuda_machine.launches() == before + 2 * kernels
             assert cuda_machine.usable() == usable
+            assert cuda_machine.pure("cudaGetLastError", ctypes.c_int) == 0
 
 
 def test_a_thread_without_a_context_gets_one(cuda_machine):
@@ -498,6 +500,57 @@ def test_in_place_by_every_scan(machine, scan, F, monkeypatch):
         assert same_bits(machine.steer_(*held.edit), case.x)
 
 
+@pytest.mark.parametrize("T", [3, 66])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_more_features_than_a_block_has_threads(machine, T, dtype):
+    case = random_case(T, 8, 150, 50, 140, dtype, dtype, per_token=True)
+    for push in (0.0, -1e3):
+        b_enc = case.b_enc.index_add(0, case.features, torch.full((140,), push))
+        assert_right(machine, case.but(b_enc=b_enc))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_rows_wider_than_a_block_takes_at_once(machine, dtype):
+    for T in (3, 20):
+        assert_right(machine, random_case(T, 3080, 40, 4, 2, dtype, dtype))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("n", [16, 17, 64, 65])
+def test_as_many_open_tokens_as_a_kernel_takes_at_most(machine, n, dtype):
+    """One more is another kernel's: each is counted by one and one alone."""
+    T, N, k = 300, 129, 8
+    case = random_case(T, 40, N, k, 2, dtype, dtype).but(features=torch.tensor([k - 1, k]))
+    case = case.but(W_enc=0 * case.W_enc, b_enc=torch.arange(N, 0, -1.0), mask=torch.arange(T) < n)
+    assert assert_right(machine, case).equal(torch.tensor([True, False]).expand(T, -1))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_more_blocks_of_tokens_than_lie_side_by_side(machine, dtype):
+    T, N, k = 2100, 300, 8
+    case = random_case(T, 8, N, k, 2, dtype, dtype).but(features=torch.tensor([N - k, N - k - 1]))
+    case = case.but(W_enc=0 * case.W_enc, b_enc=torch.arange(1.0, N + 1))
+    assert (acts(machine, case) > 0).equal(torch.tensor([True, False]).expand(T, -1))
+
+
+@pytest.mark.parametrize(("T", "dtype"), [(400, BF16), (60, F32)])
+def test_a_latent_does_not_beat_itself(machine, T, dtype):
+    """Though the scan may sum its p to more than L0 did."""
+    case = random_case(T, 200, 129, 8, 9, dtype, dtype)
+    for each in (case, case.stored(permutation(129))):
+        assert_right(machine, each)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_directions_anywhere_in_memory(machine, dtype):
+    """More of them than shared memory of L0's has room for."""
+    for T in (3, 70):
+        case = random_case(T, 304, 140, 8, 17, dtype, dtype)
+        edit = [*case.edit]
+        edit[3] = torch.cat([edit[3].new_zeros(1), edit[3].flatten()])[1:].view(17, 304)
+        assert same_bits(machine.steer(*edit), steered(machine, case))
+
+
 @pytest.mark.fault(31)
 def test_the_same_however_the_work_is_cut(cuda_machine):
     """More or fewer blocks, other orders of threads, tokens alone: no bit changes."""
@@ -528,6 +581,13 @@ def test_more_tokens_than_the_workspace_holds(machine):
     assert same_bits(y[case.mask], machine.steer(*case.rows(case.mask).edit))
 
 
+# On a CPU it would take a minute.
+@pytest.mark.parametrize("machine", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+def test_acts_of_more_tokens_than_the_workspace_holds(machine):
+    for k in (129, 16):
+        assert_right(machine, random_case(2100, 8, 129, k, 65, F32, F32))
+
+
 def test_the_workspace_is_at_most_a_megabyte(cuda_machine):
     for tokens, F in product((1, 64, 10**3, 10**6, 10**9), (0, 1, 4, 16, 1000)):
         assert (
@@ -554,6 +614,11 @@ def test_project_and_add_directions_are_the_truth(machine, pair):
         assert same_bits(nothing, case.x)
 
 
+def test_what_nothing_is_added_to_keeps_a_nans_bits(machine):
+    x = torch.full((5, 40), 0x7FA1, dtype=torch.int16).view(BF16)
+    assert same_bits(machine.add_directions(x, torch.ones(2, 40, dtype=BF16), torch.zeros(2)), x)
+
+
 @pytest.mark.parametrize(
     ("T", "N", "k"),
     [(3, 1, 1), (5, 129, 129), (3, 700, 300), (2, 8192, 256), (2, 4099, 600), (130, 300, 8)],
@@ -571,6 +636,16 @@ def test_encode_is_the_truth(machine, T, N, k, dtype):
     assert (left_out.sum(-1) == N - k).all()
     largest = torch.where(left_out, p - e, -torch.inf).amax(-1)
     assert (largest <= (chosen + slack).amin(-1)).all()
+
+
+@pytest.mark.parametrize("T", [5, 40, 130])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_encode_where_rows_lie_without_gaps(machine, T, dtype):
+    """Though N is no whole number of tiles: the next token's begins at once."""
+    case = integer_case(T, 16, 136, 4, 0, dtype, dtype)
+    values, indices = reference.encode(*case.encoder, 4, dtype=torch.float64)
+    ours = machine.encode(*case.encoder, 4)
+    assert torch.equal(ours[0].double(), values) and torch.equal(ours[1], indices)
 
 
 def test_encode_takes_tokens_in_pieces(cuda_machine):

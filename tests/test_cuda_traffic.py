@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from ops_cases import DTYPES, integer_case, random_case
 from ptx.executor import SECTOR, assert_rows_move_whole
 
-_, *HALVES = DTYPES
+FULL, *HALVES = DTYPES
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -40,6 +41,23 @@ def test_a_tokens_whole_scan_reads_the_encoder_once(
     # Rows are short enough here to be asked for whole, but for the first tiles of separate kernels
     ahead = sum(SECTOR * t.parts for t in traffic if t.kind == "ahead")
     assert (7 / 8 if ladder else 1) * case.W_enc.nbytes == ahead
+
+
+@pytest.mark.parametrize(
+    ("hopper", "dtype"), [(False, HALVES[0]), (True, HALVES[0]), (False, FULL)]
+)
+@pytest.mark.parametrize("T", [3, 40, 160])
+def test_the_encoder_is_read_until_tokens_are_decided(cuda_machine, ptx_executor, T, hopper, dtype):
+    """The first latents beat one feature, and the other's p is below zero."""
+    N, k = 8192, 8
+    case, bias = integer_case(T, 64, N, k, 2, dtype, dtype), torch.zeros(N)
+    bias[:k], bias[-2], bias[-1] = 3, 1, -1
+    case = case.but(W_enc=0 * case.W_enc, b_enc=bias, features=torch.tensor([N - 2, N - 1]))
+    machine = cuda_machine.settle(hopper=hopper, multiprocessors=1)
+    work = lambda: machine.feature_acts(*case.encoder, case.features, k)  # noqa: E731
+    traffic = ptx_executor.traffic(work)
+    read = sum(SECTOR * t.parts for t in traffic if t.kind == "read" and t.bytes > 4 * t.runs)
+    assert read < 0.7 * case.W_enc.nbytes
 
 
 @pytest.mark.parametrize("T", [3, 70])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import product
 
 import pytest
 import torch
+from guarded import unwritable
 from ops_cases import DTYPES, Case, permutation, random_case, same_bits, threads
 from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
@@ -71,18 +69,6 @@ def test_bad_tokens_are_their_own(impl):
     case = random_case(20)
     case.x[3, 5], case.x[7] = torch.inf, torch.nan
     assert_in_place(case, impl)
-
-
-@contextmanager
-def unwritable(t: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A copy of t that kills the process if it is written."""
-    protect = ctypes.CDLL(None).mprotect
-    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    memory = mmap.mmap(-1, -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
-    held = torch.frombuffer(memory, dtype=t.dtype, count=t.numel()).view(t.shape).copy_(t)
-    assert protect(held.data_ptr(), len(memory), mmap.PROT_READ) == 0
-    yield held
-    assert protect(held.data_ptr(), len(memory), mmap.PROT_READ | mmap.PROT_WRITE) == 0
 
 
 @EVERY_DTYPE

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from guarded import at_the_end
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import (
@@ -17,6 +19,7 @@ from ops_cases import (
     Case,
     assert_steered,
     bits,
+    calls_of_numbers_apart,
     encode_slack,
     gamma,
     integer_case,
@@ -459,6 +462,14 @@ def test_core_an_edit_that_underflows_keeps_minus_zero_in_any_batch(T):
     assert y.signbit().all()
 
 
+@EVERY_DTYPE
+@pytest.mark.parametrize("T", [1, 2, 7])
+def test_core_adding_minus_zero_keeps_minus_zero(T, dtype):
+    x, W, b = torch.full((T, 133), -0.0, dtype=dtype), torch.ones(1, 133), torch.tensor([-1.0])
+    y = ops.steer(x, W, b, torch.zeros(1, 133), torch.tensor([0]), torch.tensor([-1.0]), 1)
+    assert same_bits(y, x)
+
+
 def test_more_open_tokens_than_pass_over_W_together():
     """Of such wide ones 64 do; nearly all of these tokens have a latent above zero."""
     case = integer_case(T=300, d=20_001, N=130, k=40, F=5)
@@ -546,6 +557,14 @@ def test_nan_latents_count_as_the_largest():
     assert (case.but(W_enc=broken).encode()[1][:, 0] == 129).all()
 
 
+@EVERY_PAIR
+def test_core_a_latent_that_is_nan_beside_one_that_is_live(dtype, weights):
+    case = random_case(20, 67, 129, 8, 2, dtype, weights)
+    case.b_enc[case.features] = torch.tensor([torch.nan, 99.0])
+    acts, y = case.acts(), case.steer()
+    assert acts[:, 0].isnan().all() and (acts[:, 1] > 0).all() and y.isnan().all()
+
+
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_bad_value_spoils_its_token_alone(value):
@@ -598,11 +617,36 @@ def test_stride_zero_and_every_other_entry():
     row = case.x.expand(63, -1)
     many = case.but(x=row, values=case.values.expand(63, -1), mask=torch.ones(1).bool().expand(63))
     assert same_bits(many.steer(), case.steer().expand(63, -1).contiguous())
-    features = torch.stack([case.features, case.features.flip(0)], 1)[:, 0]
     mask = torch.tensor([True, False])[::2]
-    assert same_bits(case.but(features=features, mask=mask).steer(), case.steer())
+    assert same_bits(case.but(mask=mask).steer(), case.steer())
     one = random_case(5, 1)
     assert same_bits(one.but(x=one.x.expand(5, 1).contiguous()).steer(), one.steer())
+
+
+@pytest.mark.fault(7)
+def test_numbers_that_lie_apart():
+    case = random_case(7, 67, 130, 130, 3, per_token=True, masked=True)
+    for name, found, expected in calls_of_numbers_apart(case):
+        assert same_bits(found, expected), name
+
+
+@EVERY_PAIR
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=shape_id)
+def test_core_nothing_behind_an_argument_is_read(shape, dtype, weights):
+    T, d, N, k, F = shape
+    case = random_case(T, d, N, k, F, dtype, weights, per_token=True, masked=True)
+    for each in (case, case.stored(permutation(N))):
+        given = {field.name: getattr(each, field.name) for field in fields(each)}
+        tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
+        held = each.but(**{name: at_the_end(t) for name, t in tensors.items()})
+        assert same_bits(held.acts(), each.acts())
+        assert same_bits(held.steer(), each.steer())
+        assert same_bits(held.encode()[0], each.encode()[0])
+    values, indices = map(at_the_end, held.encode())
+    directions = at_the_end(held.directions)
+    ops.decode(values, indices, held.W_dec, held.b_dec)
+    ops.add_directions(held.x, directions, held.values)
+    ops.project(held.x, at_the_end(held.W_enc[:3]), at_the_end(held.b_enc[:3]))
 
 
 @pytest.mark.fault(7)
@@ -678,6 +722,15 @@ def test_more_features_than_are_taken_at_once():
     assert same_bits(y, torch.cat([case.rows(slice(t, t + 50)).steer() for t in range(0, 200, 50)]))
 
 
+def test_features_in_a_row_but_for_one():
+    """Whose rows of W_enc lie one after the other, as a tile may take them."""
+    case = random_case(40, 64, 130, 16, 0, torch.bfloat16, torch.bfloat16)
+    for place in (0, 15, 31):
+        features = torch.arange(40).index_fill(0, torch.tensor([place]), 100)
+        alone = [case.but(features=f[None]).acts() for f in features]
+        assert same_bits(case.but(features=features).acts(), torch.cat(alone, -1))
+
+
 def test_more_tokens_than_are_taken_at_once():
     case = random_case(20000, 3, 65, 4, 1, per_token=True, masked=True)
     assert_right(case)
@@ -708,6 +761,14 @@ def test_more_than_32_bits_count():
     assert same_bits(wide.acts(), acts)
     narrow = random_case(1 << 16, 1, many, 2, 2)
     assert same_bits(narrow.acts()[-9:], narrow.rows(slice(-9, None)).acts())
+
+
+def test_more_than_16_bits_count():
+    N, k = 70_000, 40_000
+    W, b = torch.zeros(N, 1), torch.arange(1.0, N + 1)
+    features = torch.tensor([0, N - k - 1, N - k, N - 1])
+    acts = ops.feature_acts(torch.ones(2, 1), W, b, features, k)
+    assert torch.equal(acts > 0, torch.tensor([False, False, True, True]).expand(2, 4))
 
 
 @EVERY_PAIR
@@ -823,6 +884,19 @@ def test_core_encode_selects_from_any_order(k, dtype):
             assert torch.equal(ours[0].nan_to_num(-1), values.nan_to_num(-1)), (name, count)
 
 
+@pytest.mark.parametrize(("N", "k", "count"), [(256, 3, 2), (640, 100, 2), (1280, 7, 3)])
+def test_encode_by_threads_at_once(N, k, count):
+    """A block takes so long that every thread has its part of the latents; no p is rounded."""
+    x, W_enc = torch.zeros(64, 8192), torch.zeros(N, 8192)
+    x[:, :64] = torch.eye(64)
+    W_enc[:, :64] = torch.randn(N, 64, generator=torch.Generator().manual_seed(N))
+    best = (W_enc[:, :64].T + 9).topk(k)
+    for _ in range(10):
+        with threads(count):
+            values, indices = ops.encode(x, W_enc, torch.full((N,), 9.0), k)
+        assert torch.equal(indices, best.indices) and torch.equal(values, best.values)
+
+
 @EVERY_DTYPE
 def test_core_no_columns_leave_the_bias(dtype):
     x, W_enc = torch.zeros(64, 0, dtype=dtype), torch.zeros(130, 0, dtype=dtype)
@@ -868,6 +942,21 @@ def test_decode_strides_sizes_and_bad_values():
     assert spoilt[1, 1].isnan().all()
     spoilt[1, 1] = y[1, 1]
     assert same_bits(spoilt, y)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_decode_reads_what_is_live(impl):
+    case = random_case(3, 48, 129, 5, 1)
+    values, indices = case.encode()
+    values[0, 3:], indices[0, 3:] = 0.0, torch.tensor([7, 8])
+    values = values.masked_fill((indices == 7) | (indices == 8), 0.0)
+    W_dec = case.W_dec.clone()
+    W_dec[7], W_dec[8] = torch.nan, torch.inf
+    recon, expected = (
+        ops.decode(values, indices, weights, case.b_dec, impl=impl)
+        for weights in (W_dec, case.W_dec)
+    )
+    assert same_bits(recon, expected)
 
 
 @st.composite

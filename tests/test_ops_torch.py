@@ -227,6 +227,16 @@ def test_gradients_of_the_others():
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "directions"])
+def test_weights_have_no_gradient(name):
+    case = random_case(2)
+    given = dict(W_enc=case.W_enc, b_enc=case.b_enc, directions=case.directions)
+    given[name] = given[name].detach().clone().requires_grad_()
+    rest = dict(features=case.features, values=case.values, k=case.k)
+    with pytest.raises(NotImplementedError, match=f"no gradient for {name}, only for x and values"):
+        OPS.steer(case.x, **given, **rest)
+
+
 @pytest.mark.parametrize("case", [random_case(0), random_case(5, F=0), random_case((), F=0)])
 def test_gradients_of_nothing(case):
     x, values = case.x.clone().requires_grad_(), case.values.clone().requires_grad_()

@@ -46,6 +46,14 @@ def test_where_all_edits_are_sets_of_the_same_latents(sae, rows, monkeypatch):
     assert torch.equal(y[untouched], x[untouched])
 
 
+@pytest.mark.parametrize("options", [{}, {"error": "drop"}, {"measure": "projection"}])
+def test_rows_that_set_other_latents(sae, options):
+    x, rows = stream(2, 40), [{3: 6.0}, {77: -2.0}]
+    y = sf.steer(x, sae, rows, **options)
+    for row, edits in enumerate(rows):
+        torch.testing.assert_close(y[row], sf.steer(x[row], sae, edits, **options))
+
+
 @pytest.mark.fault(1)
 def test_a_broken_row_breaks_no_unsteered_one(sae):
     x = stream(3, 4)

@@ -233,6 +233,22 @@ def test_a_conversation_goes_on_from_its_cache(model, sae, new_tokens_only):
         assert torch.equal(steered[:, -4:], by_hand[:, -4:])
 
 
+@pytest.mark.parametrize("scope", ["generated", "prompt", sf.positions(-1, 14)], ids=str)
+def test_a_conversation_goes_on_from_a_static_cache(model, sae, scope):
+    transformers = pytest.importorskip("transformers")
+
+    def answers(cache):
+        first = generate(model, IDS[1:2], 4, past_key_values=cache)
+        ids = torch.cat([first, torch.tensor([[33, 2, 17]])], 1)
+        return generate(model, ids, 6, past_key_values=cache)
+
+    static = transformers.StaticCache(config=model.config, max_cache_len=32)
+    with sf.steering(model, sae, EDITS, scope=scope):
+        expected = answers(transformers.DynamicCache())
+        assert torch.equal(answers(static), expected)
+    assert not torch.equal(answers(transformers.DynamicCache()), expected)
+
+
 def continued(model, sae, scope, text, cache, count):
     """Greedy decoding by hand from a cache, the prompt's length said by hand."""
     ids, width = text, text.shape[1]
@@ -253,6 +269,21 @@ def test_embeddings_in_place_of_ids(model, sae, scope):
         expected = generate(model, ids)[:, COLUMNS:]
         given = {"inputs_embeds": embeds, "max_new_tokens": 6, "do_sample": False}
         assert torch.equal(model.generate(**given), expected)
+
+
+def test_a_prompt_of_embeddings_asks_for_no_ids(model, sae):
+    """Where another of the scopes leaves all of it out."""
+    given = {"inputs_embeds": model.get_input_embeddings()(IDS[1:2]), "max_new_tokens": 6}
+    with sf.steering(model, sae, EDITS, scope=["generated", sf.not_tokens([17])]):
+        expected = generate(model, IDS[1:2])[:, COLUMNS:]
+        assert torch.equal(model.generate(**given, do_sample=False), expected)
+
+
+def test_generate_without_a_prompt_begins_with_one_token(model, sae):
+    for scope in ("prompt", "generated"):
+        with sf.steering(model, sae, EDITS, scope=scope):
+            expected = model.generate(torch.tensor([[1]]), max_new_tokens=6, do_sample=False)
+            assert torch.equal(model.generate(max_new_tokens=6, do_sample=False), expected)
 
 
 def test_loops_by_hand(model, sae):
@@ -287,6 +318,17 @@ def test_loops_by_hand_that_say_their_prompt(model, sae, use_cache):
         assert torch.equal(ids, expected)
 
 
+def test_more_tokens_than_the_cache_holds_are_generated(model, sae):
+    def called():
+        cache = model(IDS[1:2, :2], use_cache=True).past_key_values
+        options = {"past_key_values": cache, "output_hidden_states": True}
+        return model(IDS[1:2, 2:], **options).hidden_states[2]
+
+    plain = called()
+    with sf.steering(model, sae, EDITS, scope="generated"):
+        assert (called() != plain).any(-1).all()
+
+
 def test_texts_that_are_scored(model, sae, textbook):
     """Rows whose prompts end at different columns, padded on the right."""
     ids = torch.tensor([[7, 8, 9, 5, 17, 60], [33, 2, 17, 5, 0, 0]])
@@ -314,6 +356,26 @@ def test_texts_that_are_scored(model, sae, textbook):
         assert torch.equal(y[~steered], x[~steered])
 
 
+def test_generate_inside_of_a_told_prompt(model, sae):
+    with sf.steering(model, sae, EDITS, scope="generated") as handle:
+        expected = generate(model)
+        with handle.prompt(3):
+            within = model(IDS, attention_mask=MASK).logits
+            assert torch.equal(generate(model), expected)
+            assert torch.equal(model(IDS, attention_mask=MASK).logits, within)
+
+
+def test_a_text_is_scored_inside_of_generate(model, sae):
+    def score(ids, logits):
+        with handle.prompt(3), torch.no_grad():
+            model(IDS[1:2])
+        return logits
+
+    with sf.steering(model, sae, EDITS, scope="generated") as handle:
+        expected = generate(model)
+        assert torch.equal(generate(model, logits_processor=[score]), expected)
+
+
 def test_a_mask_changes_in_place(model, sae, textbook):
     mask = torch.zeros(1, 6, dtype=torch.bool)
     ids = IDS[1:2]
@@ -327,6 +389,13 @@ def test_a_mask_changes_in_place(model, sae, textbook):
             model(IDS)
     assert torch.equal(plain[:, :2], steered[:, :2])
     assert (plain[:, 2:] - steered[:, 2:]).abs().amax((0, 2)).min() > 1e-3
+
+
+def test_one_mask_is_shown(model, sae):
+    some = torch.ones(1, 6, dtype=torch.bool)
+    with sf.steering(model, sae, EDITS, scope=[some, some]) as handle:
+        with pytest.raises(ValueError, match="scope: it holds 2 masks"):
+            _ = handle.mask
 
 
 def test_where_all_or_none_are_in_no_mask_is_made(model, sae, monkeypatch):
@@ -397,6 +466,24 @@ def test_not_tokens_needs_ids(model, sae):
             model(inputs_embeds=torch.ones(1, 2, 32))
 
 
+def test_a_decoder_of_embeddings_alone_has_no_ids(sae):
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Identity()])
+
+        def forward(self, hidden):
+            return self.layers[0](hidden)
+
+    stack = Stack()
+    with sf.steering(stack, sae, EDITS, layer=0, scope=sf.not_tokens([1])):
+        with pytest.raises(ValueError, match="not_tokens needs input_ids"):
+            stack(torch.ones(1, 3, 32))
+    with sf.steering(stack, sae, EDITS, layer=0):
+        x = torch.ones(32)
+        assert torch.equal(stack(x), sf.steer(x, sae, EDITS))
+
+
 def test_modules_that_see_other_tokens(model, sae):
     """Their tokens have no place in a sequence."""
     with sf.steering(model, sae, EDITS, scope="prompt", layer="embed_tokens") as handle:
@@ -417,6 +504,23 @@ def test_modules_that_see_other_tokens(model, sae):
     with sf.steering(flat, sae, EDITS, layer=0, scope="prompt"):
         with pytest.raises(ValueError, match=r"scope: layers.0 gives \(18, 32\), which are not"):
             flat(IDS)
+    with sf.steering(flat, sae, EDITS, layer=0, when=sf.active(3)) as handle:
+        flat(IDS)
+        assert handle.decisions == []
+
+
+def test_modules_inside_a_layer_may_have_heads(sae):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Identity())])
+
+        def forward(self, input_ids):
+            return self.layers[0](torch.ones(*input_ids.shape, 2, 32))
+
+    heads = Heads()
+    with sf.steering(heads, sae, EDITS, layer="layers.0.0"):
+        assert torch.equal(heads(IDS), sf.steer(torch.ones(*IDS.shape, 2, 32), sae, EDITS))
 
 
 def test_positions_after_padding_that_nobody_counts(sae):
@@ -564,6 +668,15 @@ def test_one_new_token_is_never_read(model, sae, monkeypatch, name, by):
             assert model.generate(IDS, **asking(2)).shape[1] == IDS.shape[1] + 2
     with sf.steering(model, sae, EDITS, scope="prompt"):
         assert model.generate(IDS, **asking(1)).shape[1] == IDS.shape[1] + 1
+
+
+def test_a_configuration_given_by_its_place(model, sae):
+    config = pytest.importorskip("transformers").GenerationConfig
+    with sf.steering(model, sae, EDITS, scope="generated"):
+        with pytest.raises(ValueError, match="asked for one new token"):
+            model.generate(IDS[1:2], config(max_new_tokens=1))
+        with pytest.raises(ValueError, match="guidance_scale is 2"):
+            model.generate(IDS[1:2], config(max_new_tokens=3, guidance_scale=2.0))
 
 
 @pytest.mark.parametrize("static", [False, True])

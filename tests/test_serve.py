@@ -14,7 +14,7 @@ from torch import nn
 import saesteer_fast as sf
 from saesteer_fast.scopes import Scoped
 from saesteer_fast.serve import recipes, steered
-from saesteer_fast.serve.requests import Packed, Span, configuration
+from saesteer_fast.serve.requests import Packed, Requests, Span, configuration
 from saesteer_fast.serve.steered import Steered
 
 D, SIZE, VOCABULARY = 32, 40, 20
@@ -251,6 +251,15 @@ def test_what_cannot_be_packed_is_named(sae):
         served.pack([Span("one", 0, 41)], None)
 
 
+def test_what_has_ended_runs_no_more():
+    requests = Requests(("default",))
+    requests.begin("r", None, 2)
+    for _ in range(2):
+        requests.end("r")
+    with pytest.raises(ValueError, match="request 'r' is none of those that run"):
+        requests.tokens([Span("r", 0, 1)])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -298,6 +307,11 @@ def test_what_an_engine_must_know(sae, arguments, apart, prefixes, ids):
     assert recipes.tells_tokens_apart(given) is apart
     assert recipes.prefixes(given) == prefixes
     assert recipes.prefixes(given).shared is (prefixes == (False, None))
+
+
+def test_any_steering_may_read_ids(sae):
+    steps = [sf.Steering(sae, STRONG, scope=scope) for scope in ("all", sf.not_tokens([1]))]
+    assert recipes.reads_ids(sf.Recipe(steps))
 
 
 @pytest.mark.parametrize(
@@ -367,6 +381,8 @@ def test_names_are_chosen_or_refused():
         configuration((), "strong")
     with pytest.raises(ValueError, match=r"no configuration \['strong'\]"):
         configuration(names, ["strong"])
+    with pytest.raises(ValueError, match="no configuration ''"):
+        configuration(names, "")
 
 
 def test_layers_that_are_not_known_are_refused(sae):

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import mmap
 import os
+from itertools import pairwise
 
 import pytest
 import torch
+from guarded import unwritable
 from ops_cases import (
     DTYPES,
     Case,
     assert_steered,
     bits,
+    calls_of_numbers_apart,
     integer_case,
     permutation,
     random_case,
@@ -236,6 +239,15 @@ def test_parts_are_the_whole(monkeypatch):
     assert same_bits(case.steer("triton"), y)
 
 
+@pytest.mark.parametrize(("T", "F"), [(1, 1), (20, 0), (5000, 40), (5000, 3000), (1 << 20, 1)])
+def test_parts_take_the_memory_that_is_promised(T, F):
+    parts = [(part.start, part.stop) for part in launch._parts(T, F)]
+    ends = [0, *(stop for _, stop in parts)]
+    assert parts == [*pairwise(ends)] and ends[-1] == T
+    most = max(stop - start for start, stop in parts)
+    assert most == 1 or most * (8 * F + 6) <= (1 << 20) + 64 * T
+
+
 @pytest.mark.parametrize(("dtype", "weights"), [*SAME, MIXED[0]], ids=NAMES[:4])
 @pytest.mark.parametrize(("T", "F"), [(3, 17), (16, 1), (20, 0), (20, 4)])
 def test_in_place_is_bit_for_bit_the_same(dtype, weights, T, F, monkeypatch):
@@ -250,6 +262,15 @@ def test_in_place_is_bit_for_bit_the_same(dtype, weights, T, F, monkeypatch):
         expected = torch.cat([around[:1], each.steer("triton"), around[-1:]])
         each.but(x=around[1:-1]).steer_("triton")
         assert same_bits(around, expected)
+
+
+def test_in_place_writes_only_what_changes():
+    if DEVICE.type != "cpu":
+        pytest.skip("a GPU's memory cannot be protected")
+    case = random_case(18, 33, 65, 8, 2, per_token=True)
+    with unwritable(case.x) as x:
+        case.but(x=x, mask=torch.zeros(18, dtype=torch.bool)).steer_("triton")
+        case.but(x=x, values=case.acts("triton")).steer_("triton")
 
 
 def test_in_place_refuses_what_it_would_get_wrong():
@@ -292,6 +313,13 @@ def test_any_strides():
     assert torch.equal(case.x, before)
 
 
+@pytest.mark.fault(7)
+def test_numbers_that_lie_apart():
+    case = here(random_case(3, 17, 9, 9, 3, per_token=True, masked=True))
+    for name, found, expected in calls_of_numbers_apart(case, "triton"):
+        assert same_bits(found, expected), name
+
+
 # ---- bad numbers, and tokens that nothing changes ----
 
 
@@ -322,6 +350,46 @@ def test_a_latent_that_is_nan_beats_every_number():
     assert torch.equal(indices[:, :2], torch.tensor([[7, 100]], device=DEVICE).expand(20, 2))
 
 
+def test_a_row_of_nan_counts_in_any_order():
+    case = here(random_case(20, 32, 129, 3, 4))
+    case = case.but(features=torch.tensor([3, 50, 120], device=DEVICE), values=case.values[:3])
+    without = exact_acts(case) > 0
+    case.b_enc[7] = float("nan")
+    live = exact_acts(case) > 0
+    assert without.sum() > live.sum()
+    stored = case.stored(permutation(129).to(DEVICE))
+    assert torch.equal(stored.acts("triton") > 0, live)
+
+
+def test_a_row_of_nan_spoils_no_other_latent():
+    """Where a row ends inside of a block, the next one begins."""
+    case = here(random_case(20, 33, 129, 12, 4))
+    W_enc = case.W_enc.clone()
+    W_enc[case.features + 1] = float("nan")
+    case = case.but(W_enc=W_enc)
+    acts = case.acts("triton") > 0
+    assert acts.any() and torch.equal(acts, exact_acts(case) > 0)
+    bad = W_enc.isnan().any(-1).sum()
+    assert (case.encode("triton")[0].isnan().sum(-1) == bad).all()
+
+
+def test_a_latent_does_not_beat_itself():
+    case = here(random_case(16, 129, 64, 1, 1))
+    largest = reference.preacts(case.x, case.W_enc, case.b_enc).argmax(-1)
+    for token, feature in enumerate(largest):
+        one = case.rows(slice(token, token + 1)).but(features=feature[None])
+        for each in (one, one.stored(permutation(64).to(DEVICE))):
+            assert (each.acts("triton") > 0).all()
+
+
+def test_the_last_of_few_tokens_alone_is_open():
+    """More pairs than are looked at together, in a call of few tokens."""
+    case = here(integer_case(16, 32, 65, 30, 40))
+    case = case.but(mask=torch.arange(16, device=DEVICE) == 15)
+    assert not torch.equal(case.truth(), case.but(k=65).truth())
+    assert_steered_exactly(case)
+
+
 @pytest.mark.fault(22, 28)
 def test_what_nothing_changes_is_bit_identical():
     case = here(random_case(20, 33, 65, 8, 1, masked=True))
@@ -345,6 +413,15 @@ def test_a_feature_that_is_no_latent_shows():
         assert acts[:, 1].isnan().all() and not acts[:, [0, 2]].isnan().any()
         args = *case.encoder, case.directions, features, case.values, case.k
         assert ops.steer(*args, impl="triton").isnan().all()
+
+
+def test_a_feature_far_from_every_latent_reads_nothing():
+    case = here(random_case(5, 33, 65, 8, 2)).stored(permutation(65).to(DEVICE))
+    for wrong in (-(1 << 40), 1 << 40):
+        features = torch.tensor([0, wrong], device=DEVICE)
+        assert case.but(features=features).acts("triton").isnan().any(0).tolist() == [False, True]
+        values, indices = torch.ones(2, 2, device=DEVICE), features.expand(2, 2)
+        assert ops.decode(values, indices, case.W_dec, case.b_dec, impl="triton").isnan().all()
 
 
 # ---- the other ops ----
