@@ -382,6 +382,25 @@ def test_a_context_that_has_a_part_of_the_device(cuda_machine):
         assert cuda_machine.pure("cudaGetLastError", ctypes.c_int) == 0
 
 
+def test_a_device_whose_blocks_cannot_run_together(cuda_machine):
+    case = random_case(5, 64, 300, 8, 2, BF16, BF16)
+    y = cuda_machine.settle().steer(*case.edit)
+    before = cuda_machine.settle(together=False).launches()
+    assert same_bits(cuda_machine.steer(*case.edit), y)
+    assert cuda_machine.launches() == before + 3
+
+
+def test_hoppers_instructions_are_hoppers_alone(cuda_machine):
+    """They are no part of 10.0, where their kernel would trap."""
+    case = random_case(400, 64, 300, 8, 2, BF16, BF16)
+    y, maps = [], []
+    for device in ({}, {"hopper": True}, {"blackwell": True}):
+        machine = cuda_machine.settle(**device)
+        calls = machine.calls(lambda: y.append(machine.steer(*case.edit)))  # noqa: B023
+        maps.append("cuTensorMapEncodeTiled" in calls)
+    assert maps == [False, True, False] and same_bits(y[0], y[2])
+
+
 def test_a_context_that_nothing_was_asked_of(cuda_machine):
     """What a kernel may have of shared memory, it may have in the context where that was asked.
     Nor is another context made the current one."""

@@ -8,6 +8,7 @@ import pytest
 
 SOURCE = """
 #include "cuda/launch.h"
+#include "cuda/stream.h"
 #include "guarded.h"
 
 using namespace saesteer::cuda;
@@ -33,6 +34,7 @@ const char* run(int* threads, int blocks, int block, int shared, int allowed, bo
     config.gridDim = blocks;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
+    config.stream = kStream;
     config.attrs = &cooperative;
     config.numAttrs = 1;
     checked(cudaLaunchKernelEx(&config, count, threads), "launch");
@@ -67,7 +69,7 @@ def arch(request) -> str:
 
 @pytest.fixture
 def library(arch, compiled) -> ctypes.CDLL:
-    compiled.settle_machine(3, 3, ctypes.c_bool(arch == "sm_90a"), 0)
+    compiled.settle_machine(3, 3, 9 if arch == "sm_90a" else 8, ctypes.c_bool(True), 0)
     return compiled
 
 

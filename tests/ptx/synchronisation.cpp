@@ -183,7 +183,7 @@ Outcome invalidate(Warp& w, const Instruction& i, uint32_t lanes) {
 
 // arrive, arrive.expect_tx, expect_tx
 Outcome arrive(Warp& w, const Instruction& i, uint32_t lanes) {
-  const bool arrives = i.has("arrive");
+  const bool arrives = i.has("arrive"), releases = !i.has("relaxed");
   each(lanes, [&](int l) {
     const uint64_t at = address(w, i.operands[arrives], l);
     touch(w, i, at, l, true);
@@ -191,7 +191,7 @@ Outcome arrive(Warp& w, const Instruction& i, uint32_t lanes) {
     if (i.has("expect_tx")) b.bytes += w.get<uint32_t>(i.operands.back().reg, l);
     if (!arrives) return;
     if (b.pending == 0) throw std::runtime_error("more arrivals than the mbarrier expects");
-    b.gathered.gather(w.agent);
+    if (releases) b.gathered.gather(w.agent);
     --b.pending;
     b.settle();
   });
@@ -201,6 +201,7 @@ Outcome arrive(Warp& w, const Instruction& i, uint32_t lanes) {
 
 Outcome try_wait(Warp& w, const Instruction& i, uint32_t lanes) {
   const auto& o = i.operands;
+  const bool acquires = !i.has("relaxed");
   each(lanes, [&](int l) {
     const uint64_t at = address(w, o[1], l);
     const PhaseBarrier& b = w.block.phase_barrier(at);
@@ -208,7 +209,7 @@ Outcome try_wait(Warp& w, const Instruction& i, uint32_t lanes) {
     w.put(o[0].reg, l, Predicate{ended});
     if (!ended) return;
     touch(w, i, at, l, true);
-    w.agent.take(b.completed);
+    if (acquires) w.agent.take(b.completed);
   });
   return Outcome::done;
 }

@@ -83,12 +83,18 @@ class Machine:
         usable: int | None = None,
         hopper: bool = False,
         seed: int = 0,
+        *,
+        blackwell: bool = False,
+        together: bool = True,
     ) -> Machine:
-        """`multiprocessors` and `hopper`, of compute capability 9.0, not 8.0, say which device it
-        is, `usable`, multiprocessors that the context has, all unless set, which context of it;
-        `seed`: the order in which warps run."""
+        """Which device it is: its `multiprocessors`, its compute capability, 9.0 for `hopper`, 10.0
+        for `blackwell`, else 8.0, and whether blocks can be launched `together`; which context of
+        it: `usable`, multiprocessors that it has, all unless set; `seed`: the order in which warps
+        run."""
         usable = multiprocessors if usable is None else usable
-        self._library.settle_machine(multiprocessors, usable, ctypes.c_bool(hopper), seed)
+        major = 10 if blackwell else 9 if hopper else 8
+        shared = ctypes.c_bool(together)
+        self._library.settle_machine(multiprocessors, usable, major, shared, seed)
         return self
 
     def launches(self) -> int:

@@ -8,9 +8,11 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "../ptx.h"
+#include "stream.h"
 
 namespace {
 
@@ -19,19 +21,21 @@ namespace {
 struct Device {
   int number = 0;
   int multiprocessors = 3, usable = 3;  // of the context
-  int major = 8;                        // of compute capability 8.0 or 9.0
+  int major = 8;                        // of the compute capability, whose minor is 0
+  bool together = true;                 // whether it has cooperative launches
   int launches = 0;
   std::map<std::string, int> calls;  // of the runtime's functions and the driver's
 
-  int most_shared() const { return (major == 9 ? 227 : 163) << 10; }  // of a block
-  int shared() const { return (major == 9 ? 228 : 164) << 10; }       // of a multiprocessor
+  int most_shared() const { return (major >= 9 ? 227 : 163) << 10; }  // of a block
+  int shared() const { return (major >= 9 ? 228 : 164) << 10; }       // of a multiprocessor
 };
 Device device;
 
 // The devices that there have been so far.
-int number_of(int multiprocessors, int major) {
-  static std::map<std::pair<int, int>, int> numbers;
-  return numbers.try_emplace({multiprocessors, major}, numbers.size()).first->second;
+int number_of(const Device& device) {
+  static std::map<std::tuple<int, int, bool>, int> numbers;
+  const std::tuple kind{device.multiprocessors, device.major, device.together};
+  return numbers.try_emplace(kind, numbers.size()).first->second;
 }
 
 constexpr int kMostThreads = 1024, kPlainShared = 48 << 10;
@@ -145,6 +149,10 @@ Kernel& kernel_of(const void* function) {
 
 // ---- launches ----
 
+void check_stream(cudaStream_t stream) {
+  require(stream == kStream, cudaErrorInvalidResourceHandle, "another stream than was given");
+}
+
 bool is_together(const cudaLaunchConfig_t& config) {
   bool together = false;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
@@ -175,6 +183,7 @@ void check_shared(uint64_t bytes, Kernel& kernel) {
 }
 
 void check_together(const cudaLaunchConfig_t& config, Kernel& kernel) {
+  require(device.together, cudaErrorNotSupported, "blocks together, which the device has not");
   const int resident = kernel.resident(count(config.blockDim), config.dynamicSmemBytes);
   const uint64_t held = uint64_t(resident) * device.usable;
   require(count(config.gridDim) <= held, cudaErrorCooperativeLaunchTooLarge,
@@ -184,6 +193,7 @@ void check_together(const cudaLaunchConfig_t& config, Kernel& kernel) {
 void launch(const cudaLaunchConfig_t& config, Kernel& kernel, void** arguments) {
   const dim3 &grid = config.gridDim, &block = config.blockDim;
   const bool together = is_together(config);
+  check_stream(config.stream);
   check_shape(grid, block, kernel);
   check_shared(config.dynamicSmemBytes, kernel);
   if (together) check_together(config, kernel);
@@ -206,7 +216,7 @@ int attribute(cudaDeviceAttr which) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       return device.most_shared();
     case cudaDevAttrCooperativeLaunch:
-      return 1;
+      return device.together;
     default:
       throw Refusal{cudaErrorInvalidValue, "device attribute " + std::to_string(which)};
   }
@@ -321,9 +331,10 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   });
 }
 
-cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t stream) {
   return answer(__func__, [&] {
     has_context = true;
+    check_stream(stream);
     memset(at, value, bytes);
   });
 }
@@ -341,10 +352,10 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, uns
 
 // ---- for tests ----
 
-void settle_machine(int multiprocessors, int usable, bool hopper, uint32_t seed) {
+void settle_machine(int multiprocessors, int usable, int major, bool together, uint32_t seed) {
   device.multiprocessors = multiprocessors, device.usable = usable;
-  device.major = hopper ? 9 : 8;
-  device.number = number_of(multiprocessors, device.major);
+  device.major = major, device.together = together;
+  device.number = number_of(device);
   ptx_settle(seed);
 }
 

@@ -3,6 +3,7 @@
 #include "../guarded.h"
 #include "cuda/kernels.h"
 #include "cuda/rank.h"
+#include "stream.h"
 
 using namespace saesteer;
 
@@ -29,7 +30,7 @@ const char* steer(Matrix x, int64_t tokens, Matrix W, const float* bias, int64_t
                   void* workspace) {
   return guarded([&] {
     cuda::steer(x, tokens, {W, bias, N, k, order}, directions, {features, F}, {values, stride},
-                mask, y, workspace, nullptr);
+                mask, y, workspace, kStream);
   });
 }
 
@@ -37,31 +38,31 @@ const char* feature_acts(Matrix x, int64_t tokens, Matrix W, const float* bias, 
                          int64_t k, const int64_t* features, int64_t F, const int64_t* order,
                          float* acts, void* workspace) {
   return guarded([&] {
-    cuda::feature_acts(x, tokens, {W, bias, N, k, order}, {features, F}, acts, workspace, nullptr);
+    cuda::feature_acts(x, tokens, {W, bias, N, k, order}, {features, F}, acts, workspace, kStream);
   });
 }
 
 const char* project(Matrix x, int64_t tokens, Matrix rows, int64_t count, const float* bias,
                     float* p) {
-  return guarded([&] { cuda::project(x, tokens, rows, count, bias, p, nullptr); });
+  return guarded([&] { cuda::project(x, tokens, rows, count, bias, p, kStream); });
 }
 
 const char* add_directions(Matrix x, int64_t tokens, Matrix directions, int64_t F,
                            const float* coef, int64_t stride, Matrix y) {
   return guarded(
-      [&] { cuda::add_directions(x, tokens, directions, F, {coef, stride}, y, nullptr); });
+      [&] { cuda::add_directions(x, tokens, directions, F, {coef, stride}, y, kStream); });
 }
 
 const char* encode(Matrix x, int64_t tokens, Matrix W, const float* bias, int64_t N, int64_t k,
                    float* values, int64_t* indices, void* workspace) {
   return guarded(
-      [&] { cuda::encode(x, tokens, {W, bias, N, k}, values, indices, workspace, nullptr); });
+      [&] { cuda::encode(x, tokens, {W, bias, N, k}, values, indices, workspace, kStream); });
 }
 
 const char* decode(const float* values, const int64_t* indices, int64_t tokens, int64_t k,
                    Matrix W_dec, int64_t latents, const float* b_dec, Matrix y) {
   return guarded(
-      [&] { cuda::decode(values, indices, tokens, k, W_dec, latents, b_dec, y, nullptr); });
+      [&] { cuda::decode(values, indices, tokens, k, W_dec, latents, b_dec, y, kStream); });
 }
 
 // rank.h, keys.h
