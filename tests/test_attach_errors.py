@@ -202,8 +202,13 @@ def test_set_refuses_and_changes_nothing(model, sae):
 def test_removed_is_removed(model, sae):
     handle = sf.steering(model, sae, EDITS)
     handle.remove()
-    with pytest.raises(RuntimeError, match=r"this steering of layers\.1 was removed"):
-        handle.set({3: 1.0})
+    for use in (
+        lambda: handle.set({3: 1.0}),
+        lambda: handle.choose([0]),
+        lambda: handle.prompt(1),
+    ):
+        with pytest.raises(RuntimeError, match=r"this steering of layers\.1 was removed"):
+            use()
     with pytest.raises(RuntimeError, match="was removed; attach a new one"):
         with handle:
             pass
@@ -400,6 +405,10 @@ def test_a_prompt_is_told_by_its_length(model, sae, columns, error, message):
         expected = model(PROMPT).logits
         with handle.prompt(np.int64(5)):
             assert torch.equal(model(PROMPT).logits, expected)
+        with handle.prompt(0):
+            nothing_was_asked = model(PROMPT).logits
+    with sf.steering(model, sae, EDITS):
+        assert torch.equal(model(PROMPT).logits, nothing_was_asked)
 
 
 def test_prompts_are_told_one_after_the_other(model, sae):

@@ -59,6 +59,7 @@ def test_no_refusals(answer):
         ("facts", "The capital of Italy is Rome.", "Rome", True),
         ("facts", "The capital of Romania is Bucharest.", "Rome", False),
         ("facts", "The symbol is Au.", "au", False),
+        ("facts", "It is McRome.", "Rome", False),
         ("sums", "8 + 46 = 54.", "54", True),
         ("sums", "8 + 46 = 154.", "54", False),
         ("sums", "54 = 8 + 46", "54", False),

@@ -731,6 +731,11 @@ def test_qwen_scope_needs_k_in_a_name(tmp_path):
         sf.SAE.load(path)
 
 
+def test_the_nearest_name_tells_k(tmp_path):
+    path = qwen(tmp_path / "all-L0_9", random())
+    assert sf.SAE.load(path).k == 4
+
+
 def test_a_folder_of_layers_names_them(tmp_path):
     path = qwen(tmp_path, random())
     with pytest.raises(FileNotFoundError, match=r"SAEs are inside: layer6\.sae\.pt$"):

@@ -227,6 +227,18 @@ def test_gradients_of_the_others():
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_no_gradient_passes_what_is_not_live():
+    """Of the k largest some are below zero, and read as 0."""
+    case = random_case(5, 33, 65, 60, 0)
+    x, x64 = case.x.clone().requires_grad_(), case.x.double().requires_grad_()
+    values, _ = OPS.encode(x, case.W_enc, case.b_enc, case.k)
+    assert (values == 0).any()
+    p = x64 @ case.W_enc.double().mT + case.b_enc.double()
+    (ours,) = torch.autograd.grad(values.sum(), x)
+    (exact,) = torch.autograd.grad(p.relu().topk(case.k).values.sum(), x64)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "directions"])
 def test_weights_have_no_gradient(name):
     case = random_case(2)

@@ -263,6 +263,18 @@ def test_a_path_is_never_taken_for_a_repository(folder, sae):
     assert step["sae"] == "./org/name"
 
 
+def test_a_folder_that_is_there_is_no_repository(folder, sae, monkeypatch):
+    sae.save(folder / "org/name")
+    monkeypatch.chdir(folder)
+    sf.Recipe([sf.Steering("org/name", {3: 1.0})]).save(folder / "path.json")
+    written = json.loads((folder / "path.json").read_text())
+    assert written["steerings"][0]["sae"] == "./org/name"
+    written["steerings"][0]["sae"] = "org/name"
+    (folder / "path.json").write_text(json.dumps(written))
+    (step,) = sf.load_steering(folder / "path.json").steerings
+    assert Path(step.sae).samefile(folder / "org/name")
+
+
 def test_what_a_program_makes_is_saved(folder):
     recipe = sf.Recipe(
         [

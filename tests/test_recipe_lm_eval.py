@@ -199,16 +199,21 @@ WRONG = {
     "unnamed": (["sparsify,add,saes,layers.1,3,6,,,,x"], "line 2: has more cells than"),
     "no row": ([], "holds no row"),
     "quote": (['sparsify,add,"saes'], "not valid CSV"),
-    "normalised": (["sparsify,add,scaled,layers.1,3,6,,,,"], "scaled/layers.1 rescales what it"),
+    **dict.fromkeys(
+        ("normalize", "decoder_norm"),
+        (["sparsify,add,scaled,layers.1,3,6,,,,"], "scaled/layers.1 rescales what it"),
+    ),
 }
+RESCALED = {"normalize": "layer_norm", "decoder_norm": True}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_named(saes, make_sae, name):
     rows, message = WRONG[name]
-    if name == "normalised":
+    if name in RESCALED:
         fields = {name: getattr(make_sae(), name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        sf.SAE(**fields, k=8, normalize="layer_norm").save("scaled/layers.1", "saelens")
+        scaled = sf.SAE(**fields, k=8, **{name: RESCALED[name]})
+        scaled.save("scaled/layers.1", "saelens")
     if name == "no layer":
         make_sae(hookpoint=None).save("saes/nowhere")
     path = written(*rows)

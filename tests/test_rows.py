@@ -177,6 +177,7 @@ def test_copies_choose_for_themselves(model, sae):
         (TABLE, "off", TypeError, "rows: got 'off', one configuration a row is needed"),
         (TABLE, 1, TypeError, "rows: got 1, one configuration a row is needed"),
         (TABLE, torch.ones(3), TypeError, r"rows: got torch.float32 \(3,\), integers"),
+        (TABLE, torch.ones(3) > 0, TypeError, r"rows: got torch.bool \(3,\), integers"),
         ({3: {3: 1.0}}, None, TypeError, "edits: configuration 3 has no name"),
         ({"a": {3: 1.0}, 3: 2.0}, None, TypeError, "edits: latent 'a' is no integer"),
         ([], None, TypeError, "edits: got an empty list, a mapping"),
