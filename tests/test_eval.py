@@ -87,6 +87,7 @@ def test_judge(kind, answer, expected, right):
         (Prompt("sums", ("a",)), "expected: got '', a prompt of sums needs its answer"),
         (Prompt("sums", ("a",), "four"), "expected: got 'four', a prompt of sums needs a number"),
         (Prompt("facts", ("a",), "\n"), r"expected: got '\\n', a prompt of facts needs its answer"),
+        (Prompt("sums", ("a",), "4 kites"), "expected: got '4 kites', a prompt of sums needs a"),
         (Prompt("sums", ("a",), 4), "expected: got 4, text is needed"),
     ],
 )
@@ -131,8 +132,9 @@ def test_wilson_published_value():
 
 def test_wilson_edges():
     assert wilson(0, 0) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="hits: got 3"):
-        wilson(3, 2)
+    for hits in (-1, 3):
+        with pytest.raises(ValueError, match=f"hits: got {hits}"):
+            wilson(hits, 2)
     assert math.isnan(Share(0, 0).value)
 
 

@@ -155,6 +155,8 @@ def test_score_weighs_gain_and_cost():
     assert score(base, base) == 0
     assert score(base, shares(9, 0, 0, 10, 8)) == pytest.approx(0.4)
     assert score(base, shares(9, 3, 9, 7, 8)) == pytest.approx(0.4 - (0.3 + 0.3) / 3)
+    unasked = {"facts": Share(0, 0)}
+    assert score(base | unasked, shares(9, 3, 9, 7, 8) | unasked) == pytest.approx(0.4 - 0.3 / 3)
 
 
 def test_refusal_latents_try_every_live_latent(shipped, refusal, monkeypatch):

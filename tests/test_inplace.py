@@ -102,7 +102,7 @@ def sharing(case: Case) -> dict[str, dict]:
     x, whole = memory[: T * d].view(T, d), memory.view(-1, d)
     return {
         "W_enc": {"x": x, "W_enc": whole[T - 1 :][:9]},
-        "b_enc": {"x": x, "b_enc": x.view(-1)[-9:]},
+        "b_enc": {"x": x, "b_enc": memory[T * d - 1 :][:9]},  # but one number behind x
         "directions": {"x": x, "directions": whole[T - 1 : T + 1]},
         "features": {"x": x, "features": memory[:4].view(torch.int64)},
         "values": {"x": x, "values": x[:, :2]},

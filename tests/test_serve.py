@@ -157,9 +157,12 @@ def test_each_token_is_steered_as_its_request_asked(sae, textbook, scope, layer)
         assert changed.any() == (bool(edits) and any(inside))
 
 
-def test_a_condition_is_read_token_by_token(sae, textbook):
+@pytest.mark.parametrize("scope", ["all", "generated"])
+def test_a_condition_is_read_token_by_token(sae, textbook, scope):
     model, ids = Toy(), torch.arange(VOCABULARY)
-    Steered(recipe(sae, when=sf.active({11: 0.05})), model, SIZE)
+    served = Steered(recipe(sae, when=sf.active({11: 0.05}), scope=scope), model, SIZE)
+    served.requests.begin("r", None, prompt := 7)
+    served.pack([Span("r", 0, VOCABULARY)], ids)
     plain = Toy()
     stream = plain.embedding(ids)
     for layer in plain.layers[:2]:
@@ -170,6 +173,8 @@ def test_a_condition_is_read_token_by_token(sae, textbook):
         )[:, 0]
         > 0.05
     )
+    if scope == "generated":
+        on &= ids >= prompt
     assert 0 < on.sum() < len(ids)
     wanted = expected(model, textbook, sae, ids, STRONG, on)
     torch.testing.assert_close(model(ids), wanted, rtol=1e-5, atol=1e-5)
