@@ -159,23 +159,17 @@ def test_each_token_is_steered_as_its_request_asked(sae, textbook, scope, layer)
 
 @pytest.mark.parametrize("scope", ["all", "generated"])
 def test_a_condition_is_read_token_by_token(sae, textbook, scope):
-    model, ids = Toy(), torch.arange(VOCABULARY)
-    served = Steered(recipe(sae, when=sf.active({11: 0.05}), scope=scope), model, SIZE)
-    served.requests.begin("r", None, prompt := 7)
-    served.pack([Span("r", 0, VOCABULARY)], ids)
-    plain = Toy()
-    stream = plain.embedding(ids)
-    for layer in plain.layers[:2]:
+    model, ids, prompt = Toy(), torch.arange(VOCABULARY), 7
+    stream = model.embedding(ids)
+    for layer in model.layers[:2]:
         stream = stream + layer.linear(stream)
-    on = (
-        torch.ops.saesteer.feature_acts(
-            stream, sae.W_enc, sae.b_enc_folded, torch.tensor([11]), sae.k
-        )[:, 0]
-        > 0.05
-    )
-    if scope == "generated":
-        on &= ids >= prompt
-    assert 0 < on.sum() < len(ids)
+    live = sae.encode(stream) > 0.05
+    both_sides = live[:prompt].any(0) & live[prompt:].any(0) & ~live.all(0)
+    latent = int(both_sides.nonzero()[0])
+    served = Steered(recipe(sae, when=sf.active({latent: 0.05}), scope=scope), model, SIZE)
+    served.requests.begin("r", None, prompt)
+    served.pack([Span("r", 0, VOCABULARY)], ids)
+    on = live[:, latent] & (ids >= (prompt if scope == "generated" else 0))
     wanted = expected(model, textbook, sae, ids, STRONG, on)
     torch.testing.assert_close(model(ids), wanted, rtol=1e-5, atol=1e-5)
 
