@@ -643,6 +643,16 @@ SETTINGS = {
         ),
         "threshold is not set",
     ),
+    "dictionary-without": (
+        lambda f, w: trained(
+            f,
+            w,
+            "BatchTopKSAE",
+            linear(w) | {"b_dec": w["b_dec"], "k": torch.tensor(K, dtype=torch.int)},
+            k=K,
+        ),
+        "threshold is not set",
+    ),
     "dictionary-k": (
         lambda f, w: trained(
             f, w, "AutoEncoderTopK", linear(w) | {"b_dec": w["b_dec"]} | batch(), k=5
