@@ -159,6 +159,11 @@ def integer_case(
     )
 
 
+def off_by_one(t: Tensor) -> Tensor:
+    """The same numbers, not at whole 16 bytes."""
+    return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+
+
 def apart(t: Tensor) -> Tensor:
     """The same numbers, every other one of a wider tensor."""
     return torch.stack([t, t.flip(0)], -1)[..., 0]

@@ -16,6 +16,7 @@ from ops_cases import (
     assert_steered,
     gamma,
     integer_case,
+    off_by_one,
     permutation,
     preact_bound,
     random_case,
@@ -308,12 +309,11 @@ def test_unaligned_rows(machine, dtype):
             acts(machine, case),
             machine.encode(*case.encoder, 8),
         )
-        shifted = torch.cat([case.x.new_zeros(1), case.x.flatten()])[1:].view(70, d)
+        shifted = off_by_one(case.x)
         assert shifted.data_ptr() % 16
         assert_right(machine, case.but(x=shifted))
         assert torch.equal(machine.encode(shifted, *case.encoder[1:], 8)[1], indices)
-        moved = case.but(W_enc=torch.cat([case.W_enc.new_zeros(1), case.W_enc.flatten()])[1:])
-        moved = moved.but(W_enc=moved.W_enc.view(129, d))
+        moved = case.but(W_enc=off_by_one(case.W_enc))
         # The product of another kernel may differ in the last bit; L0's may not.
         rows = [(c.W_enc[:9], c.b_enc[:9]) for c in (case, moved)]
         assert same_bits(*(machine.project(case.x, *row) for row in rows))
@@ -566,7 +566,7 @@ def test_directions_anywhere_in_memory(machine, dtype):
     for T in (3, 70):
         case = random_case(T, 304, 140, 8, 17, dtype, dtype)
         edit = [*case.edit]
-        edit[3] = torch.cat([edit[3].new_zeros(1), edit[3].flatten()])[1:].view(17, 304)
+        edit[3] = off_by_one(edit[3])
         assert same_bits(machine.steer(*edit), steered(machine, case))
 
 

@@ -10,6 +10,11 @@ from ptx.executor import SECTOR, assert_rows_move_whole
 FULL, *HALVES = DTYPES
 
 
+def bytes_read(traffic) -> int:
+    """But not of what waits, a word at a time, for the other blocks."""
+    return sum(SECTOR * t.parts for t in traffic if t.kind == "read" and t.bytes > 4 * t.runs)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("hopper", [False, True], ids=["ampere", "hopper"])
 @pytest.mark.parametrize("T", [1, 40, 160])
@@ -34,8 +39,7 @@ def test_a_tokens_whole_scan_reads_the_encoder_once(
     act = []
     work = lambda: act.append(machine.feature_acts(*case.encoder, case.features, case.k))  # noqa: E731
     traffic = ptx_executor.traffic(work)
-    # But not what waits, a word at a time, for the other blocks
-    read = sum(SECTOR * t.parts for t in traffic if t.kind == "read" and t.bytes > 4 * t.runs)
+    read = bytes_read(traffic)
     encoder = case.W_enc.nbytes + case.b_enc.nbytes
     assert act[0].item() > 0 and encoder <= read <= 1.1 * encoder
     # Rows are short enough here to be asked for whole, but for the first tiles of separate kernels
@@ -55,9 +59,7 @@ def test_the_encoder_is_read_until_tokens_are_decided(cuda_machine, ptx_executor
     case = case.but(W_enc=0 * case.W_enc, b_enc=bias, features=torch.tensor([N - 2, N - 1]))
     machine = cuda_machine.settle(hopper=hopper, multiprocessors=1)
     work = lambda: machine.feature_acts(*case.encoder, case.features, k)  # noqa: E731
-    traffic = ptx_executor.traffic(work)
-    read = sum(SECTOR * t.parts for t in traffic if t.kind == "read" and t.bytes > 4 * t.runs)
-    assert read < 0.7 * case.W_enc.nbytes
+    assert bytes_read(ptx_executor.traffic(work)) < 0.7 * case.W_enc.nbytes
 
 
 @pytest.mark.parametrize("T", [3, 70])

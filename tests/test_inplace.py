@@ -7,8 +7,8 @@ from itertools import product
 
 import pytest
 import torch
-from guarded import unwritable
 from ops_cases import DTYPES, Case, permutation, random_case, same_bits, threads
+from ptx.memory import unwritable
 from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 

@@ -11,7 +11,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from guarded import at_the_end
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import (
@@ -30,6 +29,7 @@ from ops_cases import (
     same_bits,
     threads,
 )
+from ptx.memory import at_the_end
 
 from bench import baselines
 from saesteer_fast import _build, ops, reference

@@ -6,6 +6,7 @@ The truth is a textbook hook under use_cache=False, where a call holds every col
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import pytest
@@ -484,21 +485,24 @@ def test_a_decoder_of_embeddings_alone_has_no_ids(sae):
         assert torch.equal(stack(x), sf.steer(x, sae, EDITS))
 
 
+class OneLayer(nn.Module):
+    """A decoder whose layer is given what `stream` makes of the ids."""
+
+    def __init__(self, layer: nn.Module, stream: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.layers, self.stream = nn.ModuleList([layer]), stream
+
+    def forward(self, input_ids):
+        return self.layers[0](self.stream(input_ids))
+
+
 def test_modules_that_see_other_tokens(model, sae):
     """Their tokens have no place in a sequence."""
     with sf.steering(model, sae, EDITS, scope="prompt", layer="embed_tokens") as handle:
         model(IDS)
         handle.remove()
 
-    class Flat(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Identity()])
-
-        def forward(self, input_ids):
-            return self.layers[0](torch.ones(*input_ids.shape, 32).flatten(0, 1))
-
-    flat = Flat()
+    flat = OneLayer(nn.Identity(), lambda ids: torch.ones(ids.numel(), 32))
     with sf.steering(flat, sae, EDITS, layer=0):
         assert flat(IDS).shape == (18, 32)
     with sf.steering(flat, sae, EDITS, layer=0, scope="prompt"):
@@ -510,15 +514,7 @@ def test_modules_that_see_other_tokens(model, sae):
 
 
 def test_modules_inside_a_layer_may_have_heads(sae):
-    class Heads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Sequential(nn.Identity())])
-
-        def forward(self, input_ids):
-            return self.layers[0](torch.ones(*input_ids.shape, 2, 32))
-
-    heads = Heads()
+    heads = OneLayer(nn.Sequential(nn.Identity()), lambda ids: torch.ones(*ids.shape, 2, 32))
     with sf.steering(heads, sae, EDITS, layer="layers.0.0"):
         assert torch.equal(heads(IDS), sf.steer(torch.ones(*IDS.shape, 2, 32), sae, EDITS))
 

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from guarded import unwritable
 from ops_cases import (
     DTYPES,
     Case,
@@ -18,10 +17,12 @@ from ops_cases import (
     bits,
     calls_of_numbers_apart,
     integer_case,
+    off_by_one,
     permutation,
     random_case,
     same_bits,
 )
+from ptx.memory import unwritable
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -567,11 +568,6 @@ def test_bad_arguments_are_named(message):
 
 
 # ---- launches ----
-
-
-def off_by_one(t: Tensor) -> Tensor:
-    """The same numbers, not at whole 16 bytes."""
-    return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
 
 
 def test_tensors_anywhere_in_memory():

@@ -93,8 +93,8 @@ class Machine:
         run."""
         usable = multiprocessors if usable is None else usable
         major = 10 if blackwell else 9 if hopper else 8
-        shared = ctypes.c_bool(together)
-        self._library.settle_machine(multiprocessors, usable, major, shared, seed)
+        device = multiprocessors, usable, major, ctypes.c_bool(together)
+        self._library.settle_machine(*device, seed)
         return self
 
     def launches(self) -> int:
