@@ -523,6 +523,7 @@ def test_in_place_by_every_scan(machine, scan, F, monkeypatch):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_more_features_than_a_block_has_threads(machine, T, dtype):
     case = random_case(T, 8, 150, 50, 140, dtype, dtype, per_token=True)
+    case = case.but(mask=torch.arange(T) % 11 < 3)
     for push in (0.0, -1e3):
         b_enc = case.b_enc.index_add(0, case.features, torch.full((140,), push))
         assert_right(machine, case.but(b_enc=b_enc))

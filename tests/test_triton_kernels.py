@@ -35,7 +35,11 @@ if ARCHITECTURE:
     from ptx import triton_driver
 
     triton_driver.activate(os.environ["PTX_LIBRARY"], int(ARCHITECTURE))
-elif not INTERPRETED and not torch.cuda.is_available():
+elif INTERPRETED:
+    from interpreter import replace_once
+
+    replace_once()
+elif not torch.cuda.is_available():
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from saesteer_fast.triton_kernels import (  # noqa: E402  (they import Triton)

@@ -42,7 +42,7 @@ def compile_all(command: Sequence[str], sources: Sequence[Path], folder: Path) -
 def compile_executor(folder: Path) -> Path:
     """The library of ptx.h."""
     library = folder / "libptx.so"
-    command = COMPILER, "-O2", "-mavx2", "-fPIC", "-fno-semantic-interposition", *EXACT
+    command = COMPILER, "-O3", "-mavx2", "-fPIC", "-fno-semantic-interposition", *EXACT
     objects = compile_all(command, sorted(HERE.glob("*.cpp")), folder)
     subprocess.run([COMPILER, "-shared", *objects, "-o", library], check=True)
     return library

@@ -7,6 +7,7 @@
 namespace ptx {
 
 namespace {
+// At once; a clock is as long as the copies that it knows of make it.
 constexpr int kInFlight = 512;
 constexpr int kPage = 1024, kMostGrain = 16;
 }  // namespace
@@ -14,6 +15,10 @@ constexpr int kPage = 1024, kMostGrain = 16;
 void join(Clock& into, const Clock& other) {
   if (into.size() < other.size()) into.resize(other.size());
   for (size_t i = 0; i < other.size(); ++i) into[i] = std::max(into[i], other[i]);
+}
+
+uint32_t known(const Clock& clock, int agent) {
+  return static_cast<size_t>(agent) < clock.size() ? clock[agent] : 0;
 }
 
 void Races::begin(int warps) {
@@ -26,7 +31,7 @@ void Races::begin(int warps) {
 }
 
 Agent Races::warp(int id) const {
-  const Clock none(warps_ + kInFlight);
+  const Clock none(warps_);
   Agent agent{id, none, none, none, none};
   agent.tick();
   return agent;
@@ -36,6 +41,7 @@ Agent Races::fork(const Agent& from) {
   if (free_.empty()) throw std::runtime_error("too many copies and products in flight");
   Agent agent{free_.back(), from.seen, from.published, {}, {}};
   free_.pop_back();
+  if (agent.seen.size() <= static_cast<size_t>(agent.id)) agent.seen.resize(agent.id + 1);
   agent.seen[agent.id] = ++times_[agent.id];
   return agent;
 }
@@ -73,8 +79,8 @@ void Races::each_shadow(uintptr_t at, int bytes, const F& f) {
 void Races::forget(const void* at, int64_t bytes) {
   const auto from = reinterpret_cast<uintptr_t>(at);
   for (uintptr_t key = from / kPage; key * kPage < from + bytes; ++key) {
-    const auto known = pages_.find(key);
-    if (known != pages_.end()) known->second.shadows.clear();
+    const auto found = pages_.find(key);
+    if (found != pages_.end()) found->second.shadows.clear();
   }
 }
 
@@ -87,7 +93,7 @@ void Races::require_written(const void* at, int bytes) {
 // Lanes of a warp are ordered by its barriers alone, and by being one access.
 bool Races::before(const Touch& earlier, const Access& now) {
   if (earlier.agent < 0 || (earlier.strong && now.strong)) return true;
-  if (earlier.agent != now.agent.id) return now.agent.seen[earlier.agent] >= earlier.time;
+  if (earlier.agent != now.agent.id) return known(now.agent.seen, earlier.agent) >= earlier.time;
   return earlier.lane == now.lane || earlier.lane < 0 || now.lane < 0 || earlier.step == now.step ||
          earlier.syncs != now.syncs;
 }
@@ -111,7 +117,7 @@ void Races::touch(const void* at, int bytes, const Access& now) {
       fail(s.write, true, now, "at the same time");
     }
     if (now.async && s.write.agent >= 0 && !s.write.async &&
-        now.agent.published[s.write.agent] < s.write.time)
+        known(now.agent.published, s.write.agent) < s.write.time)
       fail(s.write, true, now, "without a proxy fence between");
     if (now.write) {
       for (Touch& read : s.reads) {
