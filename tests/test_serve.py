@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import SIZES, TOKENS
 from torch import nn
 
 import saesteer_fast as sf
@@ -185,6 +186,49 @@ def test_steerings_of_one_layer_act_one_after_the_other(sae, make_sae, textbook)
     stream = textbook(textbook(stream, sae, STRONG).float(), other, {9: 5.0}).float()
     wanted = stream + model.layers[2].linear(stream)
     torch.testing.assert_close(model(ids), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{"error": "drop"}, {"measure": "projection"}])
+def test_an_engine_steers_as_a_model_is_steered(sae, arguments):
+    ids, model, served = torch.arange(VOCABULARY), Toy(WholeLayer), Toy(WholeLayer)
+    plain = model(ids)
+    with sf.steering(model, sae, STRONG, layer=1, **arguments):
+        wanted = model(ids)
+    assert (wanted - plain).abs().max() > 0.1
+    Steered(recipe(sae, layer=1, **arguments), served, SIZE)
+    torch.testing.assert_close(served(ids), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Phi3", "Qwen3"])
+def test_layers_of_transformers_give_the_stream_whole(sae, name):
+    """Some of vLLM's are called the same, and give it in two parts."""
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    model = kind(kind.config_class(**SIZES, **TOKENS)).eval().requires_grad_(False)
+    ids = torch.arange(1, 8)
+    with sf.steering(model, sae, STRONG):
+        wanted = model(ids[None]).logits
+    served = Steered(recipe(sae), model, SIZE)
+    served.requests.begin("r", None, 7)
+    served.pack([Span("r", 0, 7)], ids)
+    torch.testing.assert_close(model(ids[None]).logits, wanted)
+
+
+def test_every_layer_follows_the_requests(sae):
+    ids, model = torch.arange(VOCABULARY), Toy()
+    plain = model(ids)
+    steps = [sf.Steering(sae, STRONG, layer=layer, scope="generated") for layer in (0, 2)]
+    served = Steered(sf.Recipe(steps), model, SIZE)
+    served.requests.begin("r", None, 7)
+    served.pack([Span("r", 0, VOCABULARY)], ids)
+    assert torch.equal((model(ids) - plain).abs().amax(1) > 1e-4, ids >= 7)
+
+
+def test_tokens_that_nothing_is_said_of_are_steered(sae):
+    ids, model = torch.arange(VOCABULARY), Toy()
+    plain = model(ids)
+    Steered(recipe(sae, scope="generated"), model, SIZE)
+    assert ((model(ids) - plain).abs().amax(1) > 1e-4).all()
 
 
 def test_compiled_whole_it_follows_what_changes_in_place(sae, textbook):
@@ -382,6 +426,15 @@ def test_names_are_chosen_or_refused():
         configuration(names, ["strong"])
     with pytest.raises(ValueError, match="no configuration ''"):
         configuration(names, "")
+
+
+def test_what_the_first_call_would_refuse_is_refused_before(sae, make_sae):
+    with pytest.raises(ValueError, match=r"steerings\[0\]\.impl: 'cuda' cannot run .* on cpu"):
+        Steered(recipe(sae, impl="cuda"), Toy(), SIZE)
+    still = make_sae(d=D)
+    still.W_dec[3] = 0
+    with pytest.raises(ValueError, match=r"steerings\[0\]\.edits: latent 3 has the direction 0"):
+        Steered(recipe(still), Toy(), SIZE)
 
 
 def test_layers_that_are_not_known_are_refused(sae):

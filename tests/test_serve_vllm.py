@@ -303,8 +303,15 @@ WHOLE = ("OLMo 2", "SmolLM3", "Phi")
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 
 
-@pytest.mark.parametrize("name", SUMMED + WHOLE)
-def test_families(tmp_path, make_sae, name):
+OF_BOTH = ("Phi-3", "Llama", "Qwen3")
+"""Run by transformers' code, whose layers have the names of vLLM's."""
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [*((name, "auto") for name in SUMMED + WHOLE), *((name, "transformers") for name in OF_BOTH)],
+)
+def test_families(tmp_path, make_sae, name, code):
     """vLLM's log-probabilities of what it generates, beside those of transformers."""
     family = next(family for family in FAMILIES if family.name == name)
     model = build(dataclasses.replace(family, options={**family.options, **SIZES}))
@@ -314,7 +321,7 @@ def test_families(tmp_path, make_sae, name):
     made = sf.Recipe([sf.Steering(str(tmp_path / "layers.1"), edits, scope="generated")])
     random = torch.Generator().manual_seed(1)
     prompts = [torch.randint(2, 64, (n,), generator=random).tolist() for n in (7, 3, 12, 5)]
-    options = {"max_model_len": 64, "skip_tokenizer_init": True}
+    options = {"max_model_len": 64, "skip_tokenizer_init": True, "model_impl": code}
     with engine(tmp_path, made, tmp_path / "model", **options) as llm:
         parameters = asking(None, logprobs=1, detokenize=False, ignore_eos=True)
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters)

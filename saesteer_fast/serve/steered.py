@@ -36,7 +36,8 @@ SUMMED = (
     "Qwen3MoeDecoderLayer",
 )
 """vLLM's layers whose stream was found to be the sum of the two tensors that they give. Of others,
-one may be the whole stream already. Those of transformers always give it whole."""
+one may be the whole stream already. Those of transformers, some of which have the same names,
+always give it whole."""
 
 
 class Steered:
@@ -139,10 +140,10 @@ def _is_summed(site: sites.Site) -> bool:
     kind = type(site.module)
     if not site.is_layer:
         raise ValueError(f"layer: {site.path} is no decoder layer, which an engine needs")
-    if kind.__name__ in SUMMED:
-        return True
     if kind.__module__.startswith("transformers."):
         return False
+    if kind.__name__ in SUMMED:
+        return True
     raise ValueError(
         f"layer: it is not known how {kind.__name__} gives its stream; known are "
         f"{', '.join(SUMMED)}, and all of transformers (vLLM's model_impl='transformers')"
