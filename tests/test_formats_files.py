@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -174,7 +176,7 @@ def qwen(folder: Path, w: dict) -> Path:
     return path
 
 
-def openai(folder: Path, w: dict, activation="TopK", postact="ReLU") -> Path:
+def openai(folder: Path, w: dict, activation="TopK", postact="ReLU", **changed) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     topk = {"k": K, "postact_fn": postact} if activation == "TopK" else {}
     state = {
@@ -186,7 +188,7 @@ def openai(folder: Path, w: dict, activation="TopK", postact="ReLU") -> Path:
         "activation": activation,
         "activation_state_dict": topk,
     }
-    torch.save(state, folder / "6.pt")
+    torch.save(state | changed, folder / "6.pt")
     return folder / "6.pt"
 
 
@@ -364,6 +366,68 @@ def test_half_precision_stays(tmp_path, name, dtype):
         assert torch.equal(getattr(sae, key), w[key]), key
 
 
+def test_a_threshold_beside_half_precision_weights_is_not_rounded(tmp_path):
+    w = random(dtype=torch.bfloat16)
+    state = linear(w) | {"b_dec": w["b_dec"]} | batch(0.7)
+    places = (
+        trained(tmp_path / "batch", w, "BatchTopKSAE", state, k=K),
+        llama(tmp_path / "llama", w, jump_relu_threshold=0.7),
+    )
+    for place in places:
+        assert torch.equal(sf.SAE.load(place).threshold, torch.full((N,), 0.7))
+
+
+def test_llama_scope_scales_biases_in_fp32(tmp_path):
+    w = random(dtype=torch.bfloat16)
+    sae = sf.SAE.load(llama(tmp_path / "sae", w))
+    for key in ("b_enc", "b_dec"):
+        scaled = w[key].double() * 17.125 / D**0.5
+        torch.testing.assert_close(getattr(sae, key).double(), scaled, rtol=2**-23, atol=0)
+
+
+def test_a_threshold_of_0_is_set(tmp_path):
+    w = random()
+    state = linear(w) | {"b_dec": w["b_dec"]} | batch(0.0)
+    sae = sf.SAE.load(trained(tmp_path, w, "BatchTopKSAE", state))
+    assert torch.equal(sae.threshold, torch.zeros(N))
+
+
+NAMED = {
+    "saelens": lambda f, w, name: saelens(f, w, "standard", metadata={"hook_name": name}),
+    "dictionary_learning": lambda f, w, name: trained(
+        f, w, "AutoEncoder", linear(w) | {"bias": w["b_dec"]}, submodule_name=name
+    ),
+    "gemma_scope_2": lambda f, w, name: gemma_2(f, w, hf_hook_point_in=name),
+}
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "hookpoint"),
+    [
+        ("saelens", "blocks.7.hook_resid_pre", "layers.6"),
+        ("saelens", "blocks.0.hook_resid_pre", None),
+        ("saelens", "blocks.3.hook_resid_post_mlp", None),
+        ("saelens", "x.blocks.3.hook_resid_post", None),
+        ("saelens", 3, None),
+        ("dictionary_learning", "resid_pre_layer_6", None),
+        ("dictionary_learning", "mlp_out_layer_6", None),
+        ("dictionary_learning", None, None),
+        ("gemma_scope_2", "model.language_model.layers.9.output", "layers.9"),
+        ("gemma_scope_2", "layers.9.output", "layers.9"),
+        ("gemma_scope_2", "model.layers.9.mlp.output", None),
+        ("gemma_scope_2", "model.layers.9.input", None),
+        ("gemma_scope_2", "model.sublayers.9.output", None),
+    ],
+)
+def test_only_the_output_of_a_layer_is_a_hookpoint(tmp_path, format, name, hookpoint):
+    assert sf.SAE.load(NAMED[format](tmp_path / "sae", random(), name)).hookpoint == hookpoint
+
+
+def test_the_configurations_hookpoint_goes_before_the_folders_name(tmp_path):
+    place = saelens(tmp_path / "layers.3", random(), "topk", k=K)
+    assert sf.SAE.load(place).hookpoint == "layers.6"
+
+
 def test_parameters_stored_by_columns(tmp_path):
     """A weight made as the transpose of another is saved as it lies, strides and all."""
     w = random()
@@ -399,12 +463,16 @@ def test_fake_tensors_say_where_numbers_lie_too(tmp_path, monkeypatch):
     assert torch.equal(sf.SAE.load(path).W_dec, w["W_dec"])
 
 
-def test_many_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "BLOCK", 96)
+@pytest.mark.parametrize("block", [96, 16], ids=["rows", "less than a row"])
+def test_many_blocks(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(files, "BLOCK", block)
     for name in ("saelens-topk", "dictionary_learning-AutoEncoderTopK", "gemma_scope"):
         w = random()
         sae = sf.SAE.load(PLAIN[name][0](tmp_path / name, w))
         assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.W_dec, w["W_dec"])
+    sae.save(tmp_path / "sae", "saelens")  # with checksums
+    back = sf.SAE.load(tmp_path / "sae")
+    assert torch.equal(back.W_enc, w["W_enc"]) and torch.equal(back.W_dec, w["W_dec"])
 
 
 @pytest.mark.fault(41)
@@ -433,6 +501,24 @@ def test_scale_of_a_saelens_checkpoint(tmp_path):
     dump(tmp_path / "activation_scaler.json", {"scaling_factor": None})
     with pytest.raises(ValueError, match=r"activation_scaler.json: scaling_factor is None"):
         sf.SAE.load(tmp_path)
+
+
+def test_a_scale_that_is_folded_in_is_not_used_again(tmp_path):
+    place = saelens(tmp_path, random(), "standard")
+    dump(tmp_path / "activation_scaler.json", {"scaling_factor": 0.25})
+    assert sf.SAE.load(place).scale == 1
+
+
+def test_settings_that_saelens_leaves_out_are_its_librarys(tmp_path):
+    w = random()
+    source = saelens(tmp_path / "new", w, "standard") / "cfg.json"
+    config = json.loads(source.read_text())
+    del config["normalize_activations"]
+    dump(source, config)
+    assert sf.SAE.load(source.parent).normalize == "none"
+    assert sf.SAE.load(flat(tmp_path / "old", w, activation_fn_str=None)).measure == "relu"
+    topk = {"architecture": "topk", "activation_fn_str": "topk", "k": K}
+    assert sf.SAE.load(flat(tmp_path / "topk", w, **topk)).k == K
 
 
 def test_an_autoencoder_is_normalised_as_its_library_does(tmp_path):
@@ -495,13 +581,21 @@ def test_gemma_scope_of_the_embedding(tmp_path):
 
 
 @pytest.mark.fault(46)
-@pytest.mark.parametrize("above", ["embedding_study", "embedding"])
+@pytest.mark.parametrize("above", ["embedding_study", "embedding", "layer_9"])
 def test_gemma_scope_below_a_folder_of_that_name(tmp_path, above):
     w = random()
     path = tmp_path / above / "gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_71"
     sae = sf.SAE.load(numpy(path, w))
     assert torch.equal(sae.W_enc, w["W_enc"]) and torch.equal(sae.W_dec, w["W_dec"])
     assert sae.hookpoint == "layers.3"
+
+
+def test_gemma_scope_2_without_its_configuration(tmp_path):
+    w = random()
+    place = gemma_2(tmp_path / "sae", w)
+    (place / "config.json").unlink()
+    sae = sf.SAE.load(place)
+    assert torch.equal(sae.W_enc, w["W_enc"]) and sae.hookpoint is None
 
 
 @pytest.mark.fault(78)
@@ -523,6 +617,15 @@ def test_defaults_of_dtype_and_device_change_nothing(tmp_path, name, dtype, devi
             assert getattr(sae, key).dtype == held.dtype and torch.equal(getattr(sae, key), held)
 
 
+def test_loaded_in_inference_mode_for_use_with_gradients(tmp_path):
+    place = saelens(tmp_path, random(), "topk", k=K)
+    with torch.inference_mode():
+        sae = sf.SAE.load(place)
+    x = torch.randn(3, D, requires_grad=True)
+    sae.decode(sae.encode(x)).sum().backward()
+    assert x.grad is not None
+
+
 def test_a_hookpoint_of_before_is_not_kept(tmp_path):
     """cfg.json of SAELens names one too, which what is saved anew may have left."""
     sae = sf.SAE.load(saelens(tmp_path / "sae", random(), "topk", k=K))
@@ -531,6 +634,35 @@ def test_a_hookpoint_of_before_is_not_kept(tmp_path):
         replace(sae, hookpoint=hookpoint).save(tmp_path / str(place), "saelens")
         held = sf.SAE.load(tmp_path / str(place)).hookpoint
         assert held == (hookpoint if hookpoint == "layers.7" else None)
+    assert sae.config["metadata"]["hook_name"] == "blocks.6.hook_resid_post"
+
+
+def test_a_hookpoint_keeps_the_name_that_saelens_gave_it(tmp_path):
+    named = {"hook_name": "blocks.7.hook_resid_pre"}
+    sae = sf.SAE.load(saelens(tmp_path / "sae", random(), "topk", k=K, metadata=named))
+    sae.save(tmp_path / "again", "saelens")
+    told = json.loads((tmp_path / "again/cfg.json").read_text())["metadata"]
+    assert named.items() <= told.items()
+
+
+def test_saelens_is_told_that_a_file_is_not_from_before_6(tmp_path):
+    sf.SAE(*list(random().values())[:4], k=K).save(tmp_path, "saelens")
+    told = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert told["sae_lens_version"] == "6.0.0"
+
+
+@pytest.mark.parametrize("wide", ["b_enc", "W_dec", "threshold"])
+def test_saelens_is_told_a_dtype_that_holds_every_weight(tmp_path, wide):
+    w = random(dtype=torch.bfloat16)
+    w[wide] = w[wide].float()
+    held = {key: w[key] for key in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+    sf.SAE(**held, measure="threshold").save(tmp_path, "saelens")
+    assert json.loads((tmp_path / "cfg.json").read_text())["dtype"] == "float32"
+
+
+def test_settings_of_another_format_are_not_saved(tmp_path):
+    sf.SAE.load(saelens(tmp_path / "sae", random(), "topk", k=K)).save(tmp_path / "again")
+    assert "metadata" not in json.loads((tmp_path / "again/cfg.json").read_text())
 
 
 def test_negated_views(tmp_path):
@@ -561,8 +693,24 @@ def test_unused_finetuning_factors(tmp_path):
     tensors = load_file(weights)
     save_file(tensors | {"scaling_factor": torch.ones(N)}, weights)
     assert torch.equal(sf.SAE.load(tmp_path).W_dec, w["W_dec"])
-    save_file(tensors | {"scaling_factor": torch.full((N,), 2.0)}, weights)
-    with pytest.raises(ValueError, match="scaling_factor is not 1"):
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        (torch.full((N,), 2.0), "is not 1"),
+        (torch.ones(N).index_fill(0, torch.tensor(3), 2.0), "is not 1"),
+        (torch.ones(N).double(), "is F64, accepted are F32, BF16, F16"),
+        (torch.ones(5, 0), r"has shape \(5, 0\), \(24,\) is needed"),
+        (torch.ones(0), r"has shape \(0,\), \(24,\) is needed"),
+    ],
+    ids=["all", "one", "fp64", "[5, 0]", "[0]"],
+)
+def test_other_finetuning_factors(tmp_path, factors, message):
+    saelens(tmp_path, random(), "standard")
+    weights = tmp_path / "sae_weights.safetensors"
+    save_file(load_file(weights) | {"scaling_factor": factors}, weights)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(weights))}: scaling_factor {message}"):
         sf.SAE.load(tmp_path)
 
 
@@ -623,6 +771,10 @@ SETTINGS = {
         lambda f, w: flat(f, w, normalize_activations=True),
         "'expected_average_only_in', and there is no",
     ),
+    "saelens-old-kwargs": (
+        lambda f, w: flat(f, w, activation_fn_str="topk", activation_fn_kwargs=[3]),
+        r"cfg\.json: activation_fn_kwargs is \[3\], an object is needed",
+    ),
     "dictionary-class": (
         lambda f, w: trained(f, w, "AutoEncoderTopk", linear(w)),
         "dict_class is 'AutoEncoderTopk', accepted are .*did you mean 'AutoEncoderTopK'",
@@ -658,6 +810,35 @@ SETTINGS = {
             f, w, "AutoEncoderTopK", linear(w) | {"b_dec": w["b_dec"]} | batch(), k=5
         ),
         "k is 5, but 4 in ae.pt",
+    ),
+    "dictionary-k-text": (
+        lambda f, w: trained(f, w, "AutoEncoderTopK", linear(w) | {"b_dec": w["b_dec"]}, k="3"),
+        r"config\.json: k is '3', an integer",
+    ),
+    "dictionary-k-flag": (
+        lambda f, w: trained(f, w, "AutoEncoderTopK", linear(w) | {"b_dec": w["b_dec"]}, k=True),
+        r"config\.json: k is True, an integer",
+    ),
+    "dictionary-k-float": (
+        lambda f, w: trained(
+            f, w, "AutoEncoderTopK", linear(w) | {"b_dec": w["b_dec"], "k": torch.tensor(4.0)}
+        ),
+        r"ae\.pt: k is 4\.0, an integer",
+    ),
+    "dictionary-thresholds": (
+        lambda f, w: trained(
+            f, w, "BatchTopKSAE", linear(w) | {"b_dec": w["b_dec"], "threshold": w["threshold"]}
+        ),
+        r"ae\.pt: threshold is no number",
+    ),
+    "dictionary-threshold-double": (
+        lambda f, w: trained(
+            f,
+            w,
+            "BatchTopKSAE",
+            linear(w) | {"b_dec": w["b_dec"], "threshold": torch.tensor(0.5).double()},
+        ),
+        r"ae\.pt: threshold is no number",
     ),
     "dictionary-no-size": (
         lambda f, w: trained(f, w, "AutoEncoder", linear(w), dict_size=...),
@@ -700,6 +881,10 @@ SETTINGS = {
         lambda f, w: llama(f, w, dataset_average_activation_norm={"in": 17.125, "out": 16.0}),
         '"out": the same} is needed',
     ),
+    "llama-negative-norm": (
+        lambda f, w: llama(f, w, dataset_average_activation_norm={"in": -1.0, "out": -1.0}),
+        "dataset_average_activation_norm is .* a positive number",
+    ),
     "llama-threshold": (
         lambda f, w: llama(f, w, jump_relu_threshold=0.0),
         "jump_relu_threshold is 0.0, a positive number is needed",
@@ -723,6 +908,22 @@ SETTINGS = {
         "postact_fn is 'Identity', accepted is ReLU; another lets negative",
     ),
     "openai-activation": (lambda f, w: openai(f, w, "GELU"), "activation is 'GELU', accepted are"),
+    "openai-no-activation": (
+        lambda f, w: openai(f, w, "Identity"),
+        "activation is 'Identity', accepted are TopK, ReLU",
+    ),
+    "openai-state": (
+        lambda f, w: openai(f, w, activation_state_dict=[3]),
+        r"6\.pt: activation_state_dict is \[3\], an object is needed",
+    ),
+    "openai-k-text": (
+        lambda f, w: openai(f, w, activation_state_dict={"k": "3", "postact_fn": "ReLU"}),
+        r"6\.pt: k is '3', an integer",
+    ),
+    "openai-no-k": (
+        lambda f, w: openai(f, w, activation_state_dict={"postact_fn": "ReLU"}),
+        r"6\.pt: lacks k$",
+    ),
 }
 
 
@@ -732,7 +933,31 @@ def test_what_cannot_be_said_is_refused_by_name(tmp_path, name):
     write, message = SETTINGS[name]
     with pytest.raises(ValueError, match=message) as caught:
         sf.SAE.load(write(tmp_path / "sae", random()))
-    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_a_trainer_that_is_no_object(tmp_path):
+    w = random()
+    trained(tmp_path, w, "AutoEncoder", linear(w))
+    dump(tmp_path / "config.json", {"trainer": [1]})
+    with pytest.raises(ValueError, match=r"config\.json: trainer is \[1\], an object is needed"):
+        sf.SAE.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("saelens-topk", "cfg.json"),
+        ("dictionary_learning-AutoEncoder", "config.json"),
+        ("llama", "hyperparams.json"),
+    ],
+)
+def test_a_configuration_that_is_missing(tmp_path, name, missing):
+    write = llama if name == "llama" else PLAIN[name][0]
+    place = write(tmp_path / "sae", random())
+    (place / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(place))}: lacks {missing}$"):
+        sf.SAE.load(place)
 
 
 def test_qwen_scope_needs_k_in_a_name(tmp_path):
@@ -744,6 +969,8 @@ def test_qwen_scope_needs_k_in_a_name(tmp_path):
 def test_the_nearest_name_tells_k(tmp_path):
     path = qwen(tmp_path / "all-L0_9", random())
     assert sf.SAE.load(path).k == 4
+    folder = path.parent.rename(tmp_path / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_12")
+    assert sf.SAE.load(folder / path.name).k == 12
 
 
 def test_a_folder_of_layers_names_them(tmp_path):
@@ -753,6 +980,20 @@ def test_a_folder_of_layers_names_them(tmp_path):
     path.with_name("layer7.sae.pt").write_bytes(path.read_bytes())
     with pytest.raises(FileNotFoundError, match=r"SAEs are inside: layer6\.sae\.pt, layer7"):
         sf.SAE.load(path.parent)
+
+
+def test_a_folder_of_several_pt_files_names_them(tmp_path):
+    path = openai(tmp_path, random())
+    assert sf.SAE.load(tmp_path).k == K
+    path.with_name("7.pt").write_bytes(path.read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"holds no SAE.*SAEs are inside: 6\.pt, 7\.pt$"):
+        sf.SAE.load(tmp_path)
+
+
+def test_a_file_of_no_known_format(tmp_path):
+    (tmp_path / "sae.bin").touch()
+    with pytest.raises(ValueError, match=r"sae\.bin is a file of no known format; give a folder"):
+        sf.SAE.load(tmp_path / "sae.bin")
 
 
 def test_two_formats_in_one_folder(tmp_path):
@@ -841,6 +1082,19 @@ def test_flipped_bit_in_an_archive(tmp_path, name):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"is damaged \(Bad CRC-32"):
         sf.SAE.load(place)
+
+
+def test_flipped_bit_in_a_view_of_a_longer_storage(tmp_path):
+    """The checksum is compared at the storage's end, which no weight needs."""
+    w = random()
+    longer = torch.cat([w["b_dec"], torch.zeros(10_000)])
+    state = linear(w) | {"b_dec": longer[:D]} | batch()
+    path = trained(tmp_path, w, "AutoEncoderTopK", state, k=K) / "ae.pt"
+    content = bytearray(path.read_bytes())
+    content[content.index(w["b_dec"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"b_dec is damaged \(Bad CRC-32"):
+        sf.SAE.load(tmp_path)
 
 
 @pytest.mark.fault(37)
@@ -982,6 +1236,66 @@ def test_an_archive_of_something_else(tmp_path):
     torch.save([torch.ones(2)], tmp_path / "autoencoder.pt")
     with pytest.raises(ValueError, match="holds a list, a state dict is needed"):
         sf.SAE.load(tmp_path / "autoencoder.pt")
+
+
+Write = Callable[[BinaryIO, np.ndarray], None]
+
+
+def savez(write: Write) -> Callable[..., None]:
+    """numpy.savez, were `write` numpy.save."""
+
+    def save(path: Path, **arrays: np.ndarray):
+        with zipfile.ZipFile(path, "w") as archive:
+            for key, array in arrays.items():
+                with archive.open(f"{key}.npy", "w") as stream:
+                    write(stream, array)
+
+    return save
+
+
+def npy(major: int) -> Write:
+    return lambda stream, array: np.lib.format.write_array(stream, array, (major, 0))
+
+
+def before_1_14(stream: BinaryIO, array: np.ndarray):
+    """As NumPy was then: a header's end was a multiple of 16 bytes, not of 64."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {array.shape}, }}"
+    header += " " * (-(len(header) + 11) % 16) + "\n"
+    stream.write(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode())
+    stream.write(array.tobytes())
+
+
+@pytest.mark.parametrize("write", [npy(2), before_1_14], ids=["2.0", "before 1.14"])
+def test_arrays_with_other_headers(tmp_path, write):
+    w = random()
+    sae = sf.SAE.load(numpy(tmp_path / "sae", w, savez(write)))
+    for key in ("W_enc", "W_dec", "b_dec", "threshold"):
+        assert torch.equal(getattr(sae, key), w[key]), key
+
+
+def big_endian(stream: BinaryIO, array: np.ndarray):
+    np.save(stream, array.astype(">f4"))
+
+
+def cut_short(stream: BinaryIO, array: np.ndarray):
+    whole = io.BytesIO()
+    np.save(whole, array)
+    stream.write(whole.getvalue()[:-4])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (npy(3), "is no array"),
+        (big_endian, "is >f4, accepted are F32, BF16, F16"),
+        (cut_short, "is cut short"),
+    ],
+    ids=["3.0", "big-endian", "cut short"],
+)
+def test_arrays_that_cannot_be_read_are_named(tmp_path, write, message):
+    place = numpy(tmp_path / "sae", random(), savez(write))
+    with pytest.raises(ValueError, match=rf"params\.npz: W_enc {message}"):
+        sf.SAE.load(place)
 
 
 @pytest.mark.fault(45)

@@ -81,9 +81,17 @@ def fetched(cache, monkeypatch) -> list[list[str]]:
 def test_only_the_files_of_an_sae_are_asked_for(fetched):
     assert sf.SAE.load("org/saes/layers.6").hookpoint == "layers.6"
     (patterns,) = fetched
-    assert {"layers.6/cfg.json", "layers.6/sae.safetensors", "layers.6/ae.pt"} <= set(patterns)
+    names = ("cfg.json", "sae.safetensors", "ae.pt", "activation_scaler.json")
+    assert {f"layers.6/{name}" for name in (*names, "saesteer_order.safetensors")} <= set(patterns)
     assert all(pattern.startswith("layers.6") for pattern in patterns)
     assert not any(letter in pattern for pattern in patterns for letter in "*?[")
+
+
+@pytest.mark.parametrize("folder", ["", "width_1m/l0=30+x"])
+def test_folders_of_a_repository(fetched, cache, make_sae, folder):
+    make_sae(10, 24, 3).save(cache / "models--org--saes" / "snapshots" / COMMIT / folder)
+    assert sf.SAE.load(f"org/saes/{folder}".rstrip("/")).k == 3
+    assert f"{folder}/cfg.json".lstrip("/") in fetched[0]
 
 
 def test_one_file_of_a_repository(fetched):
@@ -117,6 +125,15 @@ def test_a_path_is_no_repository(fetched):
 def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match=r"no folder org/saes; .* install huggingface_hub"):
+        sf.SAE.load("org/saes")
+
+
+def test_a_hub_that_is_out_of_reach(monkeypatch):
+    def snapshot_download(repository: str, **_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError, match=r"no repository org/saes .*\(no network\)"):
         sf.SAE.load("org/saes")
 
 

@@ -10,10 +10,12 @@ import struct
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import saesteer_fast as sf
@@ -53,6 +55,26 @@ def test_what_is_saved_is_loaded(tmp_path, make_sae, dtype):
     assert (back.k, back.hookpoint) == (K, "layers.17")
 
 
+@pytest.mark.parametrize("settings", [{"measure": "groupmax"}, {"k": N}], ids=str)
+def test_settings_are_saved(tmp_path, make_sae, settings):
+    sae = replace(make_sae(D, N, K), **settings)
+    sae.save(tmp_path / "sae")
+    back = sf.SAE.load(tmp_path / "sae")
+    assert (back.measure, back.k) == (sae.measure, sae.k)
+
+
+def test_a_scale_is_not_lost(tmp_path, make_sae):
+    sae = replace(make_sae(D, N, K), scale=0.5)
+    with pytest.raises(ValueError, match=r"sparsify cannot say scale=0\.5; fold\(\)"):
+        sae.save(tmp_path / "sae")
+
+
+def test_other_libraries_are_told_the_framework(folder):
+    """transformers 4 refuses files that do not say it."""
+    with safe_open(folder / "sae.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
 def test_tied_weights(tmp_path):
     W = torch.randn(N, D)
     sf.SAE(W_enc=W, b_enc=torch.zeros(N), W_dec=W, b_dec=torch.zeros(D), k=K).save(
@@ -70,6 +92,10 @@ def test_tied_weights(tmp_path):
         ("model.layers.10", "model.layers.10"),
         ("h.3", "h.3"),
         ("my-sae", None),
+        ("my-layers.6", None),
+        ("layers.6-old", None),
+        ("layers.6 (1)", None),
+        ("layers.six", None),
         ("run.2", None),
         ("layers", None),
     ],
@@ -91,7 +117,10 @@ def test_a_folder_named_for_another_hookpoint_is_refused(tmp_path, make_sae, own
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("own", ["layers.2", "h.2", "model.layers.2", "blocks.2.hook_resid_post"])
+@pytest.mark.parametrize(
+    "own",
+    ["layers.2", "h.2", "model.layers.2", "blocks.2.hook_resid_post", "blocks.3.hook_resid_pre"],
+)
 def test_a_hookpoint_may_go_by_another_name(tmp_path, make_sae, own):
     make_sae(D, N, K, hookpoint=own).save(tmp_path / "layers.2")
     assert sf.SAE.load(tmp_path / "layers.2").hookpoint == "layers.2"

@@ -80,7 +80,7 @@ def _place(path: str | os.PathLike[str]) -> Path:
     if place.exists():
         return place
     if not (isinstance(path, str) and hub.is_id(path)):
-        hint = nearest(place.name, [name for name in _names(place.parent) if name != place.name])
+        hint = nearest(place.name, _names(place.parent))
         if place.is_symlink():
             hint = f"; the link leads to {os.readlink(place)}, which is not there"
         if "://" in os.fspath(path):

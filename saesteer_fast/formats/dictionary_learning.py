@@ -98,9 +98,11 @@ def _buffers(
             found[name] = tensors.scalar(name)
         tensors.shapes.pop(name, None)
     if measure == "topk":
-        k = found.get("k", trainer.get("k"))
+        if "k" not in found:
+            return {"k": settings.integer(source, trainer, "k")}
+        k = settings.integer(tensors.path, found, "k")
         if trainer.get("k", k) != k:
-            raise ValueError(f"{source}: k is {trainer['k']}, but {k} in {tensors.path.name}")
+            raise ValueError(f"{source}: k is {trainer['k']!r}, but {k} in {tensors.path.name}")
         return {"k": k}
     if measure == "threshold" and "k" in names:
         if found.get("threshold", -1) < 0:

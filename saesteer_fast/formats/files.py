@@ -172,8 +172,7 @@ def read_weights(
             raise ValueError(f"{path}: {key} has shape {shape}, {wanted} is needed, none of them 0")
         sizes = dict(zip(letters, shape, strict=True))
     for key, (_, letters) in layout.items():
-        _require_dtype(path, key, tensors.dtypes[key])
-        _require_shape(path, key, tensors.shapes[key], tuple(sizes[letter] for letter in letters))
+        require_tensor(tensors, key, tuple(sizes[letter] for letter in letters))
     return {
         name: tensors.read(key, turned=letters == "dN") for key, (name, letters) in layout.items()
     }
@@ -188,12 +187,11 @@ def require_keys(path: Path, found: set[str], wanted: set[str]) -> None:
         raise ValueError(f"{path}: holds {', '.join(unknown)} besides {', '.join(sorted(wanted))}")
 
 
-def _require_dtype(path: Path, key: str, dtype: str) -> None:
+def require_tensor(tensors: Tensors, key: str, wanted: tuple[int, ...]) -> None:
+    """ValueError for a tensor that is not of DTYPES, or of another shape."""
+    path, dtype, got = tensors.path, tensors.dtypes[key], tensors.shapes[key]
     if dtype not in DTYPES:
         raise ValueError(f"{path}: {key} is {dtype}, accepted are {', '.join(DTYPES)}")
-
-
-def _require_shape(path: Path, key: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if got != wanted:
         hint = "; it is transposed" if len(wanted) == 2 and got == wanted[::-1] else ""
         raise ValueError(f"{path}: {key} has shape {got}, {wanted} is needed{hint}")

@@ -41,10 +41,10 @@ def load(path: Path) -> Fields:
 
 
 def _topk(tensors: Torch) -> dict[str, object]:
-    state = tensors.settings.get("activation_state_dict") or {}
+    state = settings.mapping(tensors.path, tensors.settings, "activation_state_dict")
     why = "; another lets negative activations live"
     settings.one_of(tensors.path, state, "postact_fn", ("ReLU",), why)
-    return {"k": state.get("k"), "normalize": "layer_norm"}
+    return {"k": settings.integer(tensors.path, state, "k"), "normalize": "layer_norm"}
 
 
 def _file(path: Path) -> Path | None:

@@ -25,6 +25,7 @@ from .files import (
     read_json,
     read_weights,
     require_files,
+    require_tensor,
     write_folder,
     write_json,
     write_tensors,
@@ -85,8 +86,8 @@ def load(folder: Path) -> Fields:
     architecture = settings.one_of(source, config, "architecture", _MEASURES, why)
     layout = _COMMON | _OWN[architecture]
     tensors = Safetensors(folder / "sae_weights.safetensors")
-    _drop_scaling(tensors)
     N, d = (settings.integer(source, config, key) for key in ("d_sae", "d_in"))
+    _drop_scaling(tensors, N)
     normalize = settings.one_of(source, config, "normalize_activations", _NORMALIZE)
     metadata = config.get("metadata") or {}
     return dict(
@@ -175,7 +176,8 @@ def _modern(source: Path, config: dict[str, object]) -> dict[str, object]:
     config.setdefault("architecture", "standard")
     if activation == "topk":
         config["architecture"] = "topk"
-        config["k"] = (config.get("activation_fn_kwargs") or {}).get("k", config.get("k"))
+        own = settings.mapping(source, config, "activation_fn_kwargs")
+        config["k"] = own.get("k", config.get("k"))
     normalize = config.get("normalize_activations")
     if normalize is None or isinstance(normalize, bool):
         normalize = "expected_average_only_in" if normalize else "none"
@@ -197,9 +199,10 @@ def _scale(source: Path, config: dict[str, object]) -> float:
     return settings.positive(path, read_json(path), "scaling_factor")
 
 
-def _drop_scaling(tensors: Safetensors) -> None:
+def _drop_scaling(tensors: Safetensors, N: int) -> None:
     """Older files carry a factor a latent for finetuning, which is 1 unless it was used."""
     if "scaling_factor" in tensors.shapes:
+        require_tensor(tensors, "scaling_factor", (N,))
         if not bool((tensors.read("scaling_factor") == 1).all()):
             raise ValueError(
                 f"{tensors.path}: scaling_factor is not 1: finetuned activations are not supported"

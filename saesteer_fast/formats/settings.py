@@ -34,6 +34,14 @@ def flag(source: Path, config: Config, key: str, default: bool) -> bool:
     return value
 
 
+def mapping(source: Path, config: Config, key: str) -> Config:
+    """An object; where there is none, an empty one."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{source}: {key} is {value!r}, an object is needed")
+    return value or {}
+
+
 def one_of(source: Path, config: Config, key: str, choices: Collection[str], why: str = "") -> str:
     """`why` ends what is said of a value that is none of them."""
     value = config.get(key)
