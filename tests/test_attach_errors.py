@@ -121,12 +121,15 @@ def test_sae_for_another_width(model, make_sae):
         sf.steering(model, make_sae(d=48), EDITS)
 
 
-def test_width_of_a_module_inside_a_layer(model, sae):
+def test_width_of_a_module_inside_a_layer(model, sae, make_sae):
     with sf.steering(model, sae, EDITS, layer="layers.1.mlp.gate_up_proj"):
         with pytest.raises(
             ValueError, match=r"sae: is for width 32, layers\.1\.mlp\.gate_up_proj gives"
         ):
             model(PROMPT)
+    plain = model(PROMPT).logits
+    with sf.steering(model, make_sae(d=128), EDITS, layer="layers.1.mlp.gate_up_proj"):
+        assert not torch.equal(model(PROMPT).logits, plain)
 
 
 def test_double_precision(make_phi3, sae):

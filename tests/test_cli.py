@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from saesteer_fast import SAE, __version__, cli
 
@@ -65,17 +66,41 @@ def test_convert_does_not_rename_the_hookpoint(tmp_path, make_sae):
     assert not (tmp_path / "layers.9").exists()
 
 
-def test_env(monkeypatch):
+def test_convert_folds_where_it_is_asked_to(tmp_path, make_sae, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = make_sae()
+    weights = {name: getattr(plain, name) for name in ("W_enc", "b_enc", "b_dec")}
+    sae = SAE(**weights, W_dec=2 * plain.W_dec, k=8, decoder_norm=True)
+    sae.save("source", "saelens")
+    with pytest.raises(SystemExit, match="saesteer convert: sparsify cannot say decoder_norm=True"):
+        cli.main(["convert", "source", "folded", "--to", "sparsify"])
+    cli.main(["convert", "source", "folded", "--to", "sparsify", "--fold"])
+    torch.testing.assert_close(SAE.load("folded").W_dec, plain.W_dec)
+    torch.testing.assert_close(SAE.load("folded").W_enc, 2 * plain.W_enc)
+    cli.main(["convert", "source", "kept", "--to", "saelens"])
+    assert SAE.load("kept").decoder_norm
+
+
+@pytest.mark.parametrize("command", ["env", "verify"])
+def test_a_command_runs_its_module(monkeypatch, command):
     called = []
-    env = pytest.importorskip("saesteer_fast.env", reason="needs the built extension")
-    monkeypatch.setattr(env, "main", lambda: called.append(True))
-    cli.main(["env"])
+    name = f"saesteer_fast.{command}"
+    module = pytest.importorskip(name, reason="needs the built extension")
+    monkeypatch.setattr(module, "main", lambda: called.append(True))
+    cli.main([command])
     assert called == [True]
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["mini"], ["dmo"], ["demo", "--threads", "2"], ["mini", "build", "--threads", "0"]],
+    [
+        [],
+        ["mini"],
+        ["dmo"],
+        ["demo", "--threads", "2"],
+        ["mini", "build", "--threads", "0"],
+        ["convert", "a", "b"],
+    ],
 )
 def test_wrong_arguments_are_named(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -65,6 +65,7 @@ UNCHANGING = {
     "at least 0": sf.at_least(0.0),
     "at least less": sf.at_least(-3.0),
     "at most much": sf.at_most(1e6),
+    "at most the largest": sf.at_most(torch.finfo(torch.float32).max),
 }
 
 
@@ -109,6 +110,13 @@ def test_add_reads_no_activation(monkeypatch):
     assert_rounded(y, x.double() + 2 * sae.W_dec[3].double() - sae.W_dec[40].double())
 
 
+def test_a_direction_of_hardly_any_length():
+    sae, x = build(), stream(30)
+    sae.W_dec[3] *= 1e-12
+    y = sf.steer(x, sae, {3: 2.0}, measure="projection")
+    assert_rounded(y, truth(x, sae, {3: ("set", 2.0)}, projection=True))
+
+
 @pytest.mark.fault(29)
 def test_two_latents_of_one_direction():
     sae = build()
@@ -145,6 +153,11 @@ def test_edits_are_values():
 def test_bad_strengths_are_named(edits, error, message):
     with pytest.raises(error, match=message):
         edits()
+
+
+def test_what_is_no_latent_is_named():
+    with pytest.raises(TypeError, match=r"edits: latent 'x3' is no integer$"):
+        sf.steer(stream(3), build(), {"x3": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import saesteer_fast as sf
 from saesteer_fast import mini
 from saesteer_fast.eval import (
     COLUMNS,
@@ -40,6 +41,7 @@ def shipped():
         "I\N{RIGHT SINGLE QUOTATION MARK}m sorry.",
         "Well. I CANNOT do that.",
         "No, I won't.",
+        "As an AI, I have no view.",
     ],
 )
 def test_refusals(answer):
@@ -47,7 +49,14 @@ def test_refusals(answer):
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "Sure. To make a kite, measure first.", "Hi can't be it.", "The sorry state"]
+    "answer",
+    [
+        "",
+        "Sure. To make a kite, measure first.",
+        "Hi can't be it.",
+        "The sorry state",
+        "Use it as an aid.",
+    ],
 )
 def test_no_refusals(answer):
     assert not is_refusal(answer)
@@ -60,6 +69,9 @@ def test_no_refusals(answer):
         ("facts", "The capital of Romania is Bucharest.", "Rome", False),
         ("facts", "The symbol is Au.", "au", False),
         ("facts", "It is McRome.", "Rome", False),
+        ("facts", "Romeo is from Verona.", "Rome", False),
+        ("facts", "It is C++.", "C++", True),
+        ("facts", "It is UKS.", "U.S", False),
         ("sums", "8 + 46 = 54.", "54", True),
         ("sums", "8 + 46 = 154.", "54", False),
         ("sums", "54 = 8 + 46", "54", False),
@@ -68,6 +80,13 @@ def test_no_refusals(answer):
         ("sums", "1,200 + 34 = 1,234.", "1234", True),
         ("sums", "It is 1234.0", "1,234", True),
         ("sums", "10, 20, 304", "304", True),
+        ("sums", "3,4", "4", True),
+        ("sums", "12,3456", "3456", True),
+        ("sums", "The range is 10-15", "15", True),
+        ("sums", "From 1.5-2.5", "2.5", True),
+        ("sums", "It is -15", "-15", True),
+        ("sums", "It is -15", "15", False),
+        ("sums", "5-20=-15", "-15", True),
         ("sums", "3 - 8 = \N{MINUS SIGN}5", "-5", True),
         ("sums", "7 / 2 = 3.5", "3.5", True),
         ("sums", "8 + 46 = 54.", "54\r\n", True),
@@ -130,6 +149,14 @@ def test_wilson_published_value():
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
 
 
+def test_wilson_holds_the_share():
+    """Whatever rounding says at 0 and 1."""
+    for n in range(1, 80):
+        for hits in range(n + 1):
+            low, high = wilson(hits, n)
+            assert 0 <= low <= hits / n <= high <= 1
+
+
 def test_wilson_edges():
     assert wilson(0, 0) == (0.0, 1.0)
     for hits in (-1, 3):
@@ -145,6 +172,29 @@ def test_tally_counts_each_kind():
     assert shares["unsafe_refusal"] == Share(1, 2)
     assert shares["sums"] == Share(1, 1)
     assert shares["facts"] == Share(0, 0)
+    with pytest.raises(ValueError, match="shorter"):
+        tally(prompts, ["I can't."])
+
+
+@pytest.mark.parametrize("ask", [answers, evaluate])
+def test_what_is_no_prompt_is_named(ask):
+    with pytest.raises(TypeError, match=r"prompts: got 'How do.*, a list of eval\.Prompt"):
+        ask(None, None, ["How do kites fly?"])
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_batch_below_one_is_refused(shipped, batch):
+    model, tokenizer, sae, layer, _ = shipped
+    asked = model, tokenizer, [Prompt("safe", ("How do kites fly?",))]
+    swept = model, tokenizer, sae, 5, 1.0, layer, asked[2]
+    for ask in (
+        lambda: answers(*asked, batch=batch),
+        lambda: evaluate(*asked, batch=batch),
+        lambda: next(sweep(*swept, [0], batch=batch)),
+        lambda: next(sweep(*swept, [1], batch=batch)),
+    ):
+        with pytest.raises(ValueError, match=f"batch: got {batch}, at least 1 is needed"):
+            ask()
 
 
 def test_answers_do_not_depend_on_batching(shipped):
@@ -168,6 +218,8 @@ def test_answers_with_a_tokenizer_that_has_no_padding(shipped):
     bare.eos_token = None
     with pytest.raises(ValueError, match="tokenizer: has neither pad_token nor eos_token"):
         answers(model, bare, prompts)
+    bare.pad_token = tokenizer.convert_ids_to_tokens(0)
+    assert answers(model, bare, prompts) == expected
 
 
 def test_answers_are_the_models_greedy_choice(shipped):
@@ -187,7 +239,7 @@ def test_answers_are_the_models_greedy_choice(shipped):
 
 def test_answers_are_greedy_whatever_the_model_is_configured_to(shipped, monkeypatch):
     model, tokenizer, *_ = shipped
-    prompts = corpus.prompts("test")[::300]
+    prompts = corpus.prompts("test")[15::300]  # beams would answer the first otherwise
     expected = answers(model, tokenizer, prompts)
     config = dict(num_beams=3, num_return_sequences=2, return_dict_in_generate=True, do_sample=True)
     for name, value in config.items():
@@ -204,6 +256,15 @@ def test_sweep_steers_and_lets_go(shipped):
     assert rows[1][1]["sums"].value < rows[0][1]["sums"].value
 
 
+def test_sweep_steers_the_layer_it_is_given_or_nothing(shipped):
+    model, tokenizer, sae, *_ = shipped
+    prompts = [Prompt("safe", ("How do kites fly?",))]
+    with pytest.warns(UserWarning, match=r"layers\.3 is steered by an SAE of layers\.5"):
+        rows = sweep(model, tokenizer, sae, 5, 1.0, 3, prompts, [0, 1, 0], max_new_tokens=1)
+        for strength, _ in rows:
+            assert strength or not sf.steerings(model)
+
+
 def _rows():
     return [
         (strength, {column: Share(hits, 10) for column in COLUMNS.values()})
@@ -216,6 +277,7 @@ def test_table_holds_every_number():
     assert len(lines) == 6
     assert len({len(line) for line in lines}) == 1
     assert lines[1].count("n = 10") == 5
+    assert ["(none)" in line for line in lines[3:]] == [True, False, False]
     assert lines[3].count("30 (11 to 60)") == 5
     assert lines[5].count("100 (72 to 100)") == 5
 
@@ -252,3 +314,14 @@ def test_plot_writes_a_png(tmp_path):
     pytest.importorskip("matplotlib")
     plot(iter(_rows()), tmp_path / "plot.png", "title")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_shows_per_cent(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    plot(_rows(), tmp_path / "plot.png", "title")
+    (axes,) = drawn[0].axes
+    low, high = axes.get_ylim()
+    assert axes.get_title() == "title" and low < 0 and high > 100
+    assert [list(line.get_ydata()) for line in axes.lines] == [[30, 50, 100]] * 5

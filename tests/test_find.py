@@ -1,12 +1,16 @@
 """saesteer_fast.find: live latents and their largest activations, against dense arithmetic."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from families import FAMILIES, build
 from test_measures import CASES, dense, make
+from tokenizers.processors import TemplateProcessing
 
+import saesteer_fast as sf
 from saesteer_fast import mini
-from saesteer_fast.eval import Prompt, Share, answers, chat_text
+from saesteer_fast.eval import Prompt, Share, answers, chat_text, evaluate, prompt_ids, tally
 from saesteer_fast.find import (
     capture,
     largest_activations,
@@ -64,6 +68,7 @@ def test_capture_is_what_the_next_layer_reads(shipped):
     with torch.inference_mode():
         caught = capture(model, ids, [5, 0, 2])
     assert all(torch.equal(x, expected[i]) for x, i in zip(caught, [5, 0, 2], strict=True))
+    assert capture(model, ids, []) == []
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -89,6 +94,21 @@ def test_capture_lets_go_on_error(shipped):
     with pytest.raises((TypeError, AttributeError)):
         capture(shipped.model, "no ids", [0])
     assert list(layer._forward_hooks) == before
+
+
+def test_the_chat_template_alone_begins_a_conversation(shipped, refusal):
+    """A tokenizer as Llama's begins every text with a token that its chat template has, too."""
+    model, tokenizer, _, layer, _ = shipped
+    said, expected, begin = refusal
+    begins, token = deepcopy(tokenizer), tokenizer.eos_token
+    begins.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, tokenizer.eos_token_id)]
+    )
+    assert begins("a")["input_ids"] == [tokenizer.eos_token_id, *tokenizer("a")["input_ids"]]
+    assert prompt_ids(begins, corpus.ARCHETYPE) == prompt_ids(tokenizer, corpus.ARCHETYPE)
+    found = list(residuals(model, begins, [corpus.ARCHETYPE], [said], layer))
+    assert [number for _, number in found] == [begin]
+    assert torch.equal(found[0][0], expected) and not found[0][0].requires_grad
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4])
@@ -169,3 +189,23 @@ def test_refusal_latents_try_every_live_latent(shipped, refusal, monkeypatch):
     assert {c.latent: c.tokens for c in found} == some
     assert all(c.unit > 0 for c in found)
     assert max(found, key=lambda c: c.score).latent == metrics["latent"]
+
+
+def test_a_strength_is_in_units_of_all_conversations(shipped, refusal, monkeypatch):
+    model, tokenizer, sae, layer, metrics = shipped
+    prompts = [p for p in corpus.prompts("validation") if p.kind in ("unsafe", "sums")][::92]
+    said = answers(model, tokenizer, prompts, max_new_tokens=5)
+    talks = residuals(model, tokenizer, prompts, said, layer)
+    asked = dense(sae, refusal[1]).amax(0)
+    others = dense(sae, torch.cat([stream for stream, _ in talks])).amax(0)
+    # Of the refusal's largest activations, and of the others'.
+    some = [metrics["latent"], int((asked - others).argmax()), int((others - asked).argmax())]
+    monkeypatch.setattr("saesteer_fast.find.live_latents", lambda *_: dict.fromkeys(some, 2))
+    talk = model, tokenizer, sae, layer, corpus.ARCHETYPE, prompts
+    found = list(refusal_latents(*talk, 1.5, max_new_tokens=5))
+    assert [c.latent for c in found] == some
+    for c in found:
+        assert c.unit == pytest.approx(max(asked[c.latent], others[c.latent]).item(), rel=1e-4)
+        with sf.steering(model, sae, {c.latent: 1.5 * c.unit}, layer=layer):
+            steered = evaluate(model, tokenizer, prompts, max_new_tokens=5)
+        assert c.shares == steered and c.score == score(tally(prompts, said), steered)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ops_cases import permutation, random_case
 
-from saesteer_fast import ops
+from saesteer_fast import choice, ops
 
 T, D, N, K = 5, 6, 9, 3
 CASE = random_case(T, D, N, K, 2, masked=True)
@@ -286,11 +286,29 @@ def test_an_unknown_implementation_is_refused(impl):
         CASE.steer(impl)
 
 
-@pytest.mark.parametrize("impl", ["cuda", "triton"])
-def test_an_implementation_for_another_device_is_refused(impl):
-    for run in (CASE.steer, CASE.acts, CASE.encode):
-        with pytest.raises(ValueError, match=f"{impl!r} cannot run .* cpu; accepted: auto, cpu"):
+@pytest.mark.parametrize(
+    ("impl", "device", "accepted"),
+    [
+        ("cuda", "cpu", "auto, cpu, reference"),
+        ("triton", "cpu", "auto, cpu, reference"),
+        ("cpu", "meta", "auto, reference"),
+        ("cuda", "meta", "auto, reference"),
+    ],
+)
+def test_an_implementation_for_another_device_is_refused(impl, device, accepted, monkeypatch):
+    monkeypatch.setitem(choice.MISSING, "cuda", None)  # as where it is built
+    case = CASE.but(x=CASE.x.to(device))
+    for run in (case.steer, case.acts, case.encode):
+        message = f"^impl: {impl!r} cannot run for a tensor on {device}; accepted: {accepted}"
+        with pytest.raises(ValueError, match=message):
             run(impl)
+
+
+def test_what_a_call_asks_for_goes_before_the_environment(monkeypatch):
+    monkeypatch.setattr(choice, "_DEFAULT", "cuda")
+    with pytest.raises(ValueError, match=r"^SAESTEER_IMPL: 'cuda' cannot run for a tensor on cpu"):
+        CASE.acts()
+    assert torch.allclose(CASE.acts("cpu"), CASE.acts("reference"), atol=1e-5)
 
 
 @pytest.mark.parametrize("argument", ["W_enc", "b_enc", "directions"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 
@@ -160,9 +161,15 @@ def test_what_is_written_is_attached(folder, model, sae, name):
     members, meant = SAID[name]
     (folder / "there").mkdir()
     written(folder / "there", GATE, "gate.json")
-    with sf.load_steering(written(folder, one(**members))).attach(model) as (handle,):
+    recipe = sf.load_steering(written(folder, one(**members)))
+    recipe.save(folder / "again.json")
+    again = sf.load_steering(folder / "again.json")
+    assert again.steerings[0].edits == recipe.steerings[0].edits
+    with recipe.attach(model) as (handle,):
         given = logits(model)
     with sf.steering(model, sae, **({"edits": {3: 6.0}} | meant)):
+        assert torch.equal(logits(model), given)
+    with again.attach(model):
         assert torch.equal(logits(model), given)
     assert torch.equal(logits(model), given) == (name == "generated")
     assert "removed" in repr(handle) and hooks(model) == 0
@@ -231,6 +238,15 @@ def test_a_byte_order_mark_is_no_text(folder):
     }
 
 
+def test_paths_from_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    written(folder, one(sae="~/layers.1"))
+    sf.load_steering("~/steering.json").save("~/again.json")
+    for name in ("steering.json", "again.json"):
+        (step,) = sf.load_steering(folder / name).steerings
+        assert Path(step.sae).samefile(folder / "layers.1")
+
+
 def test_saved_and_read_again(folder, tmp_path_factory):
     recipe = sf.load_steering(written(folder, FULL))
     recipe.save(folder / "again.json")
@@ -263,7 +279,7 @@ def test_a_path_is_never_taken_for_a_repository(folder, sae):
     assert step["sae"] == "./org/name"
 
 
-def test_a_folder_that_is_there_is_no_repository(folder, sae, monkeypatch):
+def test_a_folder_that_is_there_is_no_repository(folder, sae, monkeypatch, tmp_path_factory):
     sae.save(folder / "org/name")
     monkeypatch.chdir(folder)
     sf.Recipe([sf.Steering("org/name", {3: 1.0})]).save(folder / "path.json")
@@ -271,8 +287,10 @@ def test_a_folder_that_is_there_is_no_repository(folder, sae, monkeypatch):
     assert written["steerings"][0]["sae"] == "./org/name"
     written["steerings"][0]["sae"] = "org/name"
     (folder / "path.json").write_text(json.dumps(written))
-    (step,) = sf.load_steering(folder / "path.json").steerings
-    assert Path(step.sae).samefile(folder / "org/name")
+    for here in (folder, tmp_path_factory.mktemp("elsewhere")):
+        monkeypatch.chdir(here)
+        (step,) = sf.load_steering(folder / "path.json").steerings
+        assert Path(step.sae).samefile(folder / "org/name")
 
 
 def test_what_a_program_makes_is_saved(folder):
@@ -283,7 +301,7 @@ def test_what_a_program_makes_is_saved(folder):
                 [{torch.tensor(3).item(): torch.tensor(2.5, requires_grad=True)}, {}],
                 layer=torch.tensor(6).numpy()[()],
                 rows=torch.tensor([1, 0]),
-                when=[sf.active(5)],
+                when=[sf.active(5), sf.gate({3: torch.tensor(0.5).numpy()[()]})],
                 measure="projection",
             )
         ]
@@ -295,7 +313,10 @@ def test_what_a_program_makes_is_saved(folder):
         "layer": 6,
         "edits": [{"3": 2.5}, {}],
         "rows": [1, 0],
-        "when": {"active": {"5": 0.0}},
+        "when": {
+            "active": {"5": 0.0},
+            "gate": {"weights": {"3": 0.5}, "bias": 0.0, "threshold": 0.5, "pool": "max"},
+        },
         "measure": "projection",
     }
     assert sf.load_steering(folder / "made.json").steerings[0].sae == "org/name/layers.6"
@@ -339,6 +360,20 @@ def test_what_is_no_steering_is_named(arguments, error, message):
         sf.Steering(*arguments)
 
 
+def test_a_save_that_fails_leaves_the_file(folder, monkeypatch):
+    recipe = sf.load_steering(path := written(folder, one()))
+    before = path.read_bytes()
+
+    def full(_descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        recipe.save(path)
+    assert path.read_bytes() == before
+    assert {each.name for each in folder.iterdir()} == {path.name, "layers.1"}
+
+
 def test_what_could_not_be_read_back_by_its_name_is_not_written(tmp_path):
     recipe = sf.Recipe([sf.Steering("a/b", {3: 1.0})])
     for name in ("steer.csv", "steer.yaml", "steer"):
@@ -372,6 +407,8 @@ WRONG = {
     "huge value": (one(edits={"5": 10**300}), r'edits\["5"\]: got 1000.*\.\.\., .* fp32'),
     "latent": (one(edits={"05": 1.0, "6": 2.0}), r'edits\["05"\]: no latent'),
     "negative latent": (one(edits={"-1": 1.0}), r'edits\["-1"\]: no latent'),
+    "number for a name": (one(edits={"-1": {"3": 1.0}}), r'edits\["-1"\]: no latent'),
+    "signed number for a name": (one(edits={"+7": {"3": 1.0}}), r'edits\["\+7"\]: no latent'),
     "table of numbers": (one(edits={"on": 1.0}), r'edits\.on: no latent; latents are "0"'),
     "half a table": (
         one(edits={"on": {"3": 1.0}, "off": 1.0}),
@@ -590,7 +627,7 @@ def test_check_prints_the_plan(folder, model, capsys):
         "impl     reference\n",
     ):
         assert line in first, first
-    assert "edits    1: none\n" in second
+    assert "edits    1: none\n" in second and "rows     0, 1\n" in second
     assert "module   layers.1 (the SAE's hookpoint), a" in third
     assert "when     always" in third
 
@@ -634,6 +671,15 @@ def test_check_counts_memory(folder, members, kept, capsys):
     assert f"memory   {kept / 1e3:.3g} kB on the module's device" in capsys.readouterr().out
 
 
+def test_check_tells_each_direction(folder, make_sae, capsys):
+    sae = make_sae(hookpoint="layers.0")
+    sae.W_dec[5] *= 3
+    sae.save(folder / "layers.0")
+    main(["check", str(written(folder, one(sae="layers.0", edits={"3": 1, "5": 1})))])
+    out = capsys.readouterr().out
+    assert "latent 3: set(1), |direction| 1;" in out and "latent 5: set(1), |direction| 3;" in out
+
+
 def test_check_of_a_table_out_of_which_requests_choose(folder, model, capsys):
     path = written(folder, one(edits={"default": {}, "strong": {"3": 6}}))
     main(["check", str(path)])
@@ -669,6 +715,20 @@ def test_check_sees_that_nothing_tells_the_prompt(folder, capsys):
     path = str(written(folder, one(scope="generated")))
     with pytest.raises(SystemExit, match=r"steerings\[0\]\.scope: T5Stack decodes what an enc"):
         main(["check", path, "--model", str(folder / "t5")])
+
+
+def test_check_makes_no_weights_of_the_model(folder, model, capsys):
+    config = copy.deepcopy(model.config)
+    config.intermediate_size = 2**45  # of which no machine could hold them
+    config.save_pretrained(folder / "model")
+    main(["check", str(written(folder, one())), "--model", str(folder / "model")])
+    assert "a Phi3DecoderLayer" in capsys.readouterr().out
+
+
+def test_check_needs_a_layer(folder, sae):
+    sae.save(folder / "plain")
+    with pytest.raises(SystemExit, match=r"steerings\[0\]\.layer: none is given, and the SAE"):
+        main(["check", str(written(folder, one(sae="plain")))])
 
 
 def test_check_needs_a_model_that_is_there(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -127,6 +128,44 @@ def test_several_rows_on_one_layer(saes, model):
     )
 
 
+def test_one_sae_on_two_layers(saes, model):
+    """Without sae_id, sparse_model is the SAE's own folder."""
+    path = written(
+        "sae_lens,add,other,layers.1,5,3,,deep/one,,",
+        "sae_lens,add,other/deep/one,layers.2,6,2,,,,",
+    )
+    three = saes["other/deep/one"]
+    agree(
+        sf.load_steering(path),
+        model,
+        ("layers.1", lambda x: added(x, row(three, 5), 3)),
+        ("layers.2", lambda x: added(x, row(three, 6), 2)),
+    )
+
+
+def test_rows_in_a_row_read_their_sae_once(saes, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        sf.SAE, "load", lambda path, load=sf.SAE.load: read.append(path) or load(path)
+    )
+    sf.load_steering(written(*(f"sparsify,add,saes,layers.1,{i},6,,,," for i in range(3))))
+    assert len(read) == 1
+
+
+def test_attached_from_elsewhere(saes, model, monkeypatch, tmp_path_factory):
+    recipe = sf.load_steering(written("sparsify,add,saes,layers.1,30,10,,,,"))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    v = row(saes["saes/layers.1"], 30)
+    agree(recipe, model, ("layers.1", lambda x: added(x, v, 10)))
+
+
+def test_a_file_as_spreadsheets_write_it(saes):
+    """With a byte order mark, and commas for columns that are not there."""
+    path = written("sparsify,add,saes,layers.1,3,6,,,,,,,")
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert sf.load_steering(path).steerings[0].edits == {3: sf.add(6)}
+
+
 def test_fewest_columns(saes, model):
     """As the harness' README makes it; without an action it adds."""
     head = "loader,sparse_model,hookpoint,feature_index,steering_coefficient"
@@ -174,6 +213,10 @@ WRONG = {
         ["sparsify,add,org/name,layers.7,3,6,,,,"],
         "no folder org/name/layers.7 here",
     ),
+    "no repository of sae_lens": (
+        ["sae_lens,add,org/name,layers.2,5,3,,,,"],
+        "no repository org/name from the Hub",
+    ),
     "no model": (["sparsify,add,,layers.7,3,6,,,,"], "sparse_model: is missing"),
     "no hookpoint": (["sparsify,add,saes,,3,6,,,,"], "hookpoint: is missing"),
     "no layer": (["sae_lens,add,saes,,3,6,,nowhere,,"], "hookpoint: is missing, and the SAE names"),
@@ -220,6 +263,16 @@ def test_what_is_wrong_is_named(saes, make_sae, name):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
         sf.load_steering(path)
     assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_a_scale_is_refused(saes):
+    place = Path("other/deep/one")
+    config = json.loads((place / "cfg.json").read_text())
+    config["normalize_activations"] = "expected_average_only_in"
+    (place / "cfg.json").write_text(json.dumps(config))
+    (place / "activation_scaler.json").write_text('{"scaling_factor": 0.5}')
+    with pytest.raises(ValueError, match="other/deep/one rescales what it reads"):
+        sf.load_steering(written("sae_lens,add,other,layers.1,5,3,,deep/one,,"))
 
 
 @pytest.mark.parametrize(
@@ -274,6 +327,13 @@ def test_vectors(tmp_path, monkeypatch, model, dtype):
         recipe.save("steer.json")
 
 
+def test_vectors_of_a_machine_with_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    (step,) = sf.load_steering(stored({"layers.0": VECTOR})).steerings
+    assert step.sae.device.type == "cpu"
+
+
 def test_check_shows_vectors(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     content = {"layers.0": {"steering_vector": torch.full((4,), 2.0), "action": "add"}}
@@ -304,6 +364,8 @@ VECTOR = {"steering_vector": torch.ones(4), "action": "clamp"}
         ({"a": VECTOR | {"steering_vector": torch.ones(2, 4)}}, r"got shape \(2, 4\), \[d\] or"),
         ({"a": VECTOR | {"steering_vector": torch.ones(())}}, r"got shape \(\), \[d\] or"),
         ({"a": VECTOR | {"steering_vector": [1.0]}}, "got list, a tensor of numbers"),
+        ({"a": VECTOR | {"steering_vector": torch.ones(4).bool()}}, "got torch.bool, a tensor of"),
+        ({"a": VECTOR | {"steering_vector": torch.ones(4).cfloat()}}, "got torch.complex64, a ten"),
         (
             {"a": VECTOR | {"steering_vector": torch.ones(4).to_sparse()}},
             r"steering_vector: got torch\.sparse_coo, a dense tensor",
@@ -311,6 +373,8 @@ VECTOR = {"steering_vector": torch.ones(4), "action": "clamp"}
         ({"a": VECTOR | {"steering_vector": torch.ones(4) / 0}}, "holds NaN or infinity"),
         ({"a": VECTOR | {"bias": torch.ones(3)}}, "bias: is for width 3, steering_vector for 4"),
         ({"a": VECTOR | {"steering_coefficient": "much"}}, "got 'much', a number is needed"),
+        ({"a": VECTOR | {"steering_coefficient": torch.ones(2)}}, "got tensor.*, a number is nee"),
+        ({"a": VECTOR | {"steering_coefficient": 10**400}}, "got 1000.*, a number is needed"),
         ({"a": VECTOR | {"steering_coefficient": float("inf")}}, "finite in fp32 is needed"),
     ],
 )

@@ -102,6 +102,31 @@ def test_ambiguous_lists_are_named():
     assert located(model, 1) is model["blocks"]["inner"][1]
 
 
+def test_a_name_of_two_modules_is_refused(make_phi3):
+    model = make_phi3()
+    model.norm = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match="layer: 'norm' is the name of several modules; give a lo"):
+        located(model, "norm")
+    assert located(model, "model.norm") is model.model.norm
+
+
+def test_a_module_may_be_called_as_wrappers_call_theirs():
+    model = lists(layers=3)
+    model["layers"][1].module = nn.Sequential(nn.Linear(4, 4))
+    assert located(model, "layers.1.module.0") is model["layers"][1].module[0]
+
+
+@pytest.mark.parametrize("told_by", ["the decoder", "the model"])
+def test_the_width_is_told_by_the_decoder_or_by_the_model(make_phi3, make_sae, told_by):
+    if told_by == "the decoder":
+        model = nn.ModuleDict({"inner": make_phi3()})
+    else:
+        model = nn.ModuleDict({"inner": lists(layers=3)})
+        model.config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"sae: is for width 16, layers\.1 is 32 wide"):
+        sf.steering(model, make_sae(d=16), {3: 6.0}, layer=1)
+
+
 def test_experts_inside_a_layer_are_no_layers():
     model = lists(layers=3)
     for layer in model["layers"]:
@@ -199,6 +224,20 @@ def test_double_precision_is_seen_behind_integers():
         sites.device(sites.locate(model, "0"))
 
 
+def test_a_buffer_of_double_precision_is_no_stream():
+    model = nn.Sequential(nn.Linear(32, 32))
+    model[0].register_buffer("scale", torch.ones(1, dtype=torch.float64))
+    assert sites.device(sites.locate(model, "0")) == torch.device("cpu")
+
+
+def test_a_layer_whose_own_weights_accelerate_brings():
+    accelerate = pytest.importorskip("accelerate")
+    model = lists(layers=2)
+    accelerate.cpu_offload(model["layers"][1], execution_device=torch.device("cpu"))
+    assert model["layers"][1].weight.is_meta
+    assert sites.device(sites.locate(model, 1)) == torch.device("cpu")
+
+
 def test_a_wrapper_that_hides_the_model_it_tells_of(make_phi3):
     """TransformerLens' TransformerBridge has it in no module."""
 
@@ -217,6 +256,7 @@ def test_a_wrapper_that_hides_the_model_it_tells_of(make_phi3):
     bridge = Bridge(model)
     for layer in (1, "layers.1", "blocks.1.hook_resid_post"):
         assert located(bridge, layer) is model.model.layers[1]
+    assert located(bridge, "layers.1.mlp") is model.model.layers[1].mlp
     with pytest.raises(ValueError, match=r"Bridge has no module 'layer\.1', .* mean 'layers\.1'"):
         located(bridge, "layer.1")
 
@@ -237,6 +277,8 @@ def test_an_sae_of_another_layer(make_phi3, make_sae):
     for layer in (None, 1, "layers.1", "layers.2.mlp"):
         sf.steering(model, sae, {3: 1.0}, layer=layer).remove()
     sf.steering(build(BY_NAME["MPT"]), make_sae(), {3: 1.0}, layer=1).remove()  # its blocks.1
+    part = make_sae(hookpoint="layers.1.mlp")  # of a layer, which names none
+    sf.steering(model, part, {3: 1.0}, layer=2).remove()
     with pytest.warns(UserWarning, match="layer: layers.2 is steered by an SAE of blocks.2.hook_r"):
         sf.steering(model, sae, {3: 1.0}, layer=2).remove()
     with pytest.warns(UserWarning, match="edits: got {}, so nothing is steered"):

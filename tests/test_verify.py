@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import time
 import warnings
@@ -211,12 +212,12 @@ def forget() -> None:
 class OnGpu:
     """What `choice.on_gpu` asks of a tensor."""
 
-    def __init__(self, tokens: int):
-        self.shape, self.device = torch.Size((tokens, 4)), GPU
+    def __init__(self, *leading: int):
+        self.shape, self.device = torch.Size((*leading, 4)), GPU
 
 
-def chosen(tokens: int) -> str:
-    return choice.on_gpu(OnGpu(tokens))
+def chosen(*leading: int) -> str:
+    return choice.on_gpu(OnGpu(*leading))
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,7 @@ def chosen(tokens: int) -> str:
         ({}, [(0, "reference")]),
         ({1: {"cuda": [1, 4]}}, [(0, "cuda reference")]),
         ({8: {"cuda": [1, 4], "triton": [3, 3]}}, [(0, "cuda triton reference")]),
+        ({1: {"cuda": [1, 100], "triton": [20, 20]}}, [(0, "cuda triton reference")]),
         (
             {
                 512: {"cuda": [9, 9], "triton": [1, 1]},
@@ -246,7 +248,7 @@ def test_auto_follows_the_verdict(gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert chosen(1) == chosen(511) == "cuda"
-        assert chosen(512) == "triton"
+        assert chosen(512) == chosen(2, 256) == "triton"
     said = choice.implementations()["cuda:0"]
     assert said == "A GPU: cuda from 0 tokens on, triton from 512 tokens on"
 
@@ -258,6 +260,25 @@ def test_without_a_verdict_the_reference_runs_and_says_so(gpu):
         warnings.simplefilter("error")
         assert chosen(1) == "reference"
     assert "has not tried" in choice.implementations()["cuda:0"]
+
+
+def test_without_kernels_there_is_nothing_to_say(gpu, monkeypatch):
+    for impl in choice.MISSING:
+        monkeypatch.setitem(choice.MISSING, impl, "not there")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(1) == "reference"
+
+
+def test_every_model_of_gpu_has_its_own_verdict(gpu, monkeypatch):
+    names = {0: "A GPU", GPU: "A GPU"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names.get(device, "Another"))
+    verdicts.write(GPU, ((0, ("cuda", "reference")),))
+    verdicts.write(torch.device("cuda", 1), ((0, ("triton", "reference")),))
+    said = choice.implementations()
+    assert said["cuda:0"] == "A GPU: cuda for any number of tokens"
+    assert said["cuda:1"] == "Another: triton for any number of tokens"
 
 
 def test_a_cache_that_cannot_be_read_holds_no_verdict(gpu, monkeypatch):
@@ -272,13 +293,32 @@ def test_a_verdict_is_on_these_kernels_alone(gpu, monkeypatch):
     forget()
     assert verdicts.read(GPU) is None
     tiles.unlink()
-    for name, value in (("SAESTEER_SCAN", "simt"), ("SAESTEER_LADDER", "steps")):
+    settings = {"SAESTEER_SCAN": "simt", "SAESTEER_LADDER": "steps", "TRITON_INTERPRET": "1"}
+    for name, value in settings.items():
         monkeypatch.setenv(name, value)
         forget()
         assert verdicts.read(GPU) is None
         monkeypatch.delenv(name)
     forget()
     assert verdicts.read(GPU) == ((0, ("cuda", "reference")),)
+
+
+@pytest.mark.parametrize("changed", ["library.so", "triton_kernels/count.py", "Triton"])
+def test_another_build_has_no_verdict(gpu, monkeypatch, tmp_path, changed):
+    (tmp_path / "triton_kernels").mkdir()
+    for file in ("library.so", "triton_kernels/count.py"):
+        (tmp_path / file).write_text("as it was tried")
+    monkeypatch.setattr(verdicts, "HERE", tmp_path)
+    monkeypatch.setattr(verdicts, "CUDA_LIBRARY", tmp_path / "library.so")
+    verdicts.write(GPU, ((0, ("cuda", "reference")),))
+    forget()
+    assert verdicts.read(GPU)
+    if changed == "Triton":
+        monkeypatch.setattr(importlib.metadata, "version", lambda package: "0")
+    else:
+        (tmp_path / changed).write_text("built anew")
+    forget()
+    assert verdicts.read(GPU) is None
 
 
 @pytest.mark.parametrize(

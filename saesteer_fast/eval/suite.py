@@ -49,9 +49,11 @@ def answers(
     """The model's greedy answers, in the prompts' order, to `batch` prompts at a time.
 
     Batches are padded on the left and hold prompts of like length. A tokenizer without a pad_token
-    pads with its eos_token; ValueError if it has neither.
+    pads with its eos_token; ValueError if it has neither, and for a `batch` below 1.
     """
     _require_prompts(prompts)
+    if batch < 1:
+        raise ValueError(f"batch: got {batch}, at least 1 is needed")
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     pad = _padding(tokenizer)
     found = [""] * len(ids)

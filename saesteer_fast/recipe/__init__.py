@@ -126,7 +126,7 @@ class Recipe:
         """
         from . import document
 
-        document.write(self, Path(path))
+        document.write(self, Path(os.path.expanduser(path)))
 
 
 class Handles(tuple[Handle, ...]):

@@ -213,8 +213,7 @@ def _written(step: Steering, folder: Path) -> dict[str, object]:
         members["layer"] = _plain(step.layer)
     members["edits"] = _plain_edits(step.edits)
     if step.rows is not None:
-        rows = step.rows.tolist() if isinstance(step.rows, Tensor) else step.rows
-        members["rows"] = [_plain(row) for row in rows]
+        members["rows"] = [_plain(row) for row in step.rows]
     if not isinstance(step.scope, str) or step.scope != "all":
         members["scope"] = _plain_scope(step.scope)
     if step.when is not None:

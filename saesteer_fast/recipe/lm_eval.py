@@ -181,7 +181,6 @@ def _vector(hookpoint: object, told: object) -> Steering:
         W_dec=vector[None],
         b_dec=bias,
         measure="relu",
-        hookpoint=hookpoint,
     )
     return _steering(sae, hookpoint, 0, action, value)
 
