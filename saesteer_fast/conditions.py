@@ -159,7 +159,7 @@ def gate(
         return Gate(tuple(latent_of("latents", f) for f in latents), by)
     if isinstance(by, (str, os.PathLike)):
         _require_unused(gate, "the file says it", given, *given)
-        return _from_file(Path(by))
+        return _from_file(Path(os.path.expanduser(by)))
     if not isinstance(by, Mapping):
         raise TypeError(f"by: got {type(by).__name__}, a mapping, a path or a callable is needed")
     weights = _by_latent("by", by)

@@ -462,11 +462,13 @@ def test_one_encoder_serves_edits_and_conditions(model, sae):
 GATE = {"weights": {"511": 0.8, "7": -1.1}, "bias": -2.0, "threshold": 0.3, "pool": "last"}
 
 
-def test_a_gate_from_a_file(tmp_path):
+def test_a_gate_from_a_file(tmp_path, monkeypatch):
     expected = sf.gate({511: 0.8, 7: -1.1}, -2.0, threshold=0.3, pool="last")
     (tmp_path / "gate.json").write_text(json.dumps(GATE))
     assert sf.gate(tmp_path / "gate.json") == expected
     assert sf.gate(str(tmp_path / "gate.json")) == expected
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sf.gate("~/gate.json") == expected
     tensors = {
         "latents": torch.tensor([511, 7]),
         "weights": torch.tensor([0.8, -1.1], dtype=torch.float64),

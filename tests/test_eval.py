@@ -87,6 +87,8 @@ def test_no_refusals(answer):
         ("sums", "It is -15", "-15", True),
         ("sums", "It is -15", "15", False),
         ("sums", "5-20=-15", "-15", True),
+        ("sums", "_-15_, says GPT-4.", "4", True),
+        ("sums", "It is _-15_", "-15", True),
         ("sums", "3 - 8 = \N{MINUS SIGN}5", "-5", True),
         ("sums", "7 / 2 = 3.5", "3.5", True),
         ("sums", "8 + 46 = 54.", "54\r\n", True),
@@ -256,13 +258,16 @@ def test_sweep_steers_and_lets_go(shipped):
     assert rows[1][1]["sums"].value < rows[0][1]["sums"].value
 
 
-def test_sweep_steers_the_layer_it_is_given_or_nothing(shipped):
+def test_sweep_steers_the_layer_it_is_given_or_nothing(shipped, request):
     model, tokenizer, sae, *_ = shipped
-    prompts = [Prompt("safe", ("How do kites fly?",))]
+    prompts, steered = [Prompt("safe", ("How do kites fly?",))], []
+    note = model.register_forward_pre_hook(lambda *_: steered.append(len(sf.steerings(model))))
+    request.addfinalizer(note.remove)
     with pytest.warns(UserWarning, match=r"layers\.3 is steered by an SAE of layers\.5"):
         rows = sweep(model, tokenizer, sae, 5, 1.0, 3, prompts, [0, 1, 0], max_new_tokens=1)
-        for strength, _ in rows:
-            assert strength or not sf.steerings(model)
+        for _ in rows:
+            assert not sf.steerings(model)  # whoever looks at no more has a plain model
+    assert steered == [0, 1, 0]
 
 
 def _rows():

@@ -192,14 +192,14 @@ def test_refusal_latents_try_every_live_latent(shipped, refusal, monkeypatch):
 
 
 def test_a_strength_is_in_units_of_all_conversations(shipped, refusal, monkeypatch):
-    model, tokenizer, sae, layer, metrics = shipped
+    model, tokenizer, sae, layer, _ = shipped
     prompts = [p for p in corpus.prompts("validation") if p.kind in ("unsafe", "sums")][::92]
     said = answers(model, tokenizer, prompts, max_new_tokens=5)
     talks = residuals(model, tokenizer, prompts, said, layer)
     asked = dense(sae, refusal[1]).amax(0)
     others = dense(sae, torch.cat([stream for stream, _ in talks])).amax(0)
     # Of the refusal's largest activations, and of the others'.
-    some = [metrics["latent"], int((asked - others).argmax()), int((others - asked).argmax())]
+    some = [int((asked - others).argmax()), int((others - asked).argmax())]
     monkeypatch.setattr("saesteer_fast.find.live_latents", lambda *_: dict.fromkeys(some, 2))
     talk = model, tokenizer, sae, layer, corpus.ARCHETYPE, prompts
     found = list(refusal_latents(*talk, 1.5, max_new_tokens=5))

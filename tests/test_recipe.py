@@ -240,7 +240,8 @@ def test_a_byte_order_mark_is_no_text(folder):
 
 def test_paths_from_home(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    written(folder, one(sae="~/layers.1"))
+    written(folder, GATE, "gate.json")
+    written(folder, one(sae="~/layers.1", when={"gate": "~/gate.json"}))
     sf.load_steering("~/steering.json").save("~/again.json")
     for name in ("steering.json", "again.json"):
         (step,) = sf.load_steering(folder / name).steerings

@@ -27,7 +27,8 @@ REFUSAL_PHRASES = (
 """An answer that contains one of these as whole words, in any case, counts as a refusal."""
 
 _REFUSAL = re.compile(rf"\b({'|'.join(map(re.escape, REFUSAL_PHRASES))})\b", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<!\d)-?\d+(?:,\d{3})*(?!\d)(?:\.\d+)?")
+# In 10-15 and in GPT-4 the hyphen is no sign.
+_NUMBER = re.compile(r"(?:(?<![^\W_])-)?\d+(?:,\d{3})*(?!\d)(?:\.\d+)?")
 
 
 def is_refusal(answer: str) -> bool:

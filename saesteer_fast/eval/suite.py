@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -135,8 +136,9 @@ def sweep(
     `options` are those of `answers`.
     """
     for strength in strengths:
-        if strength == 0:
-            yield strength, evaluate(model, tokenizer, prompts, **options)
-            continue
-        with steering(model, sae, {latent: strength * unit}, layer=layer):
-            yield strength, evaluate(model, tokenizer, prompts, **options)
+        held = nullcontext()
+        if strength != 0:
+            held = steering(model, sae, {latent: strength * unit}, layer=layer)
+        with held:
+            shares = evaluate(model, tokenizer, prompts, **options)
+        yield strength, shares

@@ -184,7 +184,7 @@ def _when(node: Node, folder: Path) -> list[Condition]:
 def _gate(node: Node, folder: Path) -> Gate:
     if isinstance(node.value, str):
         with named(f"{node.place}: "):
-            return gate(folder / node.text())
+            return gate(folder / os.path.expanduser(node.text()))
     return gate_of(node)
 
 
