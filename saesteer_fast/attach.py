@@ -54,7 +54,8 @@ def steering(
     that reads more than text, it is the language decoder's. `edits`, `rows`, `error` and `measure`,
     the formula, dtypes and errors are those of `steer`; a list of edits has one for each row of the
     batch. Steerings of one module act in the order in which they were attached, each on what the
-    one before it made, and before anyone else's hooks.
+    one before it made, and before anyone else's hooks, unless one is registered with prepend=True
+    later.
 
     scope says which tokens: "all", "prompt", "generated", sf.positions, sf.not_tokens, a bool
     tensor [B, S], or a list, all of which must hold; padding never. when, one sf.active and one
@@ -83,7 +84,8 @@ def steering(
     pickle of the model is steered too, and save_pretrained writes the weights as they are,
     unsteered. A model may be compiled before or after; attaching makes torch.compile forget all it
     compiled, for it looks for no new hooks by itself, whereas strengths, masks and choices change
-    in place. A CUDA graph replays what it captured, and an exported program what it was made of.
+    in place. A CUDA graph replays what it captured; an exported program stays steered, by the
+    strengths that the handle sets.
     """
     require_sae(sae)
     _require_transformers(model)
@@ -111,9 +113,14 @@ def steerings(model: nn.Module) -> list[Handle]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed")
-    found = [pair for module in model.modules() for pair in _ours(module).items()]
-    found.sort(key=lambda pair: pair[0])
-    return [hooks.handle for _, hooks in found if hooks.handle is not None]
+    # By either of its hooks, one of which somebody may have cleared.
+    found = {
+        hook.__self__: key
+        for module in model.modules()
+        for key, hook in [*module._forward_hooks.items(), *module._forward_pre_hooks.items()]
+        if getattr(hook, "__func__", 0) in (Hooks.steer, Hooks.before)
+    }
+    return [hooks.handle for hooks in sorted(found, key=found.get) if hooks.handle is not None]
 
 
 class Handle(Held):
@@ -326,7 +333,7 @@ def _moves_alike(latent: int, plan: Plan, other: Plan) -> bool:
         each.measured.directions[each.table.columns[latent]].to("cpu", torch.float32)
         for each in (plan, other)
     )
-    return torch.equal(one, two)
+    return bool(torch.cosine_similarity(one, two, 0) > 0.999)  # of any length and dtype
 
 
 def _put_first(module: nn.Module) -> None:

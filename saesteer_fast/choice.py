@@ -32,7 +32,7 @@ ON_GPU: verdicts.Rows = ((0, ("reference",)),)
 first of these that is there. One row for all shapes, and no kernels in it until bench/results holds
 a run of `make gpu` that found them right; it proposes the rows."""
 
-_DEFAULT = os.environ.get("SAESTEER_IMPL", "auto")
+_DEFAULT = os.environ.get("SAESTEER_IMPL") or "auto"
 one_of("SAESTEER_IMPL", _DEFAULT, IMPLS)
 
 

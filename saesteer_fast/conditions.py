@@ -120,10 +120,11 @@ def active(latents: int | Mapping[int, float], above: float = 0.0) -> Active:
     """Steer the tokens on which latents are active: where a_f > threshold_f for every f given.
 
     latents is one latent, of which `above` is the threshold, or {latent: threshold}. a_f is the
-    SAE's own activation on that token, before steering, and thresholds are in its units; 0 asks
-    whether the latent is live. Raises TypeError for a latent that is no integer or a threshold that
-    is no number, ValueError for NaN or infinity, for no latent, and for `above` beside a mapping;
-    a latent that the SAE does not have is refused by what is given the condition.
+    SAE's own activation on that token, before this steering and after those of the module that were
+    attached earlier, and thresholds are in its units; 0 asks whether the latent is live. Raises
+    TypeError for a latent that is no integer or a threshold that is no number, ValueError for NaN
+    or infinity, for no latent, and for `above` beside a mapping; a latent that the SAE does not
+    have is refused by what is given the condition.
     """
     if isinstance(latents, Mapping):
         _require_unused(active, "the thresholds say it", {"above": above}, "above")

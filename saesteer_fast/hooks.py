@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from . import sites
@@ -32,6 +33,7 @@ class Hooks:
         self.following = Following(site, plan.device, self.follows)
         self.active: tuple[Seen, Tensor] | None = None
         self.gated: tuple[tuple[Seen, ...], Tensor] | None = None
+        self.padded = False  # whether any call has told of padding
         self.handle = None  # which attach.py gives it
 
     def __getstate__(self) -> dict:
@@ -42,6 +44,7 @@ class Hooks:
         call = self.calls.running
         call.tokens = self.following.tokens(call, args, kwargs)
         call.running, call.awaited_by = True, decoder
+        self.padded |= call.tokens is not None and call.tokens.real is not None
 
     def steer(self, module: nn.Module, args: tuple, output):
         hidden = output[0] if isinstance(output, tuple) else output
@@ -55,6 +58,11 @@ class Hooks:
             )
         self._require_place(decoder, module)
         tokens = call.tokens
+        if self.padded and tokens is None and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"{self.path} is computed again by a checkpoint, where nothing says which tokens "
+                "are padding; checkpoint whole layers, or give the decoder no attention_mask"
+            )
         lead = hidden.shape[:-1]
         if tokens is not None and (tokens.batch, tokens.count) != lead:
             tokens = None

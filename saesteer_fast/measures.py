@@ -128,7 +128,9 @@ class Measured:
         """x with coef, [F] or [..., F] fp32 in units of the activations, added to the latents."""
         _, _, unit = _normalised(x, self.normalize)
         if unit is not None:
-            coef = coef * unit
+            # Where nothing changes, a unit of NaN or infinity makes no 0 NaN.
+            still = ~unit.isfinite() & (coef == 0).all(-1, keepdim=True)
+            coef = coef * unit.masked_fill(still, 1)
         coef = _over(coef, self.scale)
         return ops.add_directions(x, self.directions, coef, impl=impl)
 

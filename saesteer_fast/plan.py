@@ -125,8 +125,8 @@ class Plan:
         if self.table.values.requires_grad:
             raise ValueError("edits: a strength requires a gradient; learn `strengths` instead")
         self.require_effect()
-        if not (self.table.latents or self.table.rowwise):
-            warnings.warn("edits: got {}, so nothing is steered", stacklevel=3)
+        if not self.table.latents:
+            warnings.warn("edits: name no latent, so nothing is steered", stacklevel=3)
         nothing = self.measured.directions.new_empty(0, 0, self.d)
         self(nothing, chosen=self.measured.features.new_empty(0) if self.table.rowwise else None)
 

@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -731,3 +732,24 @@ def test_an_old_transformers_is_refused(model, sae, monkeypatch):
     sf.steering(torch.nn.Sequential(torch.nn.Linear(32, 32)), sae, {3: 1.0}, layer="0").remove()
     needed = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f"transformers>={'.'.join(map(str, attach.OLDEST))}" in needed
+
+
+@pytest.mark.parametrize("change", [{"measure": "projection"}, {"dtype": torch.bfloat16}], ids=str)
+def test_a_latent_that_is_edited_already_in_another_way(make_phi3, make_sae, change):
+    model, sae = make_phi3(), make_sae()
+    sae = replace(sae, W_dec=2 * sae.W_dec)
+    other = sae.to(dtype=change.get("dtype"))
+    with sf.steering(model, sae, {3: 1.0}):
+        with pytest.warns(UserWarning, match=r"latents \[3\] are edited at layers\.1 already"):
+            sf.steering(model, other, {3: 2.0}, measure=change.get("measure")).remove()
+
+
+def test_what_lost_a_hook_is_listed(make_phi3, sae):
+    """So that it can be removed: the decoder's hooks make every call raise."""
+    model = make_phi3()
+    handle = sf.steering(model, sae, EDITS)
+    model.model.layers[1]._forward_hooks.clear()
+    assert sf.steerings(model) == [handle]
+    with pytest.raises(RuntimeError, match="somebody removed hooks"):
+        handle.remove()
+    model(PROMPT)

@@ -200,3 +200,31 @@ def test_an_export_of_any_length(model, sae, scope):
         for ids in (IDS, torch.cat([IDS, OTHER], 1)[:2]):
             given = ids, (ids != 0).long()
             torch.testing.assert_close(exported(*given), Logits()(*given))
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
+
+
+MADE = {
+    "export": lambda module: torch.export.export(module, (IDS,)).module(),
+    "trace": lambda module: torch.jit.trace(module, IDS, check_trace=False),
+}
+
+
+@pytest.mark.parametrize("how", MADE)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_exported_shares_the_strengths(model, sae, how):
+    """Also once the model is steered no more."""
+    module = Logits(model)
+    with torch.no_grad(), sf.steering(model, sae, EDITS) as handle:
+        made = MADE[how](module)
+        handle.set({3: 1.0})
+        expected = module(IDS)
+        handle.remove()
+        torch.testing.assert_close(made(IDS), expected)

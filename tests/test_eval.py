@@ -184,6 +184,16 @@ def test_what_is_no_prompt_is_named(ask):
         ask(None, None, ["How do kites fly?"])
 
 
+def test_prompts_of_a_generator_are_read_once(shipped):
+    model, tokenizer, sae, layer, _ = shipped
+    prompts = corpus.prompts("test")[15::300]
+    expected = evaluate(model, tokenizer, prompts)
+    assert answers(model, tokenizer, iter(prompts)) == answers(model, tokenizer, prompts)
+    assert evaluate(model, tokenizer, iter(prompts)) == expected
+    swept = sweep(model, tokenizer, sae, 5, 1.0, layer, iter(prompts), [0, 0])
+    assert [shares for _, shares in swept] == [expected, expected]
+
+
 @pytest.mark.parametrize("batch", [0, -1])
 def test_a_batch_below_one_is_refused(shipped, batch):
     model, tokenizer, sae, layer, _ = shipped
@@ -244,6 +254,7 @@ def test_answers_are_greedy_whatever_the_model_is_configured_to(shipped, monkeyp
     prompts = corpus.prompts("test")[15::300]  # beams would answer the first otherwise
     expected = answers(model, tokenizer, prompts)
     config = dict(num_beams=3, num_return_sequences=2, return_dict_in_generate=True, do_sample=True)
+    config |= dict(repetition_penalty=3.0, no_repeat_ngram_size=2)
     for name, value in config.items():
         monkeypatch.setattr(model.generation_config, name, value)
     assert answers(model, tokenizer, prompts) == expected

@@ -295,3 +295,16 @@ def test_torch_func(measure):
 def test_the_example_learns():
     learned = runpy.run_path(str(EXAMPLE))
     assert learned["losses"][-1] < 0.5 * learned["losses"][0]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_module_computed_again_knows_no_padding(make_phi3, make_sae, reentrant):
+    """A reentrant checkpoint compares nothing: padding would be steered in what it computes."""
+    model, ids = make_phi3().train(), torch.tensor([[5, 17, 60, 2], [4, 6, 9, 5]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    with sf.steering(model, make_sae(), {3: sf.add(4.0)}, layer="layers.1.mlp") as handle:
+        handle.strengths.requires_grad_()
+        checkpointed_by_transformers(model, use_reentrant=reentrant)
+        loss = model(ids, attention_mask=mask, use_cache=False).logits.square().mean()
+        with pytest.raises(RuntimeError, match="is computed again by a checkpoint"):
+            loss.backward()

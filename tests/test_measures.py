@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from itertools import product
 
 import pytest
 import torch
+from ops_cases import same_bits
 from torch import Tensor
 
 import saesteer_fast as sf
@@ -463,3 +465,21 @@ def test_encoding_needs_a_stream():
             TypeError, match=rf"x: got {dtype}, accepted are torch.float32, torch.b"
         ):
             make("topk").encode(torch.ones(3, D, dtype=dtype))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e25])
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm"])
+@pytest.mark.parametrize("edit", [2.0, sf.add(1.0)], ids=str)
+def test_a_bad_token_outside_keeps_its_bits(normalize, bad, edit):
+    random = torch.Generator().manual_seed(0)
+    W, x = (torch.randn(n, 33, generator=random) for n in (96, 6))
+    sae = sf.SAE(W, torch.ones(96), W, torch.ones(33), k=8, normalize=normalize)
+    x[1] *= bad
+    x[4, 2] = bad
+    steered = torch.tensor([True, False, True, False, False, True])
+    for y in (
+        sf.steer(x, sae, {3: edit}, mask=steered),
+        sf.steer(x, sae, [{3: edit} if on else {} for on in steered]),
+    ):
+        assert same_bits(y[~steered], x[~steered])
+        assert not (y[steered] == x[steered]).all()

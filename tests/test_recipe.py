@@ -774,3 +774,17 @@ def test_example_refuses(shipped, capsys):
     with sf.load_steering(path).attach(shipped.model):
         steered = answers(shipped.model, shipped.tokenizer, prompts)
     assert sum(map(is_refusal, steered)) == len(prompts) > sum(map(is_refusal, plain))
+
+
+def test_what_cannot_be_entered_is_removed(model, sae):
+    handles = sf.Recipe([sf.Steering(sae, {3: 1.0}), sf.Steering(sae, {9: 1.0})]).attach(model)
+    handles[1].remove()
+    with pytest.raises(RuntimeError, match="was removed"), handles:
+        pass
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("edits", ["219", b"ab", [1], [{}, 3]])
+def test_edits_of_another_kind_are_named(edits):
+    with pytest.raises(TypeError, match=r"edits: got .*, a mapping or a list of mappings"):
+        sf.Steering("layers.6", edits)

@@ -214,6 +214,17 @@ def test_layers_of_transformers_give_the_stream_whole(sae, name):
     torch.testing.assert_close(model(ids[None]).logits, wanted)
 
 
+@pytest.mark.parametrize("name", ["OwnLayer", "LlamaDecoderLayer"])
+def test_layers_of_a_models_own_code_give_the_stream_whole(sae, name):
+    """What transformers loads with trust_remote_code lies in transformers_modules."""
+    own = type(name, (WholeLayer,), {"__module__": "transformers_modules.org.name.modeling_own"})
+    ids, model, served = torch.arange(VOCABULARY), Toy(WholeLayer), Toy(own)
+    with sf.steering(model, sae, STRONG, layer=1):
+        wanted = model(ids)
+    Steered(recipe(sae, layer=1), served, SIZE)
+    torch.testing.assert_close(served(ids), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_every_layer_follows_the_requests(sae):
     ids, model = torch.arange(VOCABULARY), Toy()
     plain = model(ids)

@@ -281,5 +281,5 @@ def test_an_sae_of_another_layer(make_phi3, make_sae):
     sf.steering(model, part, {3: 1.0}, layer=2).remove()
     with pytest.warns(UserWarning, match="layer: layers.2 is steered by an SAE of blocks.2.hook_r"):
         sf.steering(model, sae, {3: 1.0}, layer=2).remove()
-    with pytest.warns(UserWarning, match="edits: got {}, so nothing is steered"):
+    with pytest.warns(UserWarning, match="edits: name no latent, so nothing is steered"):
         sf.steering(model, sae, {}).remove()

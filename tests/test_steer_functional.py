@@ -308,3 +308,8 @@ def test_a_hook_of_transformer_lens(make_sae, textbook):
     with torch.inference_mode():
         torch.testing.assert_close(run(edit), run(lambda x: textbook(x, sae, EDITS)))
         assert not torch.allclose(run(edit), model(ids))
+
+
+def test_rows_that_edit_nothing_are_warned_of(sae):
+    with pytest.warns(UserWarning, match="edits: name no latent, so nothing is steered"):
+        sf.prepare(sae, [{}, {}])

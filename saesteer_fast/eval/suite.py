@@ -28,7 +28,14 @@ COLUMNS = {
 ENOUGH = 16
 """New tokens after which a refusal is told from an answer, and facts and sums are answered."""
 
-_GREEDY = dict(do_sample=False, num_beams=1, num_return_sequences=1, return_dict_in_generate=False)
+_GREEDY = dict(
+    do_sample=False,
+    num_beams=1,
+    num_return_sequences=1,
+    repetition_penalty=1.0,
+    no_repeat_ngram_size=0,
+    return_dict_in_generate=False,
+)
 """Whatever the model's own generation_config says."""
 
 
@@ -52,7 +59,7 @@ def answers(
     Batches are padded on the left and hold prompts of like length. A tokenizer without a pad_token
     pads with its eos_token; ValueError if it has neither, and for a `batch` below 1.
     """
-    _require_prompts(prompts)
+    prompts = _listed(prompts)
     if batch < 1:
         raise ValueError(f"batch: got {batch}, at least 1 is needed")
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
@@ -75,10 +82,13 @@ def answers(
     return found
 
 
-def _require_prompts(prompts: Sequence[Prompt]) -> None:
+def _listed(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """A generator's are read once."""
+    prompts = list(prompts)
     for prompt in prompts:
         if not isinstance(prompt, Prompt):
             raise TypeError(f"prompts: got {prompt!r:.80}, a list of eval.Prompt is needed")
+    return prompts
 
 
 def _padding(tokenizer) -> int:
@@ -114,7 +124,7 @@ def evaluate(model, tokenizer, prompts: Sequence[Prompt], **options: int) -> dic
 
     `options` are those of `answers`. Raises what `judge` does before the model answers.
     """
-    _require_prompts(prompts)
+    prompts = _listed(prompts)
     for prompt in prompts:
         require_answer(prompt.kind, prompt.expected)
     return tally(prompts, answers(model, tokenizer, prompts, **options))
@@ -135,6 +145,7 @@ def sweep(
 
     `options` are those of `answers`.
     """
+    prompts = _listed(prompts)
     for strength in strengths:
         held = nullcontext()
         if strength != 0:

@@ -46,9 +46,11 @@ class Steering:
     def __post_init__(self):
         if not isinstance(self.sae, SAE | str | os.PathLike):
             raise TypeError(f"sae: got {type(self.sae).__name__}, an sf.SAE or a path is needed")
-        if not isinstance(self.edits, Mapping | Sequence):
-            kind = type(self.edits).__name__
-            raise TypeError(f"edits: got {kind}, a mapping or a list of mappings is needed")
+        rows = self.edits if isinstance(self.edits, Sequence) else [self.edits]
+        for edits in rows:
+            if not isinstance(edits, Mapping):
+                kind = type(self.edits if isinstance(self.edits, str) else edits).__name__
+                raise TypeError(f"edits: got {kind}, a mapping or a list of mappings is needed")
         Scoped(self.scope)
 
     def arguments(self) -> dict[str, object]:
@@ -142,8 +144,12 @@ class Handles(tuple[Handle, ...]):
         self._undo.close()
 
     def __enter__(self) -> Handles:
-        for handle in self:
-            handle.__enter__()
+        try:
+            for handle in self:
+                handle.__enter__()
+        except BaseException:
+            self.remove()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:

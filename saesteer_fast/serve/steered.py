@@ -37,7 +37,7 @@ SUMMED = (
 )
 """vLLM's layers whose stream was found to be the sum of the two tensors that they give. Of others,
 one may be the whole stream already. Those of transformers, some of which have the same names,
-always give it whole."""
+and those of a model's own code that it runs, always give it whole."""
 
 
 class Steered:
@@ -140,7 +140,7 @@ def _is_summed(site: sites.Site) -> bool:
     kind = type(site.module)
     if not site.is_layer:
         raise ValueError(f"layer: {site.path} is no decoder layer, which an engine needs")
-    if kind.__module__.startswith("transformers."):
+    if kind.__module__.startswith(("transformers.", "transformers_modules.")):
         return False
     if kind.__name__ in SUMMED:
         return True
