@@ -44,7 +44,8 @@ class Hooks:
         call = self.calls.running
         call.tokens = self.following.tokens(call, args, kwargs)
         call.running, call.awaited_by = True, decoder
-        self.padded |= call.tokens is not None and call.tokens.real is not None
+        if call.tokens is not None and call.tokens.real is not None:
+            self.padded = True  # not read: torch.compile would compile again when it has changed
 
     def steer(self, module: nn.Module, args: tuple, output):
         hidden = output[0] if isinstance(output, tuple) else output
@@ -58,7 +59,7 @@ class Hooks:
             )
         self._require_place(decoder, module)
         tokens = call.tokens
-        if self.padded and tokens is None and torch._C._current_graph_task_id() != -1:
+        if tokens is None and self.padded and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"{self.path} is computed again by a checkpoint, where nothing says which tokens "
                 "are padding; checkpoint whole layers, or give the decoder no attention_mask"

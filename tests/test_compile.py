@@ -116,8 +116,8 @@ def test_a_call(model, sae, name):
         counter = CompileCounter()
         run = torch.compile(model, backend=counter, fullgraph=True)
         for call in calls:
-            expected = model(**call, use_cache=False).logits
-            torch.testing.assert_close(run(**call, use_cache=False).logits, expected)
+            given = run(**call, use_cache=False).logits
+            torch.testing.assert_close(given, model(**call, use_cache=False).logits)
             handle.strengths.mul_(0.5)
     assert counter.frame_count == 1
 
