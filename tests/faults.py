@@ -84,7 +84,7 @@ FAULTS = {
         63: "Gradient checkpointing: what is computed again is steered again, or refused",
         64: "Two threads, one of them steered",
         65: "Two models in one process",
-        66: "A process forked after its parent used threads",
+        66: "A process forked after its parent used threads: calls of few tokens, which need none",
         67: "Layers on several devices, tensor parallelism, PEFT's names",
         68: "CUDA graphs and streams; no wait for the device",
         69: "A layer that is called past its hooks",
