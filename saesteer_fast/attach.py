@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 import weakref
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 
 import torch
@@ -115,10 +116,10 @@ def steerings(model: nn.Module) -> list[Handle]:
         raise TypeError(f"model: got {type(model).__name__}, a torch.nn.Module is needed")
     # By either of its hooks, one of which somebody may have cleared.
     found = {
-        hook.__self__: key
+        hooks: key
         for module in model.modules()
-        for key, hook in [*module._forward_hooks.items(), *module._forward_pre_hooks.items()]
-        if getattr(hook, "__func__", 0) in (Hooks.steer, Hooks.before)
+        for registered in (module._forward_hooks, module._forward_pre_hooks)
+        for key, hooks in _ours(registered).items()
     }
     return [hooks.handle for hooks in sorted(found, key=found.get) if hooks.handle is not None]
 
@@ -303,7 +304,7 @@ def _install(site: Site, hooks: Hooks) -> ExitStack:
 
 def _warn_of_another(site: Site, plan: Plan) -> None:
     """As of a handle that a notebook's cell made when it ran before."""
-    for hooks in _ours(site.module).values():
+    for hooks in _ours(site.module._forward_hooks).values():
         twice = [f for f in plan.table.latents if _moves_alike(f, plan, hooks.plan)]
         if twice:
             warnings.warn(
@@ -341,14 +342,14 @@ def _put_first(module: nn.Module) -> None:
 
     So output_hidden_states, which transformers reads by hooks on the layers, shows what is steered.
     """
-    for key in sorted(_ours(module), reverse=True):
+    for key in sorted(_ours(module._forward_hooks), reverse=True):
         module._forward_hooks.move_to_end(key, last=False)
 
 
-def _ours(module: nn.Module) -> dict[int, Hooks]:
-    """What steers the module, by the hooks' keys, of which later ones are larger."""
-    hooks = module._forward_hooks.items()
-    return {k: hook.__self__ for k, hook in hooks if getattr(hook, "__func__", 0) is Hooks.steer}
+def _ours(registered: Mapping[int, Callable]) -> dict[int, Hooks]:
+    """What steers, of a module's hooks, by their keys, of which later ones are larger."""
+    ours = Hooks.steer, Hooks.before
+    return {k: h.__self__ for k, h in registered.items() if getattr(h, "__func__", 0) in ours}
 
 
 def _recompile() -> None:

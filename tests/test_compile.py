@@ -181,34 +181,27 @@ def test_inductor(sae):
         torch.testing.assert_close(run(x), sf.steer(x, sae, TABLE, rows=rows))
 
 
-@pytest.mark.parametrize("scope", [sf.positions(-1), "prompt"], ids=str)
-def test_an_export_of_any_length(model, sae, scope):
-    """Sizes are then neither numbers nor tensors."""
-
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids, mask):
-            return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-
-    sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},) * 2
-    with sf.steering(model, sae, EDITS, scope=scope):
-        given = IDS, (IDS != 0).long()
-        exported = torch.export.export(Logits(), given, dynamic_shapes=sizes, strict=False).module()
-        for ids in (IDS, torch.cat([IDS, OTHER], 1)[:2]):
-            given = ids, (ids != 0).long()
-            torch.testing.assert_close(exported(*given), Logits()(*given))
-
-
 class Logits(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, ids):
-        return self.model(ids, use_cache=False).logits
+    def forward(self, ids, mask=None):
+        return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize("scope", [sf.positions(-1), "prompt"], ids=str)
+def test_an_export_of_any_length(model, sae, scope):
+    """Sizes are then neither numbers nor tensors."""
+
+    module = Logits(model)
+    sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},) * 2
+    with sf.steering(model, sae, EDITS, scope=scope):
+        given = IDS, (IDS != 0).long()
+        exported = torch.export.export(module, given, dynamic_shapes=sizes, strict=False).module()
+        for ids in (IDS, torch.cat([IDS, OTHER], 1)[:2]):
+            given = ids, (ids != 0).long()
+            torch.testing.assert_close(exported(*given), module(*given))
 
 
 MADE = {

@@ -52,7 +52,7 @@ def prompt_ids(tokenizer, prompt: Prompt) -> list[int]:
 
 @torch.inference_mode()
 def answers(
-    model, tokenizer, prompts: Sequence[Prompt], max_new_tokens: int = ENOUGH, batch: int = 256
+    model, tokenizer, prompts: Iterable[Prompt], max_new_tokens: int = ENOUGH, batch: int = 256
 ) -> list[str]:
     """The model's greedy answers, in the prompts' order, to `batch` prompts at a time.
 
@@ -119,7 +119,7 @@ def tally(prompts: Iterable[Prompt], said: Iterable[str]) -> dict[str, Share]:
     return {column: Share(hits[kind], counts[kind]) for kind, column in COLUMNS.items()}
 
 
-def evaluate(model, tokenizer, prompts: Sequence[Prompt], **options: int) -> dict[str, Share]:
+def evaluate(model, tokenizer, prompts: Iterable[Prompt], **options: int) -> dict[str, Share]:
     """Answers and judges the prompts, with whatever steering is attached to the model.
 
     `options` are those of `answers`. Raises what `judge` does before the model answers.
@@ -137,7 +137,7 @@ def sweep(
     latent: int,
     unit: float,
     layer: int,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     strengths: Sequence[float],
     **options: int,
 ) -> Iterator[tuple[float, dict[str, Share]]]:

@@ -49,7 +49,7 @@ class Steering:
         rows = self.edits if isinstance(self.edits, Sequence) else [self.edits]
         for edits in rows:
             if not isinstance(edits, Mapping):
-                kind = type(self.edits if isinstance(self.edits, str) else edits).__name__
+                kind = type(edits).__name__
                 raise TypeError(f"edits: got {kind}, a mapping or a list of mappings is needed")
         Scoped(self.scope)
 

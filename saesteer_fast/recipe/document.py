@@ -111,8 +111,13 @@ def _steering(node: Node, folder: Path) -> Steering:
 def _located(node: Node, folder: Path) -> str:
     text = node.text()
     with named(f"{node.place}: "):
-        place = files.absolute(folder / os.path.expanduser(text))
+        place = files.absolute(_from(folder, text))
         return text if hub.is_id(text) and not place.exists() else str(place)
+
+
+def _from(folder: Path, text: str) -> Path:
+    """A path as the file in `folder` says it; ~ is the reader's home."""
+    return folder / os.path.expanduser(text)
 
 
 def _name(node: Node) -> str | int:
@@ -184,7 +189,7 @@ def _when(node: Node, folder: Path) -> list[Condition]:
 def _gate(node: Node, folder: Path) -> Gate:
     if isinstance(node.value, str):
         with named(f"{node.place}: "):
-            return gate(folder / os.path.expanduser(node.text()))
+            return gate(_from(folder, node.text()))
     return gate_of(node)
 
 

@@ -84,9 +84,8 @@ class Choice(FirstProcessor, SecondProcessor):
     def validate_params(cls, sampling_params) -> None:
         path, asked = _file(), _asked(sampling_params)
         configuration(_names(path), asked)
-        if sampling_params.max_tokens == 1 and _begins_late(
-            path, DEFAULT if asked is None else asked
-        ):
+        name = DEFAULT if asked is None else asked
+        if sampling_params.max_tokens == 1 and _begins_late(path, name):
             raise ValueError(
                 "max_tokens: got 1; accepted are 2 and more, since with the scope generated none "
                 "is steered before the first is there (beam search asks for one at a time)"

@@ -10,15 +10,15 @@ namespace {
 // At once; a clock is as long as the copies that it knows of make it.
 constexpr int kInFlight = 512;
 constexpr int kPage = 1024, kMostGrain = 16;
+
+uint32_t known(const Clock& clock, int agent) {
+  return static_cast<size_t>(agent) < clock.size() ? clock[agent] : 0;
+}
 }  // namespace
 
 void join(Clock& into, const Clock& other) {
   if (into.size() < other.size()) into.resize(other.size());
   for (size_t i = 0; i < other.size(); ++i) into[i] = std::max(into[i], other[i]);
-}
-
-uint32_t known(const Clock& clock, int agent) {
-  return static_cast<size_t>(agent) < clock.size() ? clock[agent] : 0;
 }
 
 void Races::begin(int warps) {
